@@ -1,0 +1,5 @@
+"""`python -m deltaw` is the command `deltaw`."""
+
+from deltaw.cli import main
+
+main()

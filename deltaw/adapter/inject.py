@@ -1,0 +1,337 @@
+"""Choose targets, list them, apply adapters to a live model, and take them off again exactly.
+
+`choose` only looks. `inject` checks everything, lists all faults at once, and only then touches the model: it freezes
+the parameters and hangs hooks on the adapted layers (deltaw/adapter/layer.py). `Injection.eject` undoes just that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deltaw.adapter.layer import CONVOLUTIONS, AdaptedLayer, Target, attach, shape_of
+from deltaw.adapter.spec import ALL_LINEAR, LoraSpec, first_match, matches
+from deltaw.adapter.value import Adapter, Factors
+from deltaw.errors import AdapterError, bullet_list
+
+_MARK = "_deltaw_injection"
+_BLOCK_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+# -- what can be adapted ----------------------------------------------------------------------------------------------
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module, str]]:
+    """(name, kind, owner, holder, parameter) of every weight that deltaw can adapt, in the model's order."""
+    skip: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in skip:
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            skip.add(module.out_proj)
+            yield from _attention_candidates(name, module)
+        elif isinstance(module, nn.Linear):
+            yield name, "linear", module, module, "weight"
+        elif type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
+            yield name, "transposed", module, module, "weight"
+        elif isinstance(module, tuple(CONVOLUTIONS)):
+            yield name, "conv", module, module, "weight"
+        elif isinstance(module, nn.Embedding):
+            yield name, "embedding", module, module, "weight"
+        else:
+            yield from _parameter_candidates(name, module)
+
+
+def _attention_candidates(
+    name: str, module: nn.MultiheadAttention
+) -> Iterator[tuple[str, str, nn.Module, nn.Module, str]]:
+    if module.in_proj_weight is not None:
+        yield f"{name}.in_proj_weight", "parameter", module, module, "in_proj_weight"
+        yield f"{name}.out_proj.weight", "parameter", module, module.out_proj, "weight"
+
+
+def _parameter_candidates(name: str, module: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module, str]]:
+    """Stacked experts: 3-D parameters held directly by a module that is no known layer."""
+    for parameter, value in module.named_parameters(recurse=False):
+        if value.ndim == 3:
+            transposed = getattr(module, "is_transposed", False)
+            kind = "parameter_transposed" if transposed else "parameter"
+            yield (f"{name}.{parameter}" if name else parameter), kind, module, module, parameter
+
+
+def _module_of(name: str, kind: str) -> str:
+    """The name by which PEFT's target_modules would select this candidate."""
+    if name.endswith(".in_proj_weight"):
+        return name.removesuffix(".in_proj_weight")
+    if kind == "parameter" and name.endswith(".out_proj.weight"):
+        return name.removesuffix(".out_proj.weight")
+    return name
+
+
+def _wanted(name: str, kind: str, spec: LoraSpec, head: nn.Module | None, owner: nn.Module) -> bool:
+    if spec.layers is not None:
+        number = _BLOCK_NUMBER.search(name)
+        if number is None or int(number[1]) not in spec.layers:
+            return False
+    selected = _module_of(name, kind)
+    if first_match(selected, spec.exclude) or first_match(name, spec.exclude):
+        return False
+    if first_match(selected, spec.targets) or first_match(name, spec.targets):
+        return True
+    linear = kind in ("linear", "transposed") or (kind.startswith("parameter"))
+    return ALL_LINEAR in spec.targets and linear and owner is not head
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, which "all-linear" leaves out; None where the model does not say."""
+    getter: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def choose(model: nn.Module, spec: LoraSpec) -> list[Target]:
+    """What `inject` will adapt in `model`: name, shape, rank, alpha and parameter count of each, in the model's order.
+
+    "all-linear" means every Linear and Conv1D layer, attention projection and stacked expert, but not the output head.
+    Raises AdapterError, before anything is changed, when a target or exclusion matches nothing (with the nearest names)
+    or cannot be adapted in the way asked for.
+    """
+    candidates, head = list(_candidates(model)), _output_head(model)
+    chosen = [c for c in candidates if _wanted(c[0], c[1], spec, head, c[2])]
+    faults = _unmatched(spec, candidates) + [fault for c in chosen for fault in _unsuitable(c, spec)]
+    if not faults and not chosen:
+        faults = [
+            f"no layer is left to adapt: targets {list(spec.targets)}, exclude {list(spec.exclude)}, layers {spec.layers}"
+        ]
+    if faults:
+        raise AdapterError("These targets cannot be adapted:\n" + bullet_list(faults))
+    selection = _selection(model, chosen, spec)
+    return [_target(c, spec, selection) for c in chosen]
+
+
+def _target(
+    candidate: tuple[str, str, nn.Module, nn.Module, str], spec: LoraSpec, selection: tuple[str, ...]
+) -> Target:
+    name, kind, owner, holder, parameter = candidate
+    key = _module_of(name, kind)
+    return Target(
+        name=name,
+        kind=kind,
+        owner=owner,
+        holder=holder,
+        parameter=parameter,
+        shape=shape_of(holder, parameter),
+        rank=spec.rank_of(key),
+        alpha=spec.alpha_of(key),
+        scale=spec.scale_of(key),
+        dora=spec.dora,
+        selection=selection,
+    )
+
+
+def _unmatched(spec: LoraSpec, candidates: list[tuple[str, str, nn.Module, nn.Module, str]]) -> list[str]:
+    names = [name for c in candidates for name in dict.fromkeys((c[0], _module_of(c[0], c[1])))]
+    patterns = [*spec.targets, *spec.exclude, *spec.rank_pattern, *spec.alpha_pattern]
+    return [
+        f"{pattern!r} matches nothing; {_nearest(pattern, names)}"
+        for pattern in dict.fromkeys(patterns)
+        if pattern != ALL_LINEAR and not any(matches(name, pattern) for name in names)
+    ]
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    depth = pattern.count(".") + 1
+    suffixes = list(dict.fromkeys(".".join(name.split(".")[-depth:]) for name in names))
+    near = difflib.get_close_matches(pattern, suffixes, n=3, cutoff=0.4) or suffixes[:6]
+    return "the nearest names are " + ", ".join(repr(name) for name in near) if near else "the model has no such layers"
+
+
+def _unsuitable(candidate: tuple[str, str, nn.Module, nn.Module, str], spec: LoraSpec) -> list[str]:
+    """What PEFT's file format, and so every reader of it, has no meaning for."""
+    name, kind, _, layer, _ = candidate
+    faults = []
+    if kind == "conv":
+        odd = [f"{key}={getattr(layer, key)}" for key, usual in _USUAL_CONVOLUTION if not usual(getattr(layer, key))]
+        if odd:
+            faults.append(f"{name}: a convolution with {', '.join(odd)} has no place in the adapter format; exclude it")
+    if kind.startswith("parameter") and spec.dora:
+        faults.append(f"{name}: DoRA is not defined for stacked or fused parameters; exclude it or turn DoRA off")
+    if kind.startswith("parameter") and spec.dropout and not _is_attention(name):
+        faults.append(f"{name}: dropout cannot act on stacked parameters; exclude it or set dropout 0")
+    if kind == "embedding" and spec.dropout:
+        faults.append(f"{name}: dropout has no meaning for token ids; set dropout 0")
+    return faults
+
+
+_USUAL_CONVOLUTION: list[tuple[str, Callable[[Any], bool]]] = [
+    ("groups", lambda value: value == 1),
+    ("dilation", lambda value: all(step == 1 for step in value)),
+    ("padding_mode", lambda value: value == "zeros"),
+]
+
+
+def _is_attention(name: str) -> bool:
+    return name.endswith((".in_proj_weight", ".out_proj.weight"))
+
+
+def _selection(
+    model: nn.Module, chosen: list[tuple[str, str, nn.Module, nn.Module, str]], spec: LoraSpec
+) -> tuple[str, ...]:
+    """Plain suffixes that select exactly the chosen modules in this model, as PEFT reads target_modules.
+
+    Short ones ("q_proj") where they are unambiguous; full names otherwise.
+    """
+    names = {_module_of(c[0], c[1]) for c in chosen if not c[1].startswith("parameter") or _is_attention(c[0])}
+    everything = [name for name, _ in model.named_modules()]
+    suffixes = dict.fromkeys(name.rsplit(".", 1)[-1] for name in sorted(names))
+    short = tuple(sorted(suffixes))
+    if {name for name in everything if first_match(name, short)} == names:
+        return short
+    return tuple(sorted(names))
+
+
+# -- applying ---------------------------------------------------------------------------------------------------------
+
+
+class Injection:
+    """Adapters at work in a model. `active` chooses one of them (None: the plain base); `strength` scales its part.
+
+    Used as a context manager it ejects at the end. The model's parameters are frozen while it lasts.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], layers: list[dict[str, AdaptedLayer]]) -> None:
+        self.model, self.adapters, self.layers = model, list(adapters), layers
+        self.active: int | None = 0
+        self.strength = 1.0
+        self._handles: list[RemovableHandle] = []
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    @property
+    def targets(self) -> list[Target]:
+        """What the first adapter adapts."""
+        return [layer.target for layer in self.layers[0].values()]
+
+    def train(self, mode: bool = True) -> None:
+        """Switches the adapters' dropout on or off."""
+        for layers in self.layers:
+            for layer in layers.values():
+                layer.training = mode
+
+    def trained(self, index: int = 0) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, "A" | "B" | "magnitude", live tensor) of adapter `index`."""
+        for name, layer in self.layers[index].items():
+            for part, tensor in layer.tensors():
+                yield name, part, tensor
+
+    def extract(self, index: int = 0) -> Adapter:
+        """Adapter `index` as a value: copies of the live tensors in fp32."""
+        source = self.adapters[index]
+        factors = {
+            name: Factors(**{part: tensor.detach().float().clone() for part, tensor in layer.tensors()})
+            for name, layer in self.layers[index].items()
+        }
+        return source.with_factors(factors)
+
+    def eject(self) -> None:
+        """Takes every hook off and restores `requires_grad`; the model is then exactly what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad[name])
+        self.model.__dict__.pop(_MARK, None)
+
+    def reapply(self) -> None:
+        """Puts ejected hooks back, with the same live factors."""
+        if _MARK in self.model.__dict__:
+            raise AdapterError("This model has adapters already; call .eject() on its Injection first.")
+        self._apply()
+
+    def __enter__(self) -> Injection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.eject()
+
+    def _apply(self) -> None:
+        self.model.requires_grad_(False)
+        owners = {id(layer.target.owner): layer.target.owner for layers in self.layers for layer in layers.values()}
+        for key, owner in owners.items():
+            per_adapter = [
+                [layer for layer in layers.values() if id(layer.target.owner) == key] for layers in self.layers
+            ]
+            self._handles += attach(owner, self._live(per_adapter))
+        self.model.__dict__[_MARK] = self
+
+    def _live(self, per_adapter: list[list[AdaptedLayer]]) -> Callable[[], tuple[list[AdaptedLayer], float]]:
+        return lambda: ([] if self.active is None else per_adapter[self.active], self.strength)
+
+
+def inject(
+    model: nn.Module, *adapters: Adapter, dtype: torch.dtype | None = None, trainable: bool = False
+) -> Injection:
+    """Applies one or more adapters to any model and returns the `Injection` that switches, extracts and ejects them.
+
+    Live factors lie on the device of their layer, in `dtype` (default: that of the layer's weight). Raises
+    AdapterError, with all faults listed and the model untouched, when names, shapes or frozen copies do not agree.
+    """
+    if _MARK in model.__dict__:
+        raise AdapterError("This model has adapters already; call .eject() on its Injection first.")
+    if not adapters:
+        raise AdapterError("No adapter was given to inject.")
+    layers = [_live_layers(model, adapter, dtype, trainable) for adapter in adapters]
+    injection = Injection(model, adapters, layers)
+    injection._apply()
+    return injection
+
+
+def choose_for(model: nn.Module, adapter: Adapter) -> list[Target]:
+    """The targets of an adapter that exists, in its order; raises AdapterError with everything that does not fit."""
+    candidates = {c[0]: c for c in _candidates(model)}
+    faults = [fault for name in adapter.factors for fault in _misfit(name, adapter, candidates)]
+    faults += [fault for name, copy in adapter.base_copies.items() for fault in _changed_copy(name, copy, candidates)]
+    if faults:
+        raise AdapterError("This adapter does not fit the model:\n" + bullet_list(faults))
+    return [_target(candidates[name], adapter.spec, adapter.modules) for name in adapter.factors]
+
+
+def _live_layers(
+    model: nn.Module, adapter: Adapter, dtype: torch.dtype | None, trainable: bool
+) -> dict[str, AdaptedLayer]:
+    return {target.name: _live_layer(target, adapter, dtype, trainable) for target in choose_for(model, adapter)}
+
+
+def _misfit(name: str, adapter: Adapter, candidates: dict[str, Any]) -> list[str]:
+    if name not in candidates:
+        return [f"{name}: the model has no such layer; {_nearest(name, list(candidates))}"]
+    target = _target(candidates[name], adapter.spec, ())
+    expected = {"A": target.A_shape, "B": target.B_shape, "magnitude": target.matrix_shape[:1]}
+    return [
+        f"{name}: {part} has shape {list(tensor.shape)}, the model needs {list(expected[part])}"
+        for part, tensor in adapter.factors[name].tensors()
+        if tuple(tensor.shape) != expected[part]
+    ]
+
+
+def _changed_copy(name: str, copy: Tensor, candidates: dict[str, Any]) -> list[str]:
+    if name not in candidates:
+        return [f"{name}: the file holds a copy of a frozen weight that the model does not have"]
+    weight = getattr(candidates[name][3], candidates[name][4])
+    if weight.shape != copy.shape or not torch.equal(weight.detach().cpu(), copy.to(weight.dtype)):
+        return [f"{name}: the file's copy of the frozen weight differs from the model's; this is another base"]
+    return []
+
+
+def _live_layer(target: Target, adapter: Adapter, dtype: torch.dtype | None, trainable: bool) -> AdaptedLayer:
+    weight = getattr(target.holder, target.parameter)
+    factors = adapter.factors[target.name]
+    live = {
+        part: tensor.detach().to(weight.device, dtype or weight.dtype, copy=True).requires_grad_(trainable)
+        for part, tensor in factors.tensors()
+    }
+    return AdaptedLayer(target, live["A"], live["B"], live.get("magnitude"), adapter.spec.dropout)

@@ -1,0 +1,82 @@
+"""What is wanted of an adapter: rank, alpha, targets, variant, patterns. No tensors, no model.
+
+A name matches a pattern when it equals it or ends with "." + pattern: plain suffixes, compared literally. No regular
+expression is ever taken from a file or a user, so a pattern can neither hang nor surprise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from deltaw.adapter import math
+from deltaw.errors import AdapterError, bullet_list
+
+ALL_LINEAR = "all-linear"
+MAX_RANK = 1024
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the dotted `name` equals `pattern` or ends with it at a dot: "a.b.q_proj" matches "q_proj", not "proj"."""
+    return name == pattern or name.endswith("." + pattern)
+
+
+def first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that matches, in the order given (the order is PEFT's rule too), or None."""
+    return next((pattern for pattern in patterns if matches(name, pattern)), None)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Settings of one adapter; the defaults are those of docs/guides/rank-and-rate.md.
+
+    `targets` is ("all-linear",) or a list of plain suffixes of module names, or of parameter names such as
+    "mlp.experts.down_proj"; `exclude` takes names out again; `layers` keeps only blocks with these numbers.
+    `rank_pattern` and `alpha_pattern` override rank and alpha for the names that match their keys.
+    Raises AdapterError, with every fault listed, when a value has no meaning.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be between 1 and {MAX_RANK}, not {rank!r}"
+            for name, rank in [("rank", self.rank), *((f"rank of {k!r}", r) for k, r in self.rank_pattern.items())]
+            if not (isinstance(rank, int) and 1 <= rank <= MAX_RANK)
+        ]
+        alphas = [("alpha", self.alpha), *((f"alpha of {key!r}", alpha) for key, alpha in self.alpha_pattern.items())]
+        faults += [f"{name} must be a positive number, not {a!r}" for name, a in alphas if not 0 < a < 1e9]
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout must be in [0, 1), not {self.dropout!r}")
+        if not self.targets:
+            faults.append('targets is empty; give "all-linear" or a list of module names')
+        if faults:
+            raise AdapterError("These adapter settings cannot be used:\n" + bullet_list(faults))
+
+    def rank_of(self, name: str) -> int:
+        """The rank for the module or parameter of this name."""
+        key = first_match(name, self.rank_pattern)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, name: str) -> float:
+        """Alpha for the module or parameter of this name."""
+        key = first_match(name, self.alpha_pattern)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def scale_of(self, name: str) -> float:
+        """The factor s of ΔW = s·B·A for this name: alpha/r, or alpha/√r with rsLoRA."""
+        return math.scale(self.alpha_of(name), self.rank_of(name), rslora=self.rslora)
+
+    def with_(self, **changes: Any) -> LoraSpec:
+        """A copy with these fields changed."""
+        return replace(self, **changes)

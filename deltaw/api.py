@@ -1,0 +1,491 @@
+"""What a caller does in one call: load, train, demo, evaluate, merge, inspect. Joins base, data, engine and report.
+
+Every function takes plain values and returns plain values or folders; it prints nothing. The command line is a thin
+layer over these names.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw import hardware
+from deltaw.adapter import Adapter, Injection, inject, read_adapter
+from deltaw.adapter.files import WEIGHTS
+from deltaw.base import load as base_load
+from deltaw.base.builtin import BUILTIN, cache_folder
+from deltaw.base.builtin import BUILTIN
+from deltaw.base.save import write_merged
+from deltaw.config import Settings, make_settings
+from deltaw.data.chat import Encoder
+from deltaw.data.check import DataSet, prepare
+from deltaw.data.pack import flat_batch
+from deltaw.data.source import Fault, find_files, read_rows
+from deltaw.engine import train as engine
+from deltaw.engine.evaluate import evaluate as run_evaluation
+from deltaw.engine.generate import generate, render_prompt
+from deltaw.engine.run import CONFIG, Run, create_run, open_run
+from deltaw.engine.train import Trainer, Watcher
+from deltaw.errors import AdapterError, DeltawError, Interrupted, UsageError
+from deltaw.report import write_report
+
+EVALUATION_TOKENS = 2048
+Progress = Callable[[int, int], None]
+
+
+class Model:
+    """A base with at most one adapter: generate, evaluate, and turn the adapter's strength like a dial."""
+
+    def __init__(self, base: base_load.Base, injection: Injection | None) -> None:
+        self.base, self.injection = base, injection
+
+    @property
+    def strength(self) -> float:
+        """How much of the adapter acts: 1 all of it, 0 the plain base."""
+        return 0.0 if self.injection is None or self.injection.active is None else self.injection.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if self.injection is None:
+            raise UsageError("There is no adapter whose strength could be set.")
+        self.injection.active = 0 if value else None
+        self.injection.strength = value
+
+    def generate(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> str:
+        """The answer to a prompt or a list of messages. Options: max_new_tokens, temperature, seed, on_text."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        return generate(self.base, messages, **options)
+
+    def evaluate(
+        self, data: Sequence[str | Path], progress: Progress | None = None, allow_lost: float = 0.01
+    ) -> dict[str, Any]:
+        """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with 95 % intervals."""
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = Encoder(self.base.tokenizer, min(self.base.context_tokens, engine.DEFAULT_MAX_LENGTH))
+            files = find_files([str(path) for path in data])
+            prepared = prepare(files, encoder, Path(folder) / "eval", allow_lost=allow_lost, keep_rows=True)
+            return evaluate_set(self.base, prepared, progress)
+
+
+def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None = None) -> dict[str, Any]:
+    """The numbers of one prepared data set, with the labels' names where there are any."""
+    result = run_evaluation(base, data, EVALUATION_TOKENS, progress).as_dict()
+    labels = data.labels()
+    return {**result, "labels": labels.names} if labels is not None else dict(result)
+
+
+def load(name: str | Path, adapter: str | Path | None = None, **options: Any) -> Model:
+    """Opens a base, and an adapter or run folder over it. Options: device, dtype, revision, threads."""
+    base = base_load.load(name, **options)
+    if adapter is None:
+        return Model(base, None)
+    value = read_adapter(adapter_folder(adapter))
+    return Model(base, inject(base.model, value, dtype=base.dtype))
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that a run or adapter folder stands for."""
+    path = Path(path)
+    return path / "adapter" if (path / CONFIG).is_file() else path
+
+
+def open_adapter(
+    path: str | Path, model: str | None = None, say: Callable[[str], None] = lambda _: None, **options: Any
+) -> Model:
+    """An adapter or run over the base it was trained on, found by its origin unless `model` names one.
+
+    `say` hears about a base or template that is not the one the adapter saw.
+    """
+    folder = adapter_folder(path)
+    adapter = read_adapter(folder)
+    opened = load(model or _base_of(Path(path), adapter), folder, **options)
+    for key, now in (("base_digest", opened.base.digest), ("template_digest", opened.base.template_digest)):
+        if key in adapter.origin and adapter.origin[key] != now:
+            what = "weights" if key == "base_digest" else "tokenizer or chat template"
+            say(f"WARNING: the {what} of this base are not those the adapter was trained with; expect worse answers.")
+    return opened
+
+
+def _base_of(path: Path, adapter: Adapter) -> str:
+    if (path / CONFIG).is_file():
+        return open_run(path).settings().model
+    name = adapter.origin.get("base")
+    if name is None or (name not in BUILTIN and name.count("/") != 1 and not Path(name).exists()):
+        raise AdapterError(f"{path} does not say where its base {name or ''!r} lies; give --model FOLDER.")
+    return name
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def train(
+    settings: Settings | None = None,
+    run: Run | None = None,
+    watcher: Watcher | None = None,
+    *,
+    resume: str | Path | None = None,
+    **given: Any,
+) -> Run:
+    """Trains an adapter and returns its run folder. Settings as keywords: model, data, rank, steps, lr, …
+
+    `resume` names a run folder to go on with instead. Raises the errors of deltaw.errors; Interrupted after a signal.
+    """
+    watcher = watcher or Watcher()
+    if resume is not None:
+        run = open_run(Path(resume))
+        if run.read_summary().get("status") in ("done", "stopped early"):
+            watcher.say(f"{run.folder} has ended already; nothing is left to do.")
+            return run
+        settings = run.settings()
+    else:
+        settings = settings or make_settings(_listed(given))
+        with_absolute_paths(settings)
+        run = run or create_run(settings)
+    _train(run, settings, watcher, "train", resume=resume is not None)
+    return run
+
+
+def _listed(given: dict[str, Any]) -> dict[str, Any]:
+    """Keywords with paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+def with_absolute_paths(settings: Settings) -> None:
+    """Makes data, adapter and model paths absolute, so that a run can go on from anywhere. DataError for a missing file."""
+    for name in ("data", "eval_data"):
+        values = getattr(settings, name)
+        if values:
+            settings.put(
+                name, tuple(str(path) for path in find_files(list(values))), settings.sources.get(name, "given")
+            )
+    for name in ("adapter", "model"):
+        value = getattr(settings, name)
+        if value is not None and value not in BUILTIN and Path(value).expanduser().exists():
+            path = Path(value).expanduser().resolve()
+            path = adapter_folder(path) if name == "adapter" else path
+            settings.put(name, str(path), settings.sources.get(name, "given"))
+
+
+def _train(
+    run: Run,
+    settings: Settings,
+    watcher: Watcher,
+    verb: str,
+    *,
+    resume: bool = False,
+    before: Callable[[Trainer], None] | None = None,
+    after: Callable[[Trainer], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Runs the engine and, whatever happens, leaves a summary and a report."""
+    try:
+        trainer = engine.train(run, settings, watcher, resume=resume, before=before)
+        status = "stopped early" if trainer.stopped_early else "done"
+        summary = {"status": status, "verb": verb, **_summary(trainer), **(after(trainer) if after else {})}
+    except (DeltawError, Interrupted, KeyboardInterrupt) as error:
+        status = "failed" if isinstance(error, DeltawError) else "interrupted"
+        run.write_summary({"status": status, "verb": verb, "message": str(error)})
+        _report(run)
+        raise
+    run.write_summary(summary)
+    _report(run)
+    return summary
+
+
+def _report(run: Run) -> None:
+    write_report(run.folder)
+
+
+def _summary(trainer: Trainer) -> dict[str, Any]:
+    track, ready = trainer.progress.tracks[0], trainer.ready
+    base, machine = ready.base, hardware.look()
+    targets = [
+        {
+            "name": t.name,
+            "kind": t.kind,
+            "shape": list(t.shape),
+            "rank": t.rank,
+            "alpha": t.alpha,
+            "parameters": t.parameters,
+        }
+        for t in ready.targets
+    ]
+    return {
+        "steps": trainer.progress.step,
+        "best_step": trainer.best_step,
+        "best_eval_loss": trainer.best_loss if trainer.best_step else None,
+        "train_seconds": trainer.progress.seconds,
+        "peak_bytes": engine.peak_bytes(),
+        "tokens": track.tokens,
+        "trained_tokens": track.trained_tokens,
+        "gemm_gflops": hardware.measure_gemm(base.dtype, device=str(base.device)),
+        "device": str(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "machine": {"cpu_name": machine.cpu_name, "cores": machine.cores, "total_bytes": machine.total_bytes},
+        "plain_reason": base.plain_reason,
+        "sizes": {
+            "adapter_bytes": (trainer.run.adapter / WEIGHTS).stat().st_size,
+            "base_bytes": base.weight_bytes,
+            "trained_parameters": ready.adapter.parameters,
+            "base_parameters": base.parameters,
+        },
+        "targets": targets,
+        "origin": read_adapter(trainer.run.adapter).origin,
+        "data": {name: summary.as_dict() for name, summary in ready.summaries.items()},
+    }
+
+
+# -- demo ---------------------------------------------------------------------------------------------------------------
+
+DEMO_SETTINGS: dict[str, Any] = {"rank": 16, "batch_tokens": 1024, "steps": 120, "eval_rows": 150}
+DEMO_SAMPLES = 6
+
+
+def snippets(split: str) -> Path:
+    """The shipped demo data: "train", "validation" or "test"."""
+    return Path(str(resources.files("deltaw") / "data" / "snippets" / f"{split}.jsonl.gz"))
+
+
+def demo(
+    watcher: Watcher | None = None, run: Run | None = None, settings: Settings | None = None, **given: Any
+) -> dict[str, Any]:
+    """Trains the built-in base on the shipped reviews and tweets and measures it before and after on the test split.
+
+    Returns the run's summary with `results` (base, VADER rules, adapter), `samples` and `run` (its folder).
+    """
+    watcher = watcher or Watcher()
+    settings = settings or demo_settings(given)
+    run = run or create_run(settings)
+    before: dict[str, Any] = {}
+    summary = _train(
+        run, settings, watcher, "demo",
+        before=lambda trainer: before.update(_measure_demo(trainer, watcher, adapted=False)),
+        after=lambda trainer: _compare_demo(before, _measure_demo(trainer, watcher, adapted=True)),
+    )  # fmt: skip
+    return {**summary, "run": str(run.folder)}
+
+
+def demo_settings(given: dict[str, Any]) -> Settings:
+    """The demo's settings, with what the caller gave on top."""
+    length = (
+        {} if any(given.get(name) for name in ("steps", "minutes", "epochs")) else {"steps": DEMO_SETTINGS["steps"]}
+    )
+    chosen = {name: value for name, value in given.items() if value is not None}
+    fixed = {name: value for name, value in DEMO_SETTINGS.items() if name != "steps"}
+    data = {"data": [str(snippets("train"))], "eval_data": [str(snippets("validation"))]}
+    return make_settings(chosen, {**fixed, **length, **data})
+
+
+def _measure_demo(trainer: Trainer, watcher: Watcher, *, adapted: bool) -> dict[str, Any]:
+    base, injection = trainer.ready.base, trainer.injection
+    injection.eject()
+    watcher.say(f"Measuring the {'adapter' if adapted else 'base'} on the test split.")
+    encoder = Encoder(base.tokenizer, int(trainer.settings.max_length))
+    test = prepare([snippets("test")], encoder, trainer.run.tokens / "test", keep_rows=True)
+    using = inject(base.model, read_adapter(trainer.run.adapter), dtype=base.dtype) if adapted else None
+    result = evaluate_set(base, test, getattr(watcher, "measured", None))
+    rows = test.prompts[:: len(test.prompts) // DEMO_SAMPLES][:DEMO_SAMPLES]
+    answers = [generate(base, row.messages[:-1], max_new_tokens=24) for row in rows]
+    if using is not None:
+        using.eject()
+    injection.reapply()
+    return {"result": result, "rows": rows, "answers": answers}
+
+
+def _compare_demo(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    vader = json.loads((snippets("test").parent / "vader.json").read_text("utf-8"))
+    rules = vader["settings"][vader["best"]]
+    low, high = rules["accuracy_95"]
+    samples = [
+        {"prompt": row.messages[-2]["content"], "reference": row.answer, "before": old, "after": new}
+        for row, old, new in zip(before["rows"], before["answers"], after["answers"], strict=True)
+    ]
+    results = [
+        {"label": "base model", **before["result"]},
+        {"label": "VADER rules", "accuracy": rules["accuracy"], "low": low, "high": high, "rows": vader["num_rows"]},
+        {"label": "adapter", **after["result"]},
+    ]
+    return {"results": results, "samples": samples}
+
+
+# -- after training -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(path: str | Path, data: Sequence[str | Path], model: str | None = None, **options: Any) -> dict[str, Any]:
+    """`Model.evaluate` of an adapter or run folder over data files."""
+    return open_adapter(path, model, **options).evaluate(data)
+
+
+MERGE_PROMPTS = ("The capital of France is", "def add(a, b):", "I loved this film because", "2 + 2 =")
+
+
+def merge(
+    path: str | Path,
+    out: str | Path,
+    model: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Folds an adapter into its base, writes the model folder, reloads it and compares logits with the unmerged model.
+
+    Returns and stores (`merge.json` in the folder) the largest difference and whether each next token stayed the same.
+    """
+    opened = open_adapter(path, model, say, **options)
+    base, injection = opened.base, opened.injection
+    assert injection is not None
+    wanted = _logits(base)
+    adapter = injection.adapters[0]
+    injection.eject()
+    say("Writing the merged model.")
+    write_merged(base, adapter, Path(out))
+    say("Reading it back.")
+    merged = base_load.load(Path(out), device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
+    got = _logits(merged)
+    record = {
+        "max_logit_difference": float((got - wanted).abs().max()),
+        "max_logit": float(wanted.abs().max()),
+        "same_next_tokens": bool((got.argmax(-1) == wanted.argmax(-1)).all()),
+        "positions": len(got),
+        "dtype_of_files": _stored_dtype(Path(out)),
+        "origin": adapter.origin,
+    }
+    (Path(out) / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
+    return {**record, "folder": str(out)}
+
+
+def _stored_dtype(folder: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(next(iter(sorted(folder.glob("*.safetensors")))), "pt") as file:
+        return str(file.get_slice(next(iter(file.keys()))).get_dtype())
+
+
+@torch.no_grad()
+def _logits(base: base_load.Base) -> torch.Tensor:
+    rows = []
+    for prompt in MERGE_PROMPTS:
+        tokens = render_prompt(base, [{"role": "user", "content": prompt}])
+        example = _as_example(tokens)
+        batch = flat_batch([example]).to(base.device)
+        if base.plain_reason is None:
+            rows.append(base.logits(base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds)))
+        else:
+            rows.append(base.model(input_ids=batch.tokens_T[None]).logits[0])
+    return torch.cat(rows).float()
+
+
+def _as_example(tokens: list[int]) -> Any:
+    import numpy as np
+
+    from deltaw.data.chat import Example
+
+    return Example(np.asarray(tokens, np.int32), np.ones(len(tokens), np.float32))
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What an adapter adapts: per kind of layer its count, shapes, rank and effective scale; sizes; origin. No base needed."""
+    folder = adapter_folder(path)
+    adapter = read_adapter(folder)
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for name, factors in adapter.factors.items():
+        spec = adapter.spec
+        key = (
+            name.rsplit(".", 1)[-1],
+            spec.rank_of(name),
+            spec.scale_of(name),
+            tuple(factors.A.shape),
+            tuple(factors.B.shape),
+        )
+        groups[key].append(name)
+    return {
+        "folder": str(folder),
+        "rank": adapter.spec.rank,
+        "alpha": adapter.spec.alpha,
+        "variant": "DoRA" if adapter.spec.dora else "rsLoRA" if adapter.spec.rslora else "LoRA",
+        "parameters": adapter.parameters,
+        "bytes": (folder / WEIGHTS).stat().st_size,
+        "layers": [
+            {
+                "name": key[0], "count": len(names), "rank": key[1], "scale": key[2], "A": list(key[3]), "B": list(key[4]),
+                "parameters": sum(adapter.factors[name].parameters for name in names),
+                "update_norm": sum(_update_norm(adapter, name) for name in names) / len(names),
+            }
+            for key, names in groups.items()
+        ],
+        "origin": adapter.origin,
+    }  # fmt: skip
+
+
+def _update_norm(adapter: Adapter, name: str) -> float:
+    """‖s·B·A‖_F from the factors alone: trace((BᵀB)(AAᵀ)), no dense ΔW."""
+    factors, s = adapter.factors[name], adapter.spec.scale_of(name)
+    stacked = name in adapter.parameter_names and factors.A.ndim == 3
+    A = (factors.A if stacked else factors.A.flatten(1)).double()
+    B = (factors.B if stacked else factors.B.flatten(1)).double()
+    square = ((B.mT @ B) * (A @ A.mT)).sum()
+    return float(s * square.clamp_min(0).sqrt())
+
+
+def answers(model: Model, prompt: str | None, data: Sequence[str | Path], **options: Any) -> Iterator[dict[str, Any]]:
+    """An answer to the prompt, or to every row of the data files with its own last answer left out."""
+    if prompt is not None:
+        yield {"prompt": prompt, "answer": model.generate(prompt, **options)}
+    for row in read_rows(find_files([str(path) for path in data])):
+        if isinstance(row, Fault):
+            yield {"file": row.file, "row": row.number, "error": row.reason}
+            continue
+        messages = list(row.messages) or [{"role": "user", "content": row.text}]
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        yield {"file": row.file, "row": row.number, "answer": model.generate(asked, **options), "reference": row.answer}
+
+
+def doctor() -> dict[str, Any]:
+    """The machine as deltaw sees it (`machine`), and what it means for training (`advice`, sentences)."""
+    seen = hardware.look()
+    rates = {str(dtype): hardware.measure_gemm(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    device = hardware.choose_device()
+    dtype = hardware.compute_dtype(device, seen)
+    gpu = "none" if seen.gpu is None else f"{seen.gpu.name}, {seen.gpu.total_bytes / 1e9:.0f} GB"
+    machine = {
+        "processor": f"{seen.cpu_name}, {seen.cores} cores",
+        "instruction sets": ", ".join(seen.instruction_sets),
+        "multiply rate": ", ".join(
+            f"{name.removeprefix('torch.')} {rate:,.0f} GFLOP/s" for name, rate in rates.items()
+        ),
+        "memory": f"{seen.memory_limit_bytes / 1e9:.1f} GB ({seen.memory_limit_source}), {seen.available_bytes / 1e9:.1f} GB free",
+        "gpu": gpu,
+        "platform": seen.platform,
+        **{f"version of {name}": version for name, version in seen.versions.items()},
+        "cache": str(cache_folder()),
+    }
+    return {"machine": machine, "gemm_gflops": rates, "advice": _advice(seen, device, dtype, rates)}
+
+
+def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, rates: dict[str, float]) -> list[str]:
+    advice = [f"Training runs on {device} and computes in {str(dtype).removeprefix('torch.')}."]
+    if device.type == "cpu":
+        rate = rates[str(dtype)]
+        advice.append(
+            f"A base of 135M parameters trains at roughly {_tokens_per_second(rate):,.0f} tokens per second here: "
+            f"{rate:,.0f} GFLOP/s over 0.6 GFLOP per token, less what is not multiplication."
+        )
+        if not seen.bf16_cpu:
+            advice.append("This processor has no bf16 arithmetic, so bases are held in fp32: 4 bytes per parameter.")
+    largest = 0.6 * seen.memory_limit_bytes / (4 if dtype == torch.float32 else 2)
+    advice.append(f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train.")
+    return advice
+
+
+def _tokens_per_second(gflops: float) -> float:
+    return 0.6 * gflops / 0.6
+
+
+def as_json_line(value: dict[str, Any]) -> str:
+    """One line of JSON."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,248 @@
+"""Name or path → Base: a frozen causal language model, its tokenizer, and where they come from.
+
+A name is one of ours ("smollm2-135m"), a local transformers folder, a GGUF file or a hub id; all end as a local folder
+of safetensors, so there is one way in. No code from a model folder is run and no pickle is read. A local folder is
+opened without touching a socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from deltaw.base import forward
+from deltaw.base.builtin import BUILTIN, base_path, cache_folder
+from deltaw.base.gguf import convert_gguf
+from deltaw.disk import sha256_file, write_text
+from deltaw.errors import BaseError, bullet_list
+from deltaw.hardware import choose_device, compute_dtype, look
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass
+class Base:
+    """A frozen model with its tokenizer. `name` is what the user asked for, `folder` where the files lie.
+
+    `plain_reason` says why documents go one at a time through the model's own forward; None means flat batches.
+    """
+
+    name: str
+    folder: Path
+    model: Any
+    tokenizer: Any
+    plain_reason: str | None = None
+    revision: str | None = None
+    _digests: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what the model computes."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the output head."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of frozen parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Size of the weight files on disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    @cached_property
+    def context_tokens(self) -> int:
+        """How many tokens the model was made for."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the weight files, remembered by size and time of change."""
+        return weight_digest(self.folder)
+
+    @cached_property
+    def template_digest(self) -> str:
+        """sha256 over the chat template and the tokenizer: two bases that render alike have the same."""
+        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = json.dumps([self.tokenizer.chat_template, tokenizer.to_str() if tokenizer is not None else None])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What an adapter remembers of this base; never a path of the user's machine when a name exists."""
+        origin = {"base": self.name, "base_digest": self.digest, "template_digest": self.template_digest}
+        return origin if self.revision is None else {**origin, "revision": self.revision}
+
+    def hidden_states(self, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int]) -> Tensor:
+        """Final hidden states [T, H] of a flat row of documents."""
+        return forward.flat_hidden_states(self.model, tokens_T, positions_T, bounds)
+
+    def logits(self, h_NH: Tensor) -> Tensor:
+        """Logits [N, V] from hidden states."""
+        return forward.flat_logits(self.model, h_NH)
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    threads: int | None = None,
+) -> Base:
+    """Opens a base by built-in name, local folder, GGUF file or hub id.
+
+    `dtype` "auto" is bf16 where the processor or GPU computes in bf16, else fp32. Raises BaseError, saying what to do,
+    when there is nothing to open or opening it would need code or pickles from the folder.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    where = choose_device(device)
+    folder = locate(name, revision)
+    check_folder(folder)
+    forward.register()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    model = _open_model(folder, _dtype(dtype, where)).to(where)
+    model.requires_grad_(False).eval()
+    base = Base(public_name(name, folder), folder, model, _open_tokenizer(folder), revision=revision)
+    base.plain_reason = forward.prove(model)
+    return base
+
+
+def public_name(name: str | Path, folder: Path) -> str:
+    """The name under which others can find the base: what was asked for, or a folder's own name instead of its path."""
+    text = str(name)
+    if text in BUILTIN or not Path(text).exists():
+        return text
+    return Path(text).resolve().name if Path(text).is_absolute() or os.sep in text else text or folder.name
+
+
+def locate(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a base, fetched or converted into the cache if it is not there yet."""
+    text = str(name)
+    path = Path(text).expanduser()
+    if text in BUILTIN:
+        return base_path(text)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return _from_gguf(path)
+    if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
+        known = ", ".join(sorted(BUILTIN))
+        raise BaseError(f"There is no base {text!r}: no such folder or GGUF file, and not a built-in name ({known}).")
+    return _from_hub(text, revision)
+
+
+def _from_gguf(path: Path) -> Path:
+    if path.suffix != ".gguf":
+        raise BaseError(f"{path} is a file, but not a .gguf; give a transformers folder or a GGUF file.")
+    folder = cache_folder() / "gguf" / f"{path.stem}-{sha256_file(path)[:16]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        convert_gguf(path, folder)
+    return folder
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's client raises a wide family; its own sentence is the useful part
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BaseError(
+            f"Could not fetch {name!r} from the hub: {first_line} Give a local folder if you have the files already."
+        ) from error
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The folder's config, when the folder can be opened without running anything from it; BaseError otherwise."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BaseError(f"{folder} is not a model folder: it has no config.json.")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BaseError(f"{path} is not valid JSON: {error}") from error
+    faults = []
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        code = " and brings its own code, which deltaw does not run" if config.get("auto_map") else ""
+        faults.append(
+            f"model_type {kind!r} is not known to the installed transformers{code}; a newer transformers may know it"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        why = f"only {', '.join(pickles)}, which can run code when read" if pickles else "no weights"
+        faults.append(f"it holds {why}; save the model as safetensors (model.save_pretrained does) and try again")
+    if faults:
+        raise BaseError(f"The base in {folder} is refused:\n" + bullet_list(faults))
+    return config
+
+
+def _open_model(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=forward.ATTENTION_NAME,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BaseError(f"The base in {folder} cannot be opened: {error}") from error
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseError(f"The tokenizer in {folder} cannot be opened: {error}") from error
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return compute_dtype(device, look())
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
+    if chosen is None:
+        raise BaseError(
+            f"dtype {name!r} is not one of auto, float32, bfloat16 (float16 loses gradients, and crawls on CPUs)."
+        )
+    return chosen
+
+
+def weight_digest(folder: Path) -> str:
+    """sha256 over the folder's weight files, remembered in the cache by path, size and time of change."""
+    files = sorted(folder.glob("*.safetensors"))
+    key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    memory = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    if memory.is_file():
+        return memory.read_text()
+    digest = hashlib.sha256("".join(f.name + sha256_file(f) for f in files).encode()).hexdigest()
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_text(memory, digest)
+    return digest

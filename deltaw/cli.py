@@ -1,0 +1,348 @@
+"""The command line: parse, one call of the api, print. Heavy imports stand inside the verbs, so that --help is instant.
+
+Results go to stdout, talk to stderr. Exit codes are drawn in deltaw/errors.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deltaw import __version__
+from deltaw.config import Settings, make_settings, read_recipe, settings_fields
+from deltaw.errors import EXIT_INTERRUPTED, DeltawError, Interrupted, UsageError
+
+EXIT_CODES = "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, 130 and 143 stopped by a signal."
+
+
+class _Group(click.Group):
+    """Turns our errors into one message and the documented exit code, for every verb."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (DeltawError, Interrupted) as error:
+            click.echo(f"{'' if isinstance(error, Interrupted) else 'Error: '}{error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="deltaw")
+def main() -> None:
+    """Adapt a large pre-trained model to a task on the machine you have.
+
+    Start with `deltaw demo`, or `deltaw train --data chats.jsonl`.
+    """
+
+
+def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One option per setting, in the order of deltaw/config.py."""
+    for field in reversed(settings_fields()):
+        function = _option(field)(function)
+    return function
+
+
+def _option(field: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    name = "--" + field.name.replace("_", "-")
+    shown = field.default if field.default not in (None, (), False) else None
+    text = field.metadata["help"] + (
+        f"  [default: {', '.join(shown) if isinstance(shown, tuple) else shown}]" if shown is not None else ""
+    )
+    if field.metadata["kind"] is bool:
+        return click.option(f"{name}/--no-{field.name.replace('_', '-')}", field.name, default=None, help=text)
+    choices = field.metadata["choices"]
+    kind = click.Choice(choices) if choices and not field.metadata["many"] else str
+    metavar = (
+        None if choices and not field.metadata["many"] else {int: "N", float: "X"}.get(field.metadata["kind"], "TEXT")
+    )
+    return click.option(
+        name, field.name, default=None, multiple=field.metadata["many"], type=kind, metavar=metavar, help=text
+    )
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=False)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+quiet_option = click.option("--quiet", is_flag=True, help="No talk on stderr, only errors.")
+model_option = click.option("--model", metavar="TEXT", help="The base, where the adapter does not say where it lies.")
+
+
+def _machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    wanted = ("device", "dtype", "threads", "revision")
+    for field in reversed([field for field in settings_fields() if field.name in wanted]):
+        function = _option(field)(function)
+    return function
+
+
+def _machine(options: dict[str, Any]) -> dict[str, Any]:
+    """device, dtype, revision, threads as `load` takes them."""
+    given = _given(options)
+    return {**given, **({"threads": int(given["threads"])} if "threads" in given else {})}
+
+
+# -- verbs --------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--minutes", type=float, metavar="X", help="Train for this long instead of 120 steps.")
+@click.option("--out", metavar="TEXT", help="Run folder to make; default: a dated folder under runs/.")
+@click.option("--steps", type=int, metavar="N", help="Train for this many steps.  [default: 120]")
+@click.option("--lr", type=float, metavar="X", help="Peak learning rate, or auto.")
+@click.option("--seed", type=int, metavar="N", help="Seed of the start and the order of the data.")
+@_machine_options
+@quiet_option
+@json_option
+def demo(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Train SmolLM2-135M on real reviews and tweets, and see what changed."""
+    from deltaw import api
+    from deltaw.terminal import TerminalWatcher, show_json
+
+    watcher = TerminalWatcher(_console(stderr=True), quiet)
+    summary = api.demo(watcher, **_given(options))
+    if as_json:
+        show_json(summary)
+    else:
+        _show_demo(summary)
+
+
+def _show_demo(summary: dict[str, Any]) -> None:
+    from deltaw.terminal import human_bytes, human_seconds, pairs, results_table, samples_table
+
+    console, sizes = _console(), summary["sizes"]
+    console.print()
+    results_table(console, summary["results"])
+    console.print()
+    samples_table(console, summary["samples"])
+    console.print()
+    share = sizes["trained_parameters"] / sizes["base_parameters"]
+    pairs(console, {
+        "adapter": f"{human_bytes(sizes['adapter_bytes'])} beside a base of {human_bytes(sizes['base_bytes'])}; {share:.2%} as many parameters trained",
+        "time": f"{human_seconds(summary['train_seconds'])} for {summary['steps']} steps, {summary['tokens']:,} tokens; peak memory {human_bytes(summary['peak_bytes'])}",
+        "run": f"{summary['run']} (open report.html in a browser)",
+    })  # fmt: skip
+    console.print("\nTry next:", highlight=False)
+    for command in (
+        f"deltaw chat {summary['run']}",
+        f"deltaw merge {summary['run']} --out merged",
+        "deltaw train --data your-chats.jsonl",
+    ):
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+@main.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@_settings_options
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Go on with an interrupted run; takes no other settings.",
+)
+@click.option("--memory", metavar="SIZE", help="Keep the run below this much memory (not built yet).")
+@quiet_option
+@json_option
+def train(
+    recipe: Path | None, resume: Path | None, memory: str | None, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    """Train an adapter. RECIPE is a YAML file of settings; flags win over it."""
+    if memory is not None:
+        raise UsageError(
+            "--memory is not built yet. Use smaller --micro-tokens to need less memory; results stay the same."
+        )
+    given = _given(options)
+    if resume is not None:
+        if given or recipe:
+            raise UsageError(
+                f"--resume goes on with the settings of the run; leave out {', '.join(sorted(given)) or recipe}."
+            )
+        _finish_training(resume, None, None, quiet, as_json)
+        return
+    settings = make_settings(given, read_recipe(recipe) if recipe else None)
+    run = _start_run(settings)
+    _finish_training(None, settings, run, quiet, as_json)
+
+
+def _start_run(settings: Settings) -> Any:
+    """The run folder, before anything heavy is imported."""
+    from deltaw.data.source import find_files
+    from deltaw.engine.run import create_run
+
+    for name in ("data", "eval_data"):
+        if getattr(settings, name):
+            files = tuple(str(path) for path in find_files(list(getattr(settings, name))))
+            settings.put(name, files, settings.sources[name])
+    if not settings.data:
+        raise UsageError("No training data: give --data FILE (or a recipe with `data:`).")
+    return create_run(settings)
+
+
+def _finish_training(resume: Path | None, settings: Settings | None, run: Any, quiet: bool, as_json: bool) -> None:
+    from deltaw import api
+    from deltaw.terminal import TerminalWatcher, pairs, show_json
+
+    watcher = TerminalWatcher(_console(stderr=True), quiet)
+    if settings is not None:
+        api.with_absolute_paths(settings)
+        run.write_settings(settings)
+    run = api.train(settings, run, watcher, resume=resume)
+    summary = run.read_summary()
+    if as_json:
+        show_json({**summary, "run": str(run.folder)})
+        return
+    best = summary.get("best_eval_loss")
+    pairs(_console(), {
+        "status": summary["status"],
+        **({} if best is None else {"best validation loss": f"{best:.4f} (step {summary['best_step']})"}),
+        "adapter": str(run.adapter),
+        "report": str(run.report),
+        "next": f"deltaw chat {run.folder}",
+    })  # fmt: skip
+
+
+@main.command("eval")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
+@model_option
+@_machine_options
+@json_option
+def evaluate(adapter: Path, data: tuple[str, ...], model: str | None, as_json: bool, **options: Any) -> None:
+    """Loss, perplexity, exact match, and accuracy where answers are labels. ADAPTER is a run or adapter folder."""
+    from deltaw import api
+    from deltaw.terminal import TerminalWatcher, pairs, percent, show_json
+
+    watcher = TerminalWatcher(_console(stderr=True), quiet=as_json)
+    result = api.open_adapter(adapter, model, watcher.say, **_machine(options)).evaluate(data, watcher.measured)
+    if as_json:
+        show_json(result)
+        return
+    shown = {"loss": f"{result['loss']:.4f}", "perplexity": f"{result['perplexity']:.3f}"}
+    shown["exact match"] = (
+        f"{percent(result['exact_match'])} ({percent(result['exact_match_low'])} – {percent(result['exact_match_high'])})"
+    )
+    if "accuracy" in result:
+        shown["accuracy"] = f"{percent(result['accuracy'])} ({percent(result['low'])} – {percent(result['high'])})"
+    pairs(_console(), {**shown, "rows": f"{result['rows']:,}", "tokens": f"{result['tokens']:,}"})
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--prompt", metavar="TEXT", help="One prompt.")
+@click.option(
+    "--data", multiple=True, metavar="FILE", help="Answer every row of a data file; its own last answer is left out."
+)
+@click.option("--max-new-tokens", default=256, show_default=True, metavar="N", help="Longest answer.")
+@click.option("--temperature", default=0.0, show_default=True, metavar="X", help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
+@model_option
+@_machine_options
+@json_option
+def generate(
+    adapter: Path, prompt: str | None, data: tuple[str, ...], max_new_tokens: int, temperature: float, seed: int,
+    model: str | None, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Answer a prompt, or every row of a file. ADAPTER is a run or adapter folder."""
+    if (prompt is None) == (not data):
+        raise UsageError("Give either --prompt TEXT or --data FILE.")
+    from deltaw import api
+
+    opened = api.open_adapter(adapter, model, lambda text: click.echo(text, err=True), **_machine(options))
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    for answer in api.answers(opened, prompt, data, **sampling):
+        click.echo(api.as_json_line(answer) if as_json or data else answer["answer"])
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
+@model_option
+@_machine_options
+@json_option
+def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options: Any) -> None:
+    """Fold an adapter into its base, read the result back and compare the logits."""
+    from deltaw import api
+    from deltaw.terminal import pairs, show_json
+
+    record = api.merge(adapter, out, model, lambda text: click.echo(text, err=True), **_machine(options))
+    if as_json:
+        show_json(record)
+        return
+    pairs(_console(), {
+        "merged model": record["folder"],
+        "largest logit difference": f"{record['max_logit_difference']:.2e} (largest logit {record['max_logit']:.1f}, files in {record['dtype_of_files']})",
+        "same next token everywhere": "yes" if record["same_next_tokens"] else "NO",
+    })  # fmt: skip
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@json_option
+def inspect(adapter: Path, as_json: bool) -> None:
+    """What an adapter adapts: layers, ranks, effective scale, sizes, origin. Opens no base."""
+    from deltaw import api
+    from deltaw.terminal import human_bytes, inspect_table, pairs, show_json
+
+    facts = api.inspect(adapter)
+    if as_json:
+        show_json(facts)
+        return
+    console = _console()
+    pairs(console, {
+        "adapter": f"{facts['folder']} ({facts['variant']}, {facts['parameters'] / 1e6:.2f}M parameters, {human_bytes(facts['bytes'])})",
+        **facts["origin"],
+    })  # fmt: skip
+    inspect_table(console, facts["layers"])
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """The machine as deltaw sees it, and what that means for training."""
+    from deltaw import api
+    from deltaw.terminal import pairs, show_json
+
+    facts = api.doctor()
+    if as_json:
+        show_json(facts)
+        return
+    console = _console()
+    pairs(console, facts["machine"])
+    for sentence in facts["advice"]:
+        console.print(f"→ {sentence}", highlight=False, markup=False)
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@model_option
+@_machine_options
+def chat(adapter: Path, model: str | None, **options: Any) -> None:
+    """Talk to base and adapter side by side. ADAPTER is a run or adapter folder."""
+    from deltaw import api
+    from deltaw.terminal import chat_loop
+
+    console = _console()
+    opened = api.open_adapter(adapter, model, lambda text: click.echo(text, err=True), **_machine(options))
+    chat_loop(console, opened, sys.stdin)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""Every setting, once. Flags, recipe keys, help texts, docs and the resolved settings of a run all derive from this list.
+
+A setting's value comes from a flag, else from the recipe, else from a rule that knows the model and the data, else from
+the default; where it came from is kept beside it and written into the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltaw.errors import UsageError, bullet_list
+
+AUTO = "auto"
+
+
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    kind: type = str,
+    many: bool = False,
+    choices: tuple[str, ...] = (),
+    group: str = "",
+) -> Any:
+    """A field of Settings: its default, its one line of help, the type of a value, and whether it may be repeated."""
+    metadata = {"help": help_text, "kind": kind, "many": many, "choices": choices, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Settings:
+    """The settings of a training run. `auto` and None are replaced by rules, see `resolve_rules`."""
+
+    model: str = setting("smollm2-135m", "Base: built-in name, folder, GGUF file or hub id.", group="what")
+    data: tuple[str, ...] = setting((), "Training file or glob; may be repeated.", many=True, group="what")
+    eval_data: tuple[str, ...] = setting(
+        (), "Validation file; without it 5 % of the rows (at most 500) are held out.", many=True, group="what"
+    )
+    out: str | None = setting(None, "Run folder to make; default: a dated folder under runs/.", group="what")
+    adapter: str | None = setting(None, "Start from the factors of this adapter folder.", group="what")
+    revision: str | None = setting(None, "Revision of a hub base.", group="what")
+
+    rank: int | str = setting(AUTO, "Rank r of the update, or auto.", kind=int, group="adapter")
+    alpha: float = setting(32.0, "Alpha; the update is scaled by alpha/r.", kind=float, group="adapter")
+    targets: tuple[str, ...] = setting(
+        ("all-linear",),
+        "all-linear, or suffixes of module names; comma-separated or repeated.",
+        many=True,
+        group="adapter",
+    )
+    exclude: tuple[str, ...] = setting((), "Suffixes of module names to leave out.", many=True, group="adapter")
+    layers: str | None = setting(None, "Block numbers to adapt, such as 0-11,20.", group="adapter")
+    dropout: float = setting(0.0, "Dropout on the input of the low-rank branch.", kind=float, group="adapter")
+    rslora: bool = setting(False, "Scale by alpha/√r instead of alpha/r.", kind=bool, group="adapter")
+    dora: bool = setting(False, "Train magnitudes too (DoRA).", kind=bool, group="adapter")
+
+    steps: int | None = setting(None, "Length as optimiser steps.", kind=int, group="length")
+    epochs: float | None = setting(None, "Length as passes over the data (default: 1).", kind=float, group="length")
+    minutes: float | None = setting(
+        None, "Length as minutes of training; the rate falls to zero with the budget.", kind=float, group="length"
+    )
+    batch_tokens: int | str = setting(
+        AUTO, "Tokens per optimiser step, context included, or auto.", kind=int, group="length"
+    )
+    micro_tokens: int | str = setting(
+        AUTO, "Tokens per forward pass, or auto; changes memory, not results.", kind=int, group="length"
+    )
+    max_length: int | str = setting(AUTO, "Longest document in tokens, or auto.", kind=int, group="length")
+
+    lr: float | str = setting(AUTO, "Peak learning rate, or auto.", kind=float, group="optimiser")
+    lora_plus: float = setting(1.0, "Rate of B divided by rate of A (LoRA+).", kind=float, group="optimiser")
+    schedule: str = setting(
+        "linear", "How the rate falls to zero.", choices=("linear", "cosine", "constant"), group="optimiser"
+    )
+    warmup: float = setting(0.03, "Share of the run over which the rate rises.", kind=float, group="optimiser")
+    clip: float = setting(
+        1.0, "Largest gradient norm of an adapter; 0 switches clipping off.", kind=float, group="optimiser"
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay.", kind=float, group="optimiser")
+    seed: int = setting(0, "Seed of the start, the order of the data and dropout.", kind=int, group="optimiser")
+
+    eval_steps: int | str = setting(
+        AUTO, "Steps between evaluations, or auto (6 in a run).", kind=int, group="watching"
+    )
+    eval_rows: int = setting(
+        500,
+        "Rows of the validation data measured during the run; all of them would only cost time.",
+        kind=int,
+        group="watching",
+    )
+    patience: int = setting(
+        0, "Stop after this many evaluations without a better one; 0 never.", kind=int, group="watching"
+    )
+    checkpoint_steps: int | str = setting(
+        AUTO, "Steps between checkpoints, or auto (as often as evaluations).", kind=int, group="watching"
+    )
+    keep_checkpoints: int = setting(2, "Checkpoints kept.", kind=int, group="watching")
+    allow_lost: float = setting(
+        0.01, "Share of rows that may be unusable before the run refuses.", kind=float, group="watching"
+    )
+    track: tuple[str, ...] = setting(
+        (),
+        "Also log to tensorboard, wandb or trackio.",
+        many=True,
+        choices=("tensorboard", "wandb", "trackio"),
+        group="watching",
+    )
+
+    device: str = setting(AUTO, "auto, cpu, cuda or mps.", choices=("auto", "cpu", "cuda", "mps"), group="machine")
+    dtype: str = setting(AUTO, "auto, float32 or bfloat16.", choices=("auto", "float32", "bfloat16"), group="machine")
+    threads: int | None = setting(None, "CPU threads.", kind=int, group="machine")
+
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def put(self, name: str, value: Any, source: str) -> None:
+        """Sets a value and remembers where it came from."""
+        setattr(self, name, value)
+        self.sources[name] = source
+
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        """{name: {value, source}} of every setting, for the run folder."""
+        return {
+            field.name: {"value": _plain(getattr(self, field.name)), "source": self.sources.get(field.name, "default")}
+            for field in settings_fields()
+        }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def settings_fields() -> list[dataclasses.Field[Any]]:
+    """The settings in their order."""
+    return [field for field in dataclasses.fields(Settings) if "help" in field.metadata]
+
+
+def make_settings(given: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from what the caller gave, over a recipe, over the defaults. Raises UsageError listing every fault."""
+    settings, faults = Settings(), []
+    fields = {field.name: field for field in settings_fields()}
+    for source, values in (("recipe", recipe or {}), ("given", given)):
+        for raw_name, raw in values.items():
+            name = str(raw_name).replace("-", "_")
+            if name not in fields:
+                faults.append(f"{source}: unknown setting {raw_name!r}{_near(name, fields)}")
+            elif raw is not None:
+                _put(settings, fields[name], raw, source, faults)
+    faults += _contradictions(settings)
+    if faults:
+        raise UsageError("These settings cannot be used:\n" + bullet_list(faults))
+    return settings
+
+
+def _near(name: str, fields: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(fields), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _put(settings: Settings, field: dataclasses.Field[Any], raw: Any, source: str, faults: list[str]) -> None:
+    try:
+        settings.put(field.name, _convert(field, raw), source)
+    except (TypeError, ValueError) as error:
+        faults.append(f"{field.name} = {raw!r}: {error}")
+
+
+def _convert(field: dataclasses.Field[Any], raw: Any) -> Any:
+    kind, choices = field.metadata["kind"], field.metadata["choices"]
+    if field.metadata["many"]:
+        items = [raw] if isinstance(raw, str | Path) else list(raw)
+        values = tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
+        return tuple(_choice(value, choices) for value in values)
+    if raw == AUTO and field.default == AUTO:
+        return AUTO
+    if kind is bool:
+        if isinstance(raw, bool):
+            return raw
+        raise ValueError("must be true or false")
+    if kind is int and (isinstance(raw, bool) or float(raw) != int(raw)):
+        raise ValueError("must be a whole number")
+    value = kind(raw)
+    if kind is float and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return _choice(value, choices)
+
+
+def _choice(value: Any, choices: tuple[str, ...]) -> Any:
+    if choices and value not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}")
+    return value
+
+
+_POSITIVE = (
+    "steps",
+    "epochs",
+    "minutes",
+    "batch_tokens",
+    "micro_tokens",
+    "max_length",
+    "lr",
+    "lora_plus",
+    "rank",
+    "threads",
+    "eval_steps",
+    "eval_rows",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "alpha",
+)
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    faults = []
+    lengths = [name for name in ("steps", "epochs", "minutes") if getattr(settings, name) is not None]
+    if len(lengths) > 1:
+        faults.append(f"{' and '.join(lengths)} are given; the length of a run is one of steps, epochs, minutes")
+    for name in _POSITIVE:
+        value = getattr(settings, name)
+        if isinstance(value, int | float) and value <= 0:
+            faults.append(f"{name} = {value}: must be above 0")
+    for name in ("dropout", "warmup", "allow_lost"):
+        if not 0 <= getattr(settings, name) <= 1:
+            faults.append(f"{name} = {getattr(settings, name)}: must be between 0 and 1")
+    if settings.layers is not None:
+        try:
+            parse_layers(settings.layers)
+        except ValueError as error:
+            faults.append(f"layers = {settings.layers!r}: {error}")
+    return faults
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """(0, 1, 2, 20) from "0-2,20"; ValueError when it is not such a list."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError("must look like 0-11,20")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(numbers))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file; data paths in it are relative to it. Raises UsageError when it is no such file."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as a YAML recipe: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold settings as `name: value`, not {type(values).__name__}.")
+    for name in ("data", "eval_data", "eval-data"):
+        if values.get(name):
+            items = [values[name]] if isinstance(values[name], str) else values[name]
+            values[name] = [str(path.parent / item) for item in items]
+    return values
+
+
+# -- rules: defaults that depend on the model and the data -------------------------------------------------------------
+
+MOST_PARAMETERS = 45_000_000
+MOST_SHARE = 0.04
+
+
+def default_rank(parameters_per_rank: int, base_parameters: int) -> tuple[int, str]:
+    """The largest power of two whose adapter stays within 45M parameters and 4 % of the base, from 1 to 128.
+
+    45M is where the public rank sweeps level off for 1B to 9B models; 4 % keeps a small base's adapter small.
+    """
+    affordable = min(MOST_PARAMETERS, MOST_SHARE * base_parameters) / parameters_per_rank
+    rank = 2 ** int(math.log2(affordable)) if affordable >= 1 else 1
+    return min(128, rank), "rule: the largest power of two within 45M parameters and 4 % of the base"
+
+
+def default_rate(hidden: int, model_type: str) -> tuple[float, str]:
+    """5e-4·(2000/hidden)^p: p = 0.781 for Llama shapes, 0.0775 for Qwen (Thinking Machines' sweep); else 3e-4."""
+    family = model_type.lower()
+    if family.startswith(("llama", "smollm", "mistral")):
+        power = 0.781
+    elif family.startswith("qwen"):
+        power = 0.0775
+    else:
+        return 3e-4, "rule: 3e-4 for architectures without a fitted formula"
+    rate = 5e-4 * (2000 / hidden) ** power
+    return float(f"{rate:.3g}"), f"rule: 5e-4·(2000/{hidden})^{power} for {model_type}"
+
+
+def default_batch_tokens(mean_tokens: float) -> tuple[int, str]:
+    """About 16 documents a step, as a power of two from 1,024 to 16,384 tokens: small batches suit LoRA."""
+    wanted = 2 ** round(math.log2(max(1.0, 16 * mean_tokens)))
+    return int(
+        min(16_384, max(1024, wanted))
+    ), f"rule: 16 documents of {mean_tokens:.0f} tokens, as a power of two from 1,024 to 16,384"

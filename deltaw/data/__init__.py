@@ -1,0 +1,1 @@
+"""Files of chats → examples (token ids and weights) → flat batches."""

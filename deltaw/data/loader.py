@@ -1,0 +1,113 @@
+"""The order of the data: a pure function of (seed, epoch, position), and the cutting of steps into micro-batches.
+
+A run needs to remember one number, how many documents it has taken. A Feistel network permutes 0..n-1 without a table,
+so that any position of any epoch is found at once, for any n.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltaw.data.pack import Batch, TokenStore
+
+_ROUNDS = 4
+
+
+def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
+    """Where `index` goes in the permutation of 0..count-1 that belongs to (seed, epoch).
+
+    A balanced Feistel network over the next even power of two, walked until it falls below `count` (Black & Rogaway,
+    "Ciphers with arbitrary finite domains", 2002, §3); fewer than four walks on average.
+    """
+    assert 0 <= index < count
+    half_bits = max(1, ((count - 1).bit_length() + 1) // 2)
+    keys = _round_keys(seed, epoch)
+    while True:
+        index = _feistel(index, half_bits, keys)
+        if index < count:
+            return index
+
+
+def _round_keys(seed: int, epoch: int) -> list[int]:
+    digest = hashlib.sha256(f"deltaw order {seed} {epoch}".encode()).digest()
+    return [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(_ROUNDS)]
+
+
+def _feistel(value: int, half_bits: int, keys: Sequence[int]) -> int:
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for key in keys:
+        mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        left, right = right, left ^ (mixed >> 32 & mask)
+    return left << half_bits | right
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step trains on: documents, cut into micro-batches; `next_position` is where to go on."""
+
+    micro_batches: list[list[int]]
+    next_position: int
+
+
+class Loader:
+    """Cuts a store into optimiser steps of about `batch_tokens` tokens, in the order of (seed, epoch, position)."""
+
+    def __init__(self, store: TokenStore, batch_tokens: int, micro_tokens: int, seed: int) -> None:
+        self.store, self.batch_tokens, self.micro_tokens, self.seed = store, batch_tokens, micro_tokens, seed
+        self.lengths = store.lengths
+
+    def document(self, position: int) -> int:
+        """The document at a position counted over all epochs."""
+        epoch, index = divmod(position, len(self.store))
+        return shuffled(index, len(self.store), self.seed, epoch)
+
+    def step(self, position: int, stop: int | None = None) -> Step:
+        """The step that begins at `position`: whole documents until the next would pass `batch_tokens`, at least one.
+
+        `stop` is a position that no step passes (the end of the last epoch).
+        """
+        documents: list[int] = []
+        total = 0
+        while stop is None or position + len(documents) < stop:
+            document = self.document(position + len(documents))
+            total += int(self.lengths[document])
+            if documents and total > self.batch_tokens:
+                break
+            documents.append(document)
+        return Step(self.cut(documents, self.micro_tokens), position + len(documents))
+
+    def cut(self, documents: Sequence[int], micro_tokens: int) -> list[list[int]]:
+        """Consecutive documents grouped so that no group of several has more than `micro_tokens` tokens."""
+        groups: list[list[int]] = []
+        total = 0
+        for document in documents:
+            length = int(self.lengths[document])
+            if not groups or total + length > micro_tokens:
+                groups.append([])
+                total = 0
+            groups[-1].append(document)
+            total += length
+        return groups
+
+    def batches(self, step: Step) -> list[Batch]:
+        """The step's micro-batches, read from the store."""
+        return [self.store.batch(documents) for documents in step.micro_batches]
+
+    def steps_until(self, stop: int) -> int:
+        """How many steps take the documents up to position `stop`."""
+        position = steps = 0
+        while position < stop:
+            position, steps = self.step(position, stop).next_position, steps + 1
+        return steps
+
+
+def evaluation_batches(store: TokenStore, batch_tokens: int, most_rows: int | None = None) -> list[list[int]]:
+    """The first `most_rows` documents, shortest first, in batches of at most `batch_tokens` tokens: the fastest order."""
+    order = np.argsort(store.lengths[:most_rows], kind="stable").tolist()
+    return Loader(store, batch_tokens, batch_tokens, 0).cut(order, batch_tokens)

@@ -1,0 +1,93 @@
+"""Files that are either complete or absent: temporary name, fsync, rename, fsync of the directory. And digests.
+
+Every file that deltaw promises to keep goes through here, so that a crash, a full disk or a second process can leave
+an old version or the new one, never half of one. Errors of the system become DiskError with the path and the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from deltaw.errors import DiskError
+
+
+@contextlib.contextmanager
+def disk_errors(action: str, path: Path) -> Iterator[None]:
+    """Turns an OSError inside into a DiskError that names the action, the path, the reason and the next step."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DiskError(
+            f"Could not {action} {path}: {reason}. Free some space or check the permissions, then run it again."
+        ) from error
+
+
+def fsync_path(path: Path) -> None:
+    """Asks the system to put a file or directory on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, *chunks: bytes | memoryview) -> None:
+    """Writes a whole file under a temporary name and renames it; raises DiskError and leaves the old one otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors("write", path):
+        try:
+            with temporary.open("wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_path(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends without an error.
+
+    A folder that stood there before is moved aside first and removed last. Raises DiskError.
+    """
+    with disk_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                fsync_path(file)
+            _take_place(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    aside = temporary.with_name(temporary.name + ".old")
+    if path.exists():
+        path.rename(aside)
+    temporary.rename(path)
+    fsync_path(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,61 @@
+"""A checkpoint is one file: tensors and state as safetensors, then the sha256 of all that. No pickle.
+
+It is written under a temporary name, fsynced and renamed, so it is whole or absent; resume takes the newest whose
+checksum is right and says which it skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from deltaw.disk import write_bytes
+
+_MAGIC = b"deltaw01"
+_NAME = re.compile(r"step-(\d{8})\.ckpt")
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Writes the checkpoint of `step` and removes all but the newest `keep`. Raises DiskError; older ones then stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = safetensors.torch.save(tensors, metadata={"state": json.dumps(state)})
+    path = folder / f"step-{step:08d}.ckpt"
+    write_bytes(path, payload, hashlib.sha256(payload).digest(), _MAGIC)
+    for old in list_checkpoints(folder)[keep:]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first, good or not."""
+    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
+    return sorted(found, reverse=True)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state) of a checkpoint; ValueError when it is damaged."""
+    content = path.read_bytes()
+    payload, digest, magic = content[:-40], content[-40:-8], content[-8:]
+    if magic != _MAGIC or hashlib.sha256(payload).digest() != digest:
+        raise ValueError(f"{path.name} is damaged (its checksum is wrong)")
+    length = int.from_bytes(payload[:8], "little")
+    state = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["state"])
+    return safetensors.torch.load(payload), state
+
+
+def newest_checkpoint(folder: Path) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
+    """The newest checkpoint that verifies (None when there is none), and what was skipped and why."""
+    skipped: list[str] = []
+    for path in list_checkpoints(folder):
+        try:
+            return read_checkpoint(path), skipped
+        except (ValueError, KeyError, OSError, safetensors.SafetensorError) as error:
+            skipped.append(str(error))
+    return None, skipped

@@ -1,0 +1,168 @@
+"""Held-out numbers from one flat pass: loss, perplexity, exact match, and accuracy where answers are labels.
+
+Exact match needs no generation: greedy decoding gives the reference answer if and only if each of its tokens, the end
+of turn included, is the most likely one after the tokens before it. For labels, the answer is the label whose first
+token is likelier than the other labels' first tokens; where two labels begin alike, the whole label is scored.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltaw.base.load import Base
+from deltaw.data.check import DataSet, Labels
+from deltaw.data.loader import evaluation_batches
+from deltaw.data.pack import TokenStore, flat_batch
+from deltaw.engine.objective import score_batch
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Evaluation:
+    """`loss_sum` over `tokens` trained tokens of `rows` documents; accuracy and its labels only where they apply."""
+
+    loss_sum: float
+    tokens: int
+    rows: int
+    exact: int
+    seconds: float
+    correct: int | None = None
+    choices: list[int] | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per trained token, in nats."""
+        return self.loss_sum / max(1, self.tokens)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The numbers for tables and JSON, with 95 % Wilson intervals for shares."""
+        low, high = wilson(self.exact, self.rows)
+        result: dict[str, float | int] = {
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "perplexity": math.exp(min(self.loss, 700.0)),
+            "exact_match": self.exact / max(1, self.rows),
+            "exact_match_low": low,
+            "exact_match_high": high,
+            "seconds": self.seconds,
+        }
+        if self.correct is not None:
+            low, high = wilson(self.correct, self.rows)
+            result |= {"accuracy": self.correct / max(1, self.rows), "low": low, "high": high}
+        return result
+
+
+def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927): right also near 0 and 1, where ± standard error is not."""
+    if count == 0:
+        return 0.0, 1.0
+    share, square = hits / count, z * z
+    centre = (share + square / (2 * count)) / (1 + square / count)
+    half = z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def held_out_loss(base: Base, store: TokenStore, batch_tokens: int, most_rows: int) -> tuple[float, int, float]:
+    """(loss sum, trained tokens, seconds) over the first `most_rows` documents: what is watched during training."""
+    started, loss_sum, tokens = time.monotonic(), 0.0, 0
+    for documents in evaluation_batches(store, batch_tokens, most_rows):
+        losses_N = score_batch(base, store.batch(documents).to(base.device)).losses_N
+        loss_sum += float(losses_N.sum(dtype=torch.float64))
+        tokens += len(losses_N)
+    return loss_sum, tokens, time.monotonic() - started
+
+
+def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | None = None) -> Evaluation:
+    """All numbers of `Evaluation` over a data set, with whatever adapter is active in the base."""
+    store, labels = data.store, data.labels()
+    started = time.monotonic()
+    first_tokens = None if labels is None else _first_tokens(data, labels)
+    result = Evaluation(0.0, 0, len(store), 0, 0.0)
+    choices = np.full(len(store), -1)
+    done = 0
+    for documents in evaluation_batches(store, batch_tokens):
+        batch = store.batch(documents).to(base.device)
+        scores = score_batch(base, batch, first_tokens or ())
+        result.loss_sum += float(scores.losses_N.sum(dtype=torch.float64))
+        result.tokens += len(scores.losses_N)
+        result.exact += _all_hit(scores.hits_N, scores.places_N, batch.bounds)
+        if first_tokens is not None:
+            starts_D = torch.searchsorted(scores.places_N, _answer_starts(batch.weights_T, batch.bounds))
+            choices[documents] = scores.logits_NC[starts_D].argmax(1).cpu().numpy()
+        done += len(documents)
+        if progress is not None:
+            progress(done, len(store))
+    if labels is not None:
+        chosen = choices.tolist() if first_tokens is not None else _score_whole_labels(base, data, labels, batch_tokens)
+        result.choices = chosen
+        result.correct = sum(choice == truth for choice, truth in zip(chosen, labels.of_document, strict=True))
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def _all_hit(hits_N: Tensor, places_N: Tensor, bounds: Sequence[int]) -> int:
+    """Number of documents whose labelled tokens are all the most likely ones."""
+    edges = torch.tensor(bounds[1:], device=places_N.device)
+    document_N = torch.bucketize(places_N, edges, right=True)
+    misses = torch.bincount(document_N[~hits_N], minlength=len(bounds) - 1)
+    return int((misses == 0).sum())
+
+
+def _answer_starts(weights_T: Tensor, bounds: Sequence[int]) -> Tensor:
+    """The position that predicts the first token of each document's last trained stretch."""
+    starts = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        trained = weights_T[start:stop] > 0
+        begins = trained & ~torch.cat([trained.new_zeros(1), trained[:-1]])
+        starts.append(start + int(begins.nonzero()[-1]))
+    return torch.tensor(starts, device=weights_T.device)
+
+
+def _answer_tokens(data: DataSet, labels: Labels) -> list[list[int]]:
+    """The tokens of each label as they stand in a document that has it."""
+    examples = {label: document for document, label in enumerate(labels.of_document)}
+    answers = []
+    for label in range(len(labels.names)):
+        example = data.store[examples[label]]
+        trained = example.weights > 0
+        begins = np.flatnonzero(trained & ~np.append(False, trained[:-1]))
+        answers.append(example.tokens[begins[-1] :][trained[begins[-1] :]].tolist())
+    return answers
+
+
+def _first_tokens(data: DataSet, labels: Labels) -> list[int] | None:
+    answers = _answer_tokens(data, labels)
+    firsts = [answer[0] for answer in answers]
+    return firsts if len(set(firsts)) == len(labels.names) else None
+
+
+def _score_whole_labels(base: Base, data: DataSet, labels: Labels, batch_tokens: int) -> list[int]:
+    """The label with the lowest summed loss for each document, each label put in the answer's place."""
+    answers = _answer_tokens(data, labels)
+    choices = []
+    for document in range(len(data.store)):
+        example = data.store[document]
+        trained = example.weights > 0
+        begin = int(np.flatnonzero(trained & ~np.append(False, trained[:-1]))[-1])
+        variants = [
+            type(example)(
+                np.append(example.tokens[:begin], answer).astype(np.int32),
+                np.append(np.zeros(begin), np.ones(len(answer))).astype(np.float32),
+            )
+            for answer in answers
+        ]
+        batch = flat_batch(variants).to(base.device)
+        losses_N, _, _, places_N = score_batch(base, batch)
+        owner_N = torch.bucketize(places_N, torch.tensor(batch.bounds[1:], device=places_N.device), right=True)
+        sums = torch.zeros(len(answers), device=losses_N.device).index_add_(0, owner_N, losses_N)
+        choices.append(int(sums.argmin()))
+    return choices

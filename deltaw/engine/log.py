@@ -1,0 +1,71 @@
+"""metrics.jsonl: one line per step and one per evaluation, each complete when written; and the trackers, by name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from deltaw.errors import UsageError
+
+
+class MetricsLog:
+    """Appends lines to a metrics file and hands them to trackers. Opened again, it drops lines behind `resume_step`."""
+
+    def __init__(self, path: Path, resume_step: int = 0, trackers: Sequence[Any] = ()) -> None:
+        if resume_step:
+            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file: TextIO = path.open("a", buffering=1)
+        self.trackers = list(trackers)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Writes one line at once."""
+        self._file.write(json.dumps(line) + "\n")
+        for tracker in self.trackers:
+            tracker(line)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a torn last line is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def open_trackers(names: Sequence[str], folder: Path) -> list[Any]:
+    """One function per tracker that takes a metrics line. UsageError names a tracker that is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"Not installed: {', '.join(missing)}. Install with: pip install 'deltaw[track]'")
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _wandb}
+    return [makers[name](name, folder) for name in names]
+
+
+def _tensorboard(_name: str, folder: Path) -> Any:
+    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
+
+    def log(line: dict[str, Any]) -> None:
+        for key, value in line.items():
+            if key != "step":
+                writer.add_scalar(key, value, line["step"])
+        writer.flush()
+
+    return log
+
+
+def _wandb(name: str, folder: Path) -> Any:
+    """wandb, and trackio, which has the same calls."""
+    module = importlib.import_module(name)
+    run = module.init(project="deltaw", name=folder.name)
+    return lambda line: run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])

@@ -1,0 +1,204 @@
+"""The training loop: a function of a base, adapters and their data. It prints nothing and decides nothing.
+
+Adapters take turns on the frozen base within a step, each with its own data, rate and slice of the flat buffer, and one
+optimiser call ends the step. What happens is told to an Observer; what is kept, shown or saved is its business.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deltaw.adapter import Injection
+from deltaw.base.load import Base
+from deltaw.data.loader import Loader, Step
+from deltaw.data.pack import Batch
+from deltaw.engine.objective import batch_loss, head_factors
+from deltaw.engine.optim import FlatFactors, rate_factor
+from deltaw.errors import AdapterError, NotFiniteError, bullet_list
+
+
+@dataclass
+class Track:
+    """One adapter's way through its data. `position` counts documents over all epochs; `stop` ends the last epoch."""
+
+    loader: Loader
+    position: int = 0
+    stop: int | None = None
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last epoch is over."""
+        return self.stop is not None and self.position >= self.stop
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: steps, or seconds of training (then `steps` is None)."""
+
+    steps: int | None
+    seconds: float | None = None
+
+    def done(self, step: int, seconds: float, last_seconds: float) -> float:
+        """Which share of the run lies behind the middle of step `step` (from 1)."""
+        if self.seconds is not None:
+            return (seconds + last_seconds / 2) / self.seconds
+        assert self.steps is not None
+        return (step - 0.5) / self.steps
+
+    def over(self, step: int, seconds: float) -> bool:
+        """Whether no step follows step `step`."""
+        return step >= self.steps if self.steps is not None else seconds >= (self.seconds or math.inf)
+
+
+@dataclass
+class StepRecord:
+    """What one step did, one entry per adapter where they differ."""
+
+    step: int
+    losses: list[float]
+    tokens: list[int]
+    trained_tokens: list[int]
+    grad_norms: list[float]
+    rates: list[float]
+    seconds: float
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint has to remember besides tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    last_seconds: float = 0.0
+    tracks: list[Track] = field(default_factory=list)
+
+
+Observer = Callable[[StepRecord, Progress], bool]
+
+
+def fit(
+    base: Base,
+    injection: Injection,
+    flat: FlatFactors,
+    progress: Progress,
+    length: Length,
+    observe: Observer,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Trains until the length is reached, the data ends, or `observe` returns False; whether it was not interrupted.
+
+    `progress` is advanced in place, always to the end of a whole step: an interrupted step is abandoned. Raises
+    NotFiniteError with the rows of the batch, before anything was updated, when a loss or gradient is not finite.
+    """
+    injection.train(True)
+    try:
+        while not length.over(progress.step, progress.seconds) and not all(t.ended for t in progress.tracks):
+            started = time.monotonic()
+            steps = [track.loader.step(track.position, track.stop) for track in progress.tracks]
+            results = _forward_backward(base, injection, progress.tracks, steps, interrupted)
+            if results is None:
+                flat.grad.zero_()
+                return False
+            record = _update(flat, progress, length, steps, results)
+            record.seconds = time.monotonic() - started
+            progress.seconds += record.seconds
+            progress.last_seconds = record.seconds
+            injection.train(False)
+            if not observe(record, progress):
+                return True
+            injection.train(True)
+        return True
+    finally:
+        injection.train(False)
+
+
+@dataclass
+class _Result:
+    loss: float
+    tokens: int
+    trained_tokens: int
+    batches: list[Batch]
+
+
+def _forward_backward(
+    base: Base, injection: Injection, tracks: Sequence[Track], steps: Sequence[Step], interrupted: Callable[[], bool]
+) -> list[_Result] | None:
+    """Gradients of every adapter's step in the flat buffer; None when interrupted on the way."""
+    results = []
+    for index, (track, step) in enumerate(zip(tracks, steps, strict=True)):
+        injection.active = index
+        batches = track.loader.batches(step)
+        weight = sum(batch.weight for batch in batches)
+        inner = head_factors(base, injection)
+        total = 0.0
+        for batch in batches:
+            if interrupted():
+                injection.active = 0
+                return None
+            loss = batch_loss(base, batch.to(base.device), inner)
+            if loss.requires_grad and weight:
+                (loss / weight).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        tokens = sum(batch.tokens for batch in batches)
+        trained = sum(batch.trained_tokens for batch in batches)
+        results.append(_Result(total / max(weight, 1e-9), tokens, trained, batches))
+    injection.active = 0
+    return results
+
+
+def _update(
+    flat: FlatFactors, progress: Progress, length: Length, steps: Sequence[Step], results: Sequence[_Result]
+) -> StepRecord:
+    number = progress.step + 1
+    if number == 1:
+        _require_gradients(flat)
+    norms = flat.clip()
+    for result, norm, track in zip(results, norms, progress.tracks, strict=True):
+        _require_finite(number, result, norm, track)
+    done = length.done(number, progress.seconds, progress.last_seconds)
+    factors = [rate_factor(done, settings.schedule, settings.warmup) for settings in flat.settings]
+    flat.step(factors)
+    progress.step = number
+    for track, step, result in zip(progress.tracks, steps, results, strict=True):
+        track.position = step.next_position
+        track.tokens += result.tokens
+        track.trained_tokens += result.trained_tokens
+    return StepRecord(
+        step=number,
+        losses=[result.loss for result in results],
+        tokens=[result.tokens for result in results],
+        trained_tokens=[result.trained_tokens for result in results],
+        grad_norms=norms,
+        rates=[settings.rate * factor for settings, factor in zip(flat.settings, factors, strict=True)],
+        seconds=0.0,
+    )
+
+
+def _require_gradients(flat: FlatFactors) -> None:
+    """Every B must receive a gradient in the first step; a stack of experts may see no token and is not asked."""
+    for index, adapter in enumerate(flat.injection.adapters):
+        dead = [n for n in flat.without_gradient(index, "B") if n not in adapter.parameter_names + adapter.embeddings]
+        if dead and not all(torch.count_nonzero(f.A) == 0 for n, f in adapter.factors.items() if n in dead):
+            raise AdapterError(
+                "These adapted layers received no gradient in the first step, so they would never be trained:\n"
+                + bullet_list(dead)
+                + "\nThe model does not use them in its forward; leave them out with --exclude."
+            )
+
+
+def _require_finite(step: int, result: _Result, norm: float, track: Track) -> None:
+    if math.isfinite(result.loss) and math.isfinite(norm):
+        return
+    documents = [document for batch in result.batches for document in batch.documents]
+    rows = sorted({int(track.loader.store.rows[document]) for document in documents})
+    raise NotFiniteError(
+        f"Step {step}: the loss is {result.loss} and the gradient norm {norm}. Nothing was updated. The batch held rows "
+        f"{', '.join(map(str, rows[:20]))}{' …' if len(rows) > 20 else ''}. A lower --lr usually helps; else look at these rows."
+    )

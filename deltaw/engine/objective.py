@@ -1,0 +1,72 @@
+"""What is minimised: the sum of weighted token losses of a batch, flat where the base allows it, else one by one.
+
+A sum and never a mean: the caller divides once by the weight of the whole optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltaw.adapter import Injection
+from deltaw.base.load import Base
+from deltaw.data.pack import Batch
+from deltaw.kernels import labelled_loss, token_losses
+
+
+class Scores(NamedTuple):
+    """Of the N labelled tokens of a batch: loss, whether it is the most likely token, logits of the columns asked for,
+    and the position in the batch that predicts it."""
+
+    losses_N: Tensor
+    hits_N: Tensor
+    logits_NC: Tensor
+    places_N: Tensor
+
+
+def batch_loss(base: Base, batch: Batch, head_factors: Sequence[Tensor] = ()) -> Tensor:
+    """Σ weight·(−log p(next token)) over the batch, one fp32 number with gradients."""
+    labelled_N = batch.weights_T.nonzero().squeeze(1)
+    if base.plain_reason is not None:
+        losses_N, _ = _plain_losses(base, batch)
+        return (losses_N * batch.weights_T[labelled_N]).sum()
+    h_TH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds)
+    targets_N, weights_N = batch.targets_T[labelled_N], batch.weights_T[labelled_N]
+    return labelled_loss(h_TH[labelled_N], base.logits, targets_N, weights_N, base.vocabulary, head_factors)
+
+
+@torch.no_grad()
+def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores:
+    """Every labelled token of the batch scored, without gradients."""
+    labelled_N = batch.weights_T.nonzero().squeeze(1)
+    if base.plain_reason is not None:
+        losses_N, logits_NV = _plain_losses(base, batch)
+        hits_N = logits_NV.argmax(-1) == batch.targets_T[labelled_N]
+        return Scores(losses_N, hits_N, logits_NV[:, list(columns)], labelled_N)
+    h_TH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds)
+    scored = token_losses(h_TH[labelled_N], base.logits, batch.targets_T[labelled_N], base.vocabulary, columns)
+    return Scores(*scored, labelled_N)
+
+
+def _plain_losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
+    labelled_N = batch.weights_T.nonzero().squeeze(1)
+    logits_TV = torch.cat([base.model(input_ids=d[None], use_cache=False).logits[0] for d in _documents(batch)])
+    logits_NV = logits_TV[labelled_N].float()
+    return F.cross_entropy(logits_NV, batch.targets_T[labelled_N], reduction="none"), logits_NV
+
+
+def _documents(batch: Batch) -> list[Tensor]:
+    return [batch.tokens_T[start:stop] for start, stop in zip(batch.bounds[:-1], batch.bounds[1:], strict=True)]
+
+
+def head_factors(base: Base, injection: Injection) -> list[Tensor]:
+    """The trained tensors of the active adapter inside the output head: empty unless the head itself is adapted."""
+    if injection.active is None:
+        return []
+    head = base.model.get_output_embeddings()
+    layers = injection.layers[injection.active].values()
+    return [tensor for layer in layers if layer.target.owner is head for _, tensor in layer.tensors()]

@@ -1,0 +1,430 @@
+"""One training run from settings to a saved adapter: prepare, resolve, fit, keep. The top function is the list of steps.
+
+It owns no loop (deltaw/engine/loop.py) and draws nothing: what a person should see is told to a Watcher.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaw import hardware
+from deltaw.adapter import (
+    Adapter,
+    Injection,
+    LoraSpec,
+    choose,
+    choose_for,
+    inject,
+    new_adapter,
+    read_adapter,
+    write_adapter,
+)
+from deltaw.adapter.layer import Target
+from deltaw.base.load import Base, load
+from deltaw.config import AUTO, Settings, default_batch_tokens, default_rank, default_rate, parse_layers
+from deltaw.data.chat import Encoder
+from deltaw.data.check import DataSet, DataSummary, held_out_share, prepare
+from deltaw.data.loader import Loader
+from deltaw.data.pack import TokenStore
+from deltaw.data.source import find_files
+from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
+from deltaw.engine.evaluate import held_out_loss
+from deltaw.engine.log import MetricsLog, open_trackers
+from deltaw.engine.loop import Length, Progress, StepRecord, Track, fit
+from deltaw.engine.optim import FlatFactors, OptimSettings
+from deltaw.engine.run import Run
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, UsageError
+
+EVALUATIONS_PER_RUN = 6
+DEFAULT_MICRO_TOKENS = 1024
+DEFAULT_MAX_LENGTH = 2048
+
+
+class Watcher:
+    """What a run tells whoever watches; every method does nothing here. The command line draws, tests listen."""
+
+    def say(self, text: str) -> None:
+        """One line about what happens."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Everything is ready; the first step follows."""
+
+    def step(self, line: dict[str, Any], progress: Progress, length: Length) -> None:
+        """A step has ended; `line` is its metrics line."""
+
+    def evaluation(self, line: dict[str, Any], best: bool) -> None:
+        """An evaluation has ended."""
+
+    def stop(self) -> None:
+        """No step follows."""
+
+
+@dataclass
+class Prepared:
+    """What a run needs before its first step."""
+
+    base: Base
+    train: TokenStore
+    held_out: TokenStore | None
+    summaries: dict[str, DataSummary]
+    adapter: Adapter
+    targets: list[Target]
+
+
+class Trainer:
+    """A run in progress: everything that `train` prepares, and what it keeps while the loop runs."""
+
+    def __init__(self, run: Run, settings: Settings, ready: Prepared, watcher: Watcher) -> None:
+        self.run, self.settings, self.ready, self.watcher = run, settings, ready, watcher
+        self.injection: Injection = inject(ready.base.model, ready.adapter, trainable=True, dtype=ready.base.dtype)
+        self.flat = FlatFactors(self.injection, [_optim_settings(settings)])
+        self.loader = Loader(ready.train, int(settings.batch_tokens), int(settings.micro_tokens), settings.seed)
+        self.length, stop = _length(settings, self.loader)
+        self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
+        self.best_loss, self.best_step, self.bad_evaluations = math.inf, 0, 0
+        self.best: Adapter | None = None
+        self.metrics: MetricsLog | None = None
+        self.stopped_early = False
+        self.signal: int | None = None
+
+    # -- resume -------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Goes back to the newest good checkpoint; False when there is none. Says what was skipped."""
+        found, skipped = newest_checkpoint(self.run.checkpoints)
+        for reason in skipped:
+            self.watcher.say(f"Skipped a checkpoint: {reason}.")
+        if found is None:
+            return False
+        tensors, state = found
+        self._require_same(state)
+        self.flat.load_state(tensors)
+        torch.set_rng_state(tensors["random_state"])
+        self.progress.step, self.progress.seconds = state["step"], state["seconds"]
+        self.progress.last_seconds = state["last_seconds"]
+        track = self.progress.tracks[0]
+        track.position, track.tokens, track.trained_tokens = state["position"], state["tokens"], state["trained_tokens"]
+        self.best_loss, self.best_step = state["best_loss"] or math.inf, state["best_step"]
+        self.bad_evaluations = state["bad_evaluations"]
+        if self.run.adapter.is_dir():
+            self.best = read_adapter(self.run.adapter)
+        return True
+
+    def _require_same(self, state: dict[str, Any]) -> None:
+        now = self._digests()
+        changed = [name for name, digest in now.items() if state["digests"].get(name) != digest]
+        if changed:
+            raise UsageError(
+                f"The {' and the '.join(changed)} changed since this run began, so it cannot go on exactly. Start a new run."
+            )
+
+    def _digests(self) -> dict[str, str]:
+        return {"base": self.ready.base.digest, "data": self.ready.summaries["train"].digest}
+
+    def checkpoint(self) -> None:
+        """Saves the present state."""
+        track = self.progress.tracks[0]
+        state = {
+            "step": self.progress.step,
+            "seconds": self.progress.seconds,
+            "last_seconds": self.progress.last_seconds,
+            "position": track.position,
+            "tokens": track.tokens,
+            "trained_tokens": track.trained_tokens,
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "best_step": self.best_step,
+            "bad_evaluations": self.bad_evaluations,
+            "digests": self._digests(),
+        }
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.flat.state().items()}
+        tensors["random_state"] = torch.get_rng_state()
+        save_checkpoint(self.run.checkpoints, self.progress.step, tensors, state, self.settings.keep_checkpoints)
+
+    # -- what happens after each step ---------------------------------------------------------------------------------
+
+    def observe(self, record: StepRecord, progress: Progress) -> bool:
+        """Logs the step, evaluates and saves where it is due; False ends the run early."""
+        line = _metrics_line(record)
+        assert self.metrics is not None
+        self.metrics.write(line)
+        self.watcher.step(line, progress, self.length)
+        last = self.length.over(progress.step, progress.seconds) or all(t.ended for t in progress.tracks)
+        go_on = True
+        if self._due(self.settings.eval_steps, record) or last:
+            go_on = self.evaluate()
+        if self._due(self.settings.checkpoint_steps, record) or last or not go_on:
+            self.checkpoint()
+        self.stopped_early = not go_on and not last
+        return go_on
+
+    def _due(self, every: int | str, record: StepRecord) -> bool:
+        if every != AUTO:
+            return record.step % int(every) == 0
+        if self.length.seconds is not None:
+            interval = self.length.seconds / EVALUATIONS_PER_RUN
+            return self.progress.seconds // interval > (self.progress.seconds - record.seconds) // interval
+        assert self.length.steps is not None
+        return record.step % max(1, math.ceil(self.length.steps / EVALUATIONS_PER_RUN)) == 0
+
+    def evaluate(self) -> bool:
+        """Measures the held-out loss and keeps the best adapter; False when patience has run out."""
+        if self.ready.held_out is None:
+            return True
+        loss_sum, tokens, seconds = held_out_loss(
+            self.ready.base, self.ready.held_out, 2 * int(self.settings.micro_tokens), self.settings.eval_rows
+        )
+        loss = loss_sum / max(1, tokens)
+        line = {"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens, "eval_seconds": seconds}
+        assert self.metrics is not None
+        self.metrics.write(line)
+        better = loss < self.best_loss
+        if better:
+            self.best_loss, self.best_step, self.bad_evaluations = loss, self.progress.step, 0
+            self.best = self.flat.adapter()
+            write_adapter(self._with_origin(self.best), self.run.adapter)
+        else:
+            self.bad_evaluations += 1
+        self.watcher.evaluation(line, better)
+        return not (self.settings.patience and self.bad_evaluations >= self.settings.patience)
+
+    def _with_origin(self, adapter: Adapter) -> Adapter:
+        adapter.origin = {**self.ready.adapter.origin, **self.ready.base.origin, **self._run_origin()}
+        return adapter
+
+    def _run_origin(self) -> dict[str, str]:
+        from deltaw import __version__
+
+        return {
+            "data_digest": self.ready.summaries["train"].digest,
+            "deltaw_version": __version__,
+            "task_type": "CAUSAL_LM",
+            "rank": str(self.settings.rank),
+            "learning_rate": str(self.settings.lr),
+            "batch_tokens": str(self.settings.batch_tokens),
+            "seed": str(self.settings.seed),
+        }
+
+    def finish(self) -> Adapter:
+        """Saves the last adapter, and as the adapter the best one, and returns that."""
+        last = self._with_origin(self.flat.adapter())
+        write_adapter(last, self.run.last)
+        best = last if self.best is None else self._with_origin(self.best)
+        write_adapter(best, self.run.adapter)
+        return best
+
+
+def _metrics_line(record: StepRecord) -> dict[str, Any]:
+    return {
+        "step": record.step,
+        "loss": record.losses[0],
+        "tokens": record.tokens[0],
+        "computed_tokens": record.tokens[0],
+        "trained_tokens": record.trained_tokens[0],
+        "seconds": record.seconds,
+        "lr": record.rates[0],
+        "grad_norm": record.grad_norms[0],
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory this run has held: on a GPU what torch allocated there, else the process's high-water mark."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else hardware.peak_rss_bytes()
+
+
+def _optim_settings(settings: Settings) -> OptimSettings:
+    return OptimSettings(
+        rate=float(settings.lr),
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        lora_plus=settings.lora_plus,
+        clip=settings.clip,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _length(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
+    """The run's length, and the position at which its last epoch ends."""
+    if settings.minutes is not None:
+        return Length(None, settings.minutes * 60), None
+    if settings.steps is not None:
+        return Length(settings.steps), None
+    stop = max(1, round((settings.epochs or 1.0) * len(loader.store)))
+    return Length(loader.steps_until(stop)), stop
+
+
+# -- preparing ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
+    """Base, data and adapter of a run; resolves every `auto` in the settings by its rule and writes them down."""
+    base = load(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        threads=settings.threads,
+    )
+    if base.plain_reason is not None:
+        watcher.say(f"One document at a time, in the model's own way: {base.plain_reason}.")
+    if settings.max_length == AUTO:
+        settings.put(
+            "max_length",
+            min(base.context_tokens, DEFAULT_MAX_LENGTH),
+            f"rule: the model's context, at most {DEFAULT_MAX_LENGTH}",
+        )
+    train, held_out, summaries = _prepare_data(run, settings, base)
+    _say_losses(summaries, watcher)
+    spec, adapter, targets = _prepare_adapter(settings, base)
+    _resolve_rules(settings, base, train)
+    run.write_settings(settings)
+    return Prepared(base, train, held_out, summaries, adapter, targets)
+
+
+def _prepare_data(
+    run: Run, settings: Settings, base: Base
+) -> tuple[TokenStore, TokenStore | None, dict[str, DataSummary]]:
+    if not settings.data:
+        raise UsageError("No training data: give --data FILE.")
+    encoder = Encoder(base.tokenizer, int(settings.max_length))
+    files = find_files(list(settings.data))
+    split = None if settings.eval_data else held_out_share(files)
+
+    def part(name: str, sources: list[Path], held_out: tuple[float, bool] | None) -> DataSet:
+        return prepare(sources, encoder, run.tokens / name, allow_lost=settings.allow_lost, held_out=held_out)
+
+    train = part("train", files, None if split is None else (split, False))
+    summaries = {"train": train.summary}
+    if split == 0.0:
+        return train.store, None, summaries
+    held_out = part(
+        "eval",
+        find_files(list(settings.eval_data)) if settings.eval_data else files,
+        None if split is None else (split, True),
+    )
+    summaries["eval"] = held_out.summary
+    return train.store, held_out.store, summaries
+
+
+def _say_losses(summaries: dict[str, DataSummary], watcher: Watcher) -> None:
+    for name, summary in summaries.items():
+        for fault in summary.faults[:5]:
+            watcher.say(f"Left out of {name}: {fault}.")
+        if summary.lost > 5:
+            watcher.say(f"… and {summary.lost - 5} more rows of {name}.")
+        if summary.cut:
+            watcher.say(f"{summary.cut} rows of {name} are longer than --max-length and were cut.")
+
+
+def spec_from(settings: Settings, rank: int) -> LoraSpec:
+    """The adapter's spec as the settings have it."""
+    return LoraSpec(
+        rank=rank,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        exclude=settings.exclude,
+        layers=None if settings.layers is None else parse_layers(settings.layers),
+        dropout=settings.dropout,
+        rslora=settings.rslora,
+        dora=settings.dora,
+    )
+
+
+def _prepare_adapter(settings: Settings, base: Base) -> tuple[LoraSpec, Adapter, list[Target]]:
+    if settings.adapter is not None:
+        adapter = read_adapter(Path(settings.adapter))
+        settings.put("rank", adapter.spec.rank, "the adapter it starts from")
+        settings.put("alpha", adapter.spec.alpha, "the adapter it starts from")
+        return adapter.spec, adapter, choose_for(base.model, adapter)
+    if settings.rank == AUTO:
+        per_rank = sum(target.parameters for target in choose(base.model, spec_from(settings, 1).with_(dora=False)))
+        settings.put("rank", *default_rank(per_rank, base.parameters))
+    spec = spec_from(settings, int(settings.rank))
+    targets = choose(base.model, spec)
+    return spec, new_adapter(targets, spec, settings.seed), targets
+
+
+def _resolve_rules(settings: Settings, base: Base, train: TokenStore) -> None:
+    config = base.model.config.get_text_config()
+    if settings.lr == AUTO:
+        settings.put("lr", *default_rate(int(config.hidden_size), str(config.model_type)))
+    if settings.batch_tokens == AUTO:
+        settings.put("batch_tokens", *default_batch_tokens(train.tokens / max(1, len(train))))
+    if settings.micro_tokens == AUTO:
+        micro = min(int(settings.batch_tokens), DEFAULT_MICRO_TOKENS)
+        settings.put("micro_tokens", micro, f"rule: the batch, at most {DEFAULT_MICRO_TOKENS}")
+    if settings.steps is None and settings.minutes is None and settings.epochs is None:
+        settings.put("epochs", 1.0, "default")
+
+
+# -- running ------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    run: Run,
+    settings: Settings,
+    watcher: Watcher,
+    *,
+    resume: bool = False,
+    before: Callable[[Trainer], None] | None = None,
+) -> Trainer:
+    """Trains a run to its end and leaves its adapters in the folder; the adapter stays injected in the base.
+
+    `before` is called between preparing and the first step (the demo measures the base there). Raises Interrupted after
+    saving when a signal asked to stop, and the errors of deltaw.errors otherwise.
+    """
+    trackers = open_trackers(settings.track, run.folder)
+    trainer = Trainer(run, settings, prepare_run(run, settings, watcher), watcher)
+    torch.manual_seed(settings.seed)
+    if resume and not trainer.resume():
+        watcher.say("No checkpoint yet: starting from step 0.")
+    if before is not None:
+        before(trainer)
+    trainer.metrics = MetricsLog(run.metrics, trainer.progress.step if resume else 0, trackers)
+    watcher.start(trainer)
+    try:
+        with _signals(trainer):
+            whole = fit(
+                trainer.ready.base, trainer.injection, trainer.flat, trainer.progress, trainer.length, trainer.observe,
+                interrupted=lambda: trainer.signal is not None,
+            )  # fmt: skip
+            if not whole:
+                trainer.checkpoint()
+    finally:
+        watcher.stop()
+        trainer.metrics.close()
+    if not whole:
+        code = EXIT_TERMINATED if trainer.signal == signal.SIGTERM else EXIT_INTERRUPTED
+        raise Interrupted(
+            code, f"Stopped after step {trainer.progress.step}. Go on with: deltaw train --resume {run.folder}"
+        )
+    trainer.finish()
+    return trainer
+
+
+@contextmanager
+def _signals(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the loop to stop and save; the second ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _frame: Any) -> None:
+        trainer.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

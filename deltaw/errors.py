@@ -1,0 +1,77 @@
+"""Every exception that deltaw raises for its users, and the exit code that each one means.
+
+    DeltawError (ValueError)         exit code
+    ├── DataError                    1   a file of chats, or one of its rows, cannot be used
+    ├── BaseError                    1   the base model cannot be opened, or is refused
+    ├── AdapterError                 1   an adapter folder cannot be read, written or applied
+    ├── UsageError                   2   an argument, or a combination of arguments, makes no sense
+    ├── DoesNotFitError              3   the run needs more memory than there is
+    ├── NotFiniteError               4   a loss, gradient or weight became NaN or infinite
+    └── DiskError                    5   a file could not be written completely
+
+Exit code 0 means done; 130 and 143 mean that the run was stopped by Ctrl-C or SIGTERM.
+A message says what is wrong, where, the value, and what to do next. To add an exception: derive it from
+DeltawError, give it an exit code and a line in this drawing. Broken invariants of our own use `assert`.
+"""
+
+from __future__ import annotations
+
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+
+
+class DeltawError(ValueError):
+    """Base of all errors that a user can cause or repair; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class DataError(DeltawError):
+    """A data file, or a row in it, cannot be used."""
+
+
+class BaseError(DeltawError):
+    """A base model cannot be found, opened or trusted."""
+
+
+class AdapterError(DeltawError):
+    """An adapter cannot be built, read, written, applied or merged."""
+
+
+class UsageError(DeltawError):
+    """Settings contradict each other or have no meaning."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(DeltawError):
+    """A run needs more memory than it may use."""
+
+    exit_code = 3
+
+
+class NotFiniteError(DeltawError):
+    """A number that must be finite is NaN or infinite."""
+
+    exit_code = 4
+
+
+class DiskError(DeltawError):
+    """A file could not be written completely."""
+
+    exit_code = 5
+
+
+class Interrupted(BaseException):
+    """A signal ended the run after its state was saved; not an error, so `except Exception` lets it pass."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def bullet_list(faults: list[str], limit: int = 20) -> str:
+    """The faults one per line, at most `limit` of them, with a count of those left out."""
+    shown = [f"  - {fault}" for fault in faults[:limit]]
+    if len(faults) > limit:
+        shown.append(f"  … and {len(faults) - limit} more")
+    return "\n".join(shown)

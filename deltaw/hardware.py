@@ -1,0 +1,360 @@
+"""What is here: cores, what they compute fast, how much memory this process may use, the GPU, and the measured rates.
+
+It looks and measures; it does not choose a plan (`deltaw.plan` does) and changes nothing but the number of threads.
+Linux and macOS; Windows through WSL. The idea that keeps it short: whatever may bound memory, be it the RAM, a cgroup
+or a ulimit, is one `_Bound` of (source, bytes, used bytes), and the answers are minima over the list of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deltaw.errors import UsageError
+
+# In the order in which they are printed; names as the kernel writes them.
+INSTRUCTION_SETS = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"),
+    *("neon", "asimd", "sve", "bf16"),
+)
+BF16_INSTRUCTION_SETS = {"avx512_bf16", "amx_bf16", "bf16"}
+PACKAGES = ("deltaw", "torch", "transformers", "tokenizers", "safetensors", "numpy", "gguf", "bitsandbytes", "peft")
+MAC_FLAGS = {"hw.optional.AdvSIMD": "neon", "hw.optional.arm.FEAT_BF16": "bf16"}
+MAC_FREE_PAGES = ("vm.page_free_count", "vm.page_purgeable_count", "vm.page_pageable_external_count")
+PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU that torch sees."""
+
+    name: str
+    total_bytes: int
+    capability: tuple[int, int]
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `look` found; `memory_limit_source` says in words which bound is the smallest."""
+
+    platform: str
+    cpu_name: str
+    cores: int
+    instruction_sets: tuple[str, ...]
+    bf16_cpu: bool
+    total_bytes: int
+    memory_limit_bytes: int
+    memory_limit_source: str
+    available_bytes: int
+    gpu: Gpu | None
+    mps: bool
+    versions: dict[str, str | None]
+
+
+class _Bound(NamedTuple):
+    """Something that bounds this process's memory, and how much of it is taken already."""
+
+    source: str
+    limit_bytes: int
+    used_bytes: int
+
+
+# ---- reading
+
+
+def _read(path: Path) -> str:
+    """The stripped text of a small file, empty if it is not there or not for us."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _kib(path: str | Path, key: str) -> int:
+    """Bytes of a line like "VmHWM:    2168 kB"; 0 without such a line."""
+    for line in _read(Path(path)).splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _sysctl(*keys: str) -> dict[str, str]:
+    """Values that macOS knows, in one process; keys that this version lacks are left out."""
+    found = subprocess.run(["/usr/sbin/sysctl", *keys], capture_output=True, text=True, check=False)
+    pairs = (line.partition(": ") for line in found.stdout.splitlines())
+    return {key: value for key, _, value in pairs}
+
+
+def _cgroup_folders(controller: str, proc: Path = PROC) -> list[Path]:
+    """The folders of this process's own cgroup and its ancestors, innermost first, that may bound `controller`.
+
+    Both versions of cgroups can be mounted at once. A limit of any ancestor holds, so all of them are returned.
+    """
+    own: dict[str, str] = {}
+    for line in _read(proc / "cgroup").splitlines():  # "4:memory:/path" in version 1, "0::/path" in version 2
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            own["cgroup" if controllers else "cgroup2"] = path
+    folders: list[Path] = []
+    for line in _read(proc / "mountinfo").splitlines():
+        left, _, right = line.partition(" - ")
+        kind, *_, options = right.split()
+        if kind in own and (kind == "cgroup2" or controller in options.split(",")):
+            root, mount = left.split()[3:5]
+            # In a container the mount shows only a part of the tree, often this process's own cgroup as its root.
+            inside = os.path.relpath(own[kind], root)
+            folder = Path(mount) if inside.startswith("..") else Path(mount, inside)
+            folders += [folder, *(parent for parent in folder.parents if parent.is_relative_to(mount))]
+    return folders
+
+
+# ---- processor
+
+
+def _cpu_quota(folder: Path) -> float | None:
+    """Cores that one cgroup folder allows, e.g. 1.5; None where it sets no quota."""
+    quota, period = [*_read(folder / "cpu.max").split(), "", ""][:2]  # version 2: "150000 100000" or "max 100000"
+    if not period:
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")  # version 1, none: -1
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+
+
+def usable_cores() -> int:
+    """The number of cores this process may keep busy: its affinity, cut to the cgroup's CPU quota, rounded up."""
+    num_cores = os.cpu_count() or 1
+    if sys.platform == "linux":
+        num_cores = len(os.sched_getaffinity(0))
+    quotas = [quota for folder in _cgroup_folders("cpu") if (quota := _cpu_quota(folder)) is not None]
+    return max(1, math.ceil(min([float(num_cores), *quotas])))
+
+
+def _first_processor() -> dict[str, str]:
+    """The first block of /proc/cpuinfo; no more is read, because hundreds of cores make it a slow file."""
+    fields: dict[str, str] = {}
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, colon, value = line.partition(":")
+                if not colon:
+                    break
+                fields[key.strip()] = value.strip()
+    return fields
+
+
+def _cpu_name_and_flags() -> tuple[str, set[str]]:
+    """The processor's name and the features that the system reports, in the names that Linux uses."""
+    if sys.platform == "darwin":
+        found = _sysctl("machdep.cpu.brand_string", "machdep.cpu.leaf7_features", *MAC_FLAGS)
+        flags = {flag for key, flag in MAC_FLAGS.items() if found.get(key) == "1"}
+        flags |= set(found.get("machdep.cpu.leaf7_features", "").lower().split())  # Macs with Intel processors
+        return found.get("machdep.cpu.brand_string", platform.machine()), flags
+    fields = _first_processor()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return fields.get("model name", platform.machine()), flags  # aarch64 has no name there
+
+
+# ---- memory
+
+
+def _ram() -> _Bound:
+    """Main memory; used is what could not be had without swapping."""
+    if sys.platform == "darwin":
+        found = _sysctl("hw.memsize", "hw.pagesize", *MAC_FREE_PAGES)
+        total_bytes = int(found["hw.memsize"])
+        free_bytes = sum(int(found.get(key, 0)) for key in MAC_FREE_PAGES) * int(found["hw.pagesize"])
+        return _Bound("RAM", total_bytes, max(0, total_bytes - free_bytes))
+    total_bytes, available_bytes = (_kib("/proc/meminfo", key) for key in ("MemTotal", "MemAvailable"))
+    return _Bound("RAM", total_bytes, total_bytes - available_bytes)
+
+
+def _ulimits() -> Iterator[_Bound]:
+    """The soft limits on address space and on data, where they are set; both count what is mapped, touched or not."""
+    limits = (
+        ("ulimit -v (RLIMIT_AS)", resource.RLIMIT_AS, "VmSize"),
+        ("ulimit -d (RLIMIT_DATA)", resource.RLIMIT_DATA, "VmData"),
+    )
+    for source, which, used_key in limits:
+        soft_bytes, _ = resource.getrlimit(which)
+        if soft_bytes != resource.RLIM_INFINITY:
+            yield _Bound(source, soft_bytes, _kib(PROC / "status", used_key))
+
+
+def _file_cache_bytes(folder: Path) -> int:
+    """Cached file pages of a cgroup: they count as its usage, and are given back when memory is asked for."""
+    fields = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines())
+    # Version 1 has fields without "total_" as well, which leave out the descendants; version 2 includes them.
+    prefix = "total_" if "total_inactive_file" in fields else ""
+    return sum(int(fields.get(f"{prefix}{key}", 0)) for key in ("active_file", "inactive_file"))
+
+
+def _cgroup_bounds(folders: list[Path]) -> Iterator[_Bound]:
+    """What the memory controller allows in each folder; above memory.high a process is stalled, so it counts too."""
+    for folder in folders:
+        used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            limit = _read(folder / name)
+            if limit.isdecimal() and used.isdecimal():
+                yield _Bound(f"cgroup ({folder / name})", int(limit), max(0, int(used) - _file_cache_bytes(folder)))
+
+
+# ---- the whole machine
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_gpu() -> Gpu | None:
+    """The GPU that torch calls cuda:0, of NVIDIA or AMD."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Gpu(found.name, found.total_memory, (found.major, found.minor), bf16)
+
+
+def look() -> Machine:
+    """What is here, in a few milliseconds; a GPU adds the time that its driver takes to start."""
+    cpu_name, flags = _cpu_name_and_flags()
+    ram = _ram()
+    bounds = [ram, *_cgroup_bounds(_cgroup_folders("memory")), *_ulimits()]
+    smallest = min(bounds, key=lambda bound: bound.limit_bytes)
+    return Machine(
+        platform=platform.platform(),
+        cpu_name=cpu_name,
+        cores=usable_cores(),
+        instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in flags),
+        bf16_cpu=bool(flags & BF16_INSTRUCTION_SETS),
+        total_bytes=ram.limit_bytes,
+        memory_limit_bytes=smallest.limit_bytes,
+        memory_limit_source=smallest.source,
+        available_bytes=max(0, min(bound.limit_bytes - bound.used_bytes for bound in bounds)),
+        gpu=_first_gpu(),
+        mps=torch.backends.mps.is_available(),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    )
+
+
+# ---- choices that follow from it
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes cuda, else mps, else cpu.
+
+    Raises UsageError, naming what is available, if `name` is unknown or not here.
+    """
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device, is_here in here.items() if is_here]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in here:
+        raise UsageError(f"device {name!r} is unknown; choose auto, {', '.join(here)}")
+    if name not in available:
+        hint = f"hint: use --device auto; torch {torch.__version__} finds here: {', '.join(available)}"
+        raise UsageError(f"device {name!r} is not available on this machine\n{hint}")
+    return torch.device(name)
+
+
+def compute_dtype(device: torch.device, machine: Machine) -> torch.dtype:
+    """bf16 where `device` multiplies matrices in bf16, else fp32; never fp16, whose range makes gradients overflow.
+
+    So a GPU older than Ampere computes in fp32: it would be faster in fp16, but needs loss scaling, which deltaw has
+    not. A CPU without bf16 instructions converts every operand and is many times slower in bf16 than in fp32. On
+    macOS the flag speaks for the GPU of the same chip; torch's CPU path there has no fast bf16 product.
+    """
+    if device.type == "cuda":
+        fast = machine.gpu is not None and machine.gpu.bf16
+    elif device.type == "mps":
+        fast = machine.bf16_cpu
+    else:
+        fast = machine.bf16_cpu and not machine.platform.startswith("macOS")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def set_threads(num_threads: int | None) -> int:
+    """Let torch compute with `num_threads`, or with all usable cores if None; returns the number.
+
+    torch itself counts the machine's cores and knows no cgroup quota. Raises UsageError below 1.
+    """
+    chosen = usable_cores() if num_threads is None else num_threads
+    if chosen < 1:
+        raise UsageError(f"threads must be at least 1, not {chosen}")
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+# ---- measurements
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _time_calls(call: Callable[[], object], num_calls: int, device: torch.device) -> float:
+    """Seconds that `num_calls` take together, until the device has really finished."""
+    _synchronize(device)
+    start_seconds = time.perf_counter()
+    for _ in range(num_calls):
+        call()
+    _synchronize(device)
+    return time.perf_counter() - start_seconds
+
+
+def measure_gemm(
+    dtype: torch.dtype,
+    m: int = 1024,
+    k: int = 576,
+    n: int = 1536,
+    seconds: float = 0.4,
+    device: str | torch.device = "cpu",
+) -> float:
+    """The rate of an (m, k) by (k, n) matrix product in GFLOP/s, 2mkn operations each, as the median of many timings.
+
+    The default shape is one of SmolLM2-135M's with 1,024 tokens. At least three timings are taken, however slow.
+    """
+    place = torch.device(device)
+    # A generator of its own, so that measuring does not change the random numbers of a run.
+    random = torch.Generator().manual_seed(0)
+    a_MK, b_KN = (torch.randn(shape, generator=random).to(place, dtype) for shape in ((m, k), (k, n)))
+    out_MN = torch.empty(m, n, dtype=dtype, device=place)
+    multiply = functools.partial(torch.mm, a_MK, b_KN, out=out_MN)
+    _time_calls(multiply, 1, place)  # packs weights, fills caches, starts threads and kernels
+    # Fast devices do several products per timing, so that the clock and the launch weigh little.
+    num_calls = max(1, math.ceil(2e-3 / _time_calls(multiply, 1, place)))
+    timings: list[float] = []
+    while len(timings) < 3 or sum(timings) < seconds:
+        timings.append(_time_calls(multiply, num_calls, place))
+    return 2 * m * k * n * num_calls / statistics.median(timings) / 1e9
+
+
+def peak_rss_bytes() -> int:
+    """The most main memory that this process has held so far, mapped files that were touched included.
+
+    On Linux this is VmHWM. ru_maxrss would lie there: it survives exec, so that a small program started by a large
+    one reports the memory of its parent. The kernel counts pages per core, so a few hundred KiB are uncertain.
+    """
+    if (status := PROC / "status").exists():
+        return _kib(status, "VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

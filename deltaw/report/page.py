@@ -1,0 +1,140 @@
+"""report.html: one run on one page, in one file.
+
+Not an analysis: it shows what the run folder holds and computes no more than sums, medians and ratios. The idea that
+keeps it short: Python prepares plain values (`headline`, `tables`, `plots`), the template only places them, and what is
+missing is an empty value whose section the template leaves out.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from deltaw.errors import DiskError
+from deltaw.report import headline, plots, tables
+from deltaw.report.contents import ReportContents, mapping, read_contents
+from deltaw.report.curves import column, tokens_per_second, window_steps
+from deltaw.report.quantities import human_bytes, plain, significant
+
+HERE = Path(__file__).parent
+FILE_NAME = "report.html"
+
+
+def write_report(run_folder: Path, contents: ReportContents | None = None) -> Path:
+    """The path of a new `report.html` in `run_folder`, made from `contents` or else from what lies in the folder."""
+    page = render_page(contents or read_contents(run_folder))
+    path = run_folder / FILE_NAME
+    temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+    try:
+        # Half a surrogate pair in a sample is no reason to lose the report, hence "replace".
+        temporary.write_bytes(page.encode("utf-8", "replace"))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DiskError(
+            f"{path} could not be written: {error.strerror}\nhint: free some space and try again"
+        ) from error
+    return path
+
+
+def render_page(contents: ReportContents) -> str:
+    """The whole page as text; the same contents give the same text."""
+    # The file name ends in .jinja, so escaping by file name would be off: it is switched on for everything.
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["svg"] = Markup
+    template = environment.get_template("page.html.jinja")
+    return template.render(css=Markup((HERE / "page.css").read_text(encoding="utf-8")), **view(contents))
+
+
+def view(contents: ReportContents) -> dict[str, Any]:
+    """Every value that the template places, by name."""
+    return {
+        "run_name": contents.run_name,
+        "verb": str(contents.summary.get("verb") or "run"),
+        "status": headline.status_of(contents),
+        "sentence": headline.sentence(contents),
+        "message": str(contents.summary.get("message") or ""),
+        "notes": contents.notes,
+        "cards": headline.cards(contents),
+        "plots": figures(contents),
+        "evaluations": tables.evaluations(contents),
+        "dot_plot": tables.dot_plot(contents),
+        "results": tables.results(contents),
+        "samples": tables.samples(contents),
+        "target_groups": tables.target_groups(contents),
+        "target_list": tables.target_list(contents),
+        "chosen_settings": tables.settings(contents, defaults=False),
+        "default_settings": tables.settings(contents, defaults=True),
+        "data": tables.data(contents),
+        "origin": tables.origin(contents),
+        "machine": tables.machine(contents),
+        "version": str(mapping(contents.summary.get("origin")).get("deltaw_version") or ""),
+        "commands": commands(contents.run_name),
+    }
+
+
+def commands(run_name: str) -> list[tuple[str, str]]:
+    """What one can do with the run next, as (purpose, command line)."""
+    run = shlex.quote(run_name)
+    return [
+        ("Continue from the last checkpoint", f"deltaw train --resume {run}"),
+        ("Talk to the adapted model", f"deltaw chat {run}"),
+        ("Evaluate it on other data", f"deltaw eval {run} --data FILE"),
+    ]
+
+
+def figures(contents: ReportContents) -> list[plots.Plot]:
+    """The plots for which there are numbers, loss first."""
+    drawn = [_loss_figure(contents), _speed_figure(contents), _memory_figure(contents)]
+    drawn += [_norm_figure(contents), _rate_figure(contents)]
+    return [figure for figure in drawn if figure]
+
+
+def _loss_figure(contents: ReportContents) -> plots.Plot | None:
+    train = column(contents.steps, "loss", weight="trained_tokens")
+    held_out = column(contents.evaluations, "eval_loss")
+    if not len(train) and not len(held_out):
+        return None
+    caption = "Mean over trained tokens, in nats."
+    if len(train):
+        caption += f" Smoothed: mean over {window_steps(len(train))} steps, centred, weighted by trained tokens."
+    return plots.loss_plot(train, held_out, headline.best_evaluation(contents), caption)
+
+
+def _speed_figure(contents: ReportContents) -> plots.Plot | None:
+    speed = tokens_per_second(contents.steps)
+    if not len(speed):
+        return None
+    median, window = significant(float(np.median(speed.values))), window_steps(len(speed))
+    caption = f"Median {median}. Smoothed: tokens of {window} steps over their seconds."
+    return plots.trace_plot("Tokens per second", caption, speed, plain, noisy=True)
+
+
+def _memory_figure(contents: ReportContents) -> plots.Plot | None:
+    peaks = column(contents.steps, "peak_bytes")
+    return (
+        plots.trace_plot("Peak memory", "Of the process, at each step.", peaks, human_bytes, noisy=False)
+        if len(peaks)
+        else None
+    )
+
+
+def _norm_figure(contents: ReportContents) -> plots.Plot | None:
+    norms = column(contents.steps, "grad_norm")
+    if not len(norms):
+        return None
+    caption = f"Before clipping. Smoothed: mean over {window_steps(len(norms))} steps, centred."
+    return plots.trace_plot("Gradient norm", caption, norms, plain, noisy=True)
+
+
+def _rate_figure(contents: ReportContents) -> plots.Plot | None:
+    rates = column(contents.steps, "lr")
+    return plots.trace_plot("Learning rate", "", rates, plain, noisy=False) if len(rates) else None
