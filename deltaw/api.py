@@ -21,7 +21,6 @@ from deltaw.adapter import Adapter, Injection, inject, read_adapter
 from deltaw.adapter.files import WEIGHTS
 from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN, cache_folder
-from deltaw.base.builtin import BUILTIN
 from deltaw.base.save import write_merged
 from deltaw.config import Settings, make_settings
 from deltaw.data.chat import Encoder

@@ -27,15 +27,19 @@ _BLOCK_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # -- what can be adapted ----------------------------------------------------------------------------------------------
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module, str]]:
+Candidate = tuple[str, str, nn.Module, nn.Module, str]
+
+
+def _candidates(model: nn.Module) -> Iterator[Candidate]:
     """(name, kind, owner, holder, parameter) of every weight that deltaw can adapt, in the model's order."""
     skip: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in skip:
             continue
         if isinstance(module, nn.MultiheadAttention):
-            skip.add(module.out_proj)
-            yield from _attention_candidates(name, module)
+            attention: nn.MultiheadAttention = module
+            skip.add(attention.out_proj)
+            yield from _attention_candidates(name, attention)
         elif isinstance(module, nn.Linear):
             yield name, "linear", module, module, "weight"
         elif type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
@@ -48,15 +52,13 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Modu
             yield from _parameter_candidates(name, module)
 
 
-def _attention_candidates(
-    name: str, module: nn.MultiheadAttention
-) -> Iterator[tuple[str, str, nn.Module, nn.Module, str]]:
+def _attention_candidates(name: str, module: nn.MultiheadAttention) -> Iterator[Candidate]:
     if module.in_proj_weight is not None:
         yield f"{name}.in_proj_weight", "parameter", module, module, "in_proj_weight"
         yield f"{name}.out_proj.weight", "parameter", module, module.out_proj, "weight"
 
 
-def _parameter_candidates(name: str, module: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Module, str]]:
+def _parameter_candidates(name: str, module: nn.Module) -> Iterator[Candidate]:
     """Stacked experts: 3-D parameters held directly by a module that is no known layer."""
     for parameter, value in module.named_parameters(recurse=False):
         if value.ndim == 3:
@@ -110,13 +112,11 @@ def choose(model: nn.Module, spec: LoraSpec) -> list[Target]:
         ]
     if faults:
         raise AdapterError("These targets cannot be adapted:\n" + bullet_list(faults))
-    selection = _selection(model, chosen, spec)
+    selection = _selection(model, chosen)
     return [_target(c, spec, selection) for c in chosen]
 
 
-def _target(
-    candidate: tuple[str, str, nn.Module, nn.Module, str], spec: LoraSpec, selection: tuple[str, ...]
-) -> Target:
+def _target(candidate: Candidate, spec: LoraSpec, selection: tuple[str, ...]) -> Target:
     name, kind, owner, holder, parameter = candidate
     key = _module_of(name, kind)
     return Target(
@@ -134,7 +134,7 @@ def _target(
     )
 
 
-def _unmatched(spec: LoraSpec, candidates: list[tuple[str, str, nn.Module, nn.Module, str]]) -> list[str]:
+def _unmatched(spec: LoraSpec, candidates: list[Candidate]) -> list[str]:
     names = [name for c in candidates for name in dict.fromkeys((c[0], _module_of(c[0], c[1])))]
     patterns = [*spec.targets, *spec.exclude, *spec.rank_pattern, *spec.alpha_pattern]
     return [
@@ -151,7 +151,7 @@ def _nearest(pattern: str, names: list[str]) -> str:
     return "the nearest names are " + ", ".join(repr(name) for name in near) if near else "the model has no such layers"
 
 
-def _unsuitable(candidate: tuple[str, str, nn.Module, nn.Module, str], spec: LoraSpec) -> list[str]:
+def _unsuitable(candidate: Candidate, spec: LoraSpec) -> list[str]:
     """What PEFT's file format, and so every reader of it, has no meaning for."""
     name, kind, _, layer, _ = candidate
     faults = []
@@ -179,9 +179,7 @@ def _is_attention(name: str) -> bool:
     return name.endswith((".in_proj_weight", ".out_proj.weight"))
 
 
-def _selection(
-    model: nn.Module, chosen: list[tuple[str, str, nn.Module, nn.Module, str]], spec: LoraSpec
-) -> tuple[str, ...]:
+def _selection(model: nn.Module, chosen: list[Candidate]) -> tuple[str, ...]:
     """Plain suffixes that select exactly the chosen modules in this model, as PEFT reads target_modules.
 
     Short ones ("q_proj") where they are unambiguous; full names otherwise.

@@ -126,7 +126,8 @@ class AdaptedLayer:
         self.target, self.scale, self.dropout = target, target.scale, dropout
         self.A, self.B, self.magnitude = A, B, magnitude
         self.training = False
-        self.branch: Callable[[Tensor, Tensor], Tensor] = getattr(self, f"_{target.kind.split('_')[0]}_branch")
+        branches = {"linear": self._linear_branch, "transposed": self._linear_branch, "conv": self._conv_branch}
+        self.branch = {**branches, "embedding": self._embedding_branch}.get(target.kind, self._linear_branch)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """The trained tensors with their names."""
@@ -138,7 +139,7 @@ class AdaptedLayer:
         if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         if self.magnitude is None:
-            return self.branch(x, out, self.scale * strength)  # type: ignore[call-arg]
+            return self.branch(x, out, self.scale * strength)
         adapted = self._dora(x, out)
         return adapted if strength == 1 else out + strength * (adapted - out)
 
@@ -153,8 +154,6 @@ class AdaptedLayer:
         xA_TR = F.linear(x, self.A).flatten(0, -2)
         return torch.addmm(out.flatten(0, -2), xA_TR, self.B.T, alpha=s).view_as(out)
 
-    _transposed_branch = _linear_branch
-
     def _conv_branch(self, x: Tensor, out: Tensor, s: float) -> Tensor:
         layer: Any = self.target.owner
         convolve = next(f for kind, f in CONVOLUTIONS.items() if isinstance(layer, kind))
@@ -165,9 +164,6 @@ class AdaptedLayer:
         rows = F.embedding(ids, self.A.T, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
         return out + s * (rows @ self.B.T).to(out.dtype)
 
-    def _parameter_branch(self, x: Tensor, out: Tensor, s: float) -> Tensor:
-        raise AssertionError("a parameter target shadows its weight; it has no output branch")
-
     def _dora(self, x: Tensor, out: Tensor) -> Tensor:
         """g·(W·x + s·B·A·x) + bias with g = m/‖W + s·B·A‖, the norm held constant (arXiv 2402.09353 §4.3).
 
@@ -176,12 +172,13 @@ class AdaptedLayer:
         assert self.magnitude is not None
         with torch.no_grad():
             norm_O = math.row_norm(self.target.weight_matrix(), self.A.flatten(1), self.B.flatten(1), self.scale)
-        gain_O = (self.magnitude / norm_O).to(out.dtype)
-        bias = getattr(self.target.owner, "bias", None)
+        gain_O: Tensor = (self.magnitude / norm_O).to(out.dtype)
+        bias: Tensor | None = getattr(self.target.owner, "bias", None)
         if self.target.kind == "conv":
-            gain_O, bias = (v if v is None else v.view(-1, *(1 for _ in self.target.shape[2:])) for v in (gain_O, bias))
+            channel = (-1, *(1 for _ in self.target.shape[2:]))
+            gain_O, bias = gain_O.view(channel), None if bias is None else bias.view(channel)
         frozen = out if bias is None else out - bias
-        adapted = gain_O * self.branch(x, frozen, self.scale)  # type: ignore[call-arg]
+        adapted = gain_O * self.branch(x, frozen, self.scale)
         return adapted if bias is None else adapted + bias
 
 

@@ -23,7 +23,7 @@ PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def _flat_attention(
-    module: nn.Module,
+    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class Encoder:
         tokens: list[int] = []
         trained: list[int] = []
         borders = [0, *(border for span in spans for border in span), len(text)]
-        for number, (start, stop) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+        for number, (start, stop) in enumerate(pairwise(borders)):
             piece = self.tokenizer(text[start:stop], add_special_tokens=False)["input_ids"] if stop > start else []
             inside = np.arange(len(tokens), len(tokens) + len(piece))
             tokens += piece

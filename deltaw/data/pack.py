@@ -6,7 +6,7 @@ Legend: T tokens of one batch, laid end to end; `bounds` holds each document's f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +45,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = (t.to(device) for t in (self.tokens_T, self.positions_T, self.targets_T, self.weights_T))
-        return Batch(*moved, self.bounds, self.documents)
+        names = ("tokens_T", "positions_T", "targets_T", "weights_T")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def flat_batch(examples: Sequence[Example], documents: Sequence[int] = ()) -> Batch:

@@ -54,7 +54,7 @@ def find_files(patterns: list[str]) -> list[Path]:
     missing = []
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
-        files = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded))
+        files = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded))  # noqa: PTH207 - patterns may be absolute
         missing += [] if files else [pattern]
         found += [Path(file).resolve() for file in files]
     if missing:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | 
         if progress is not None:
             progress(done, len(store))
     if labels is not None:
-        chosen = choices.tolist() if first_tokens is not None else _score_whole_labels(base, data, labels, batch_tokens)
+        chosen = choices.tolist() if first_tokens is not None else _score_whole_labels(base, data, labels)
         result.choices = chosen
         result.correct = sum(choice == truth for choice, truth in zip(chosen, labels.of_document, strict=True))
     result.seconds = time.monotonic() - started
@@ -120,7 +121,7 @@ def _all_hit(hits_N: Tensor, places_N: Tensor, bounds: Sequence[int]) -> int:
 def _answer_starts(weights_T: Tensor, bounds: Sequence[int]) -> Tensor:
     """The position that predicts the first token of each document's last trained stretch."""
     starts = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         trained = weights_T[start:stop] > 0
         begins = trained & ~torch.cat([trained.new_zeros(1), trained[:-1]])
         starts.append(start + int(begins.nonzero()[-1]))
@@ -145,7 +146,7 @@ def _first_tokens(data: DataSet, labels: Labels) -> list[int] | None:
     return firsts if len(set(firsts)) == len(labels.names) else None
 
 
-def _score_whole_labels(base: Base, data: DataSet, labels: Labels, batch_tokens: int) -> list[int]:
+def _score_whole_labels(base: Base, data: DataSet, labels: Labels) -> list[int]:
     """The label with the lowest summed loss for each document, each label put in the answer's place."""
     answers = _answer_tokens(data, labels)
     choices = []

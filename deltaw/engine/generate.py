@@ -45,7 +45,9 @@ def generate(
     streamer = None if on_text is None else _Streamer(base.tokenizer, on_text)
     ends = end_tokens(base)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     if temperature <= 0:
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
     with plain_attention(base.model), warnings.catch_warnings():

@@ -144,7 +144,7 @@ def _forward_backward(
                 return None
             loss = batch_loss(base, batch.to(base.device), inner)
             if loss.requires_grad and weight:
-                (loss / weight).backward()  # type: ignore[no-untyped-call]
+                (loss / weight).backward()
             total += float(loss.detach())
         tokens = sum(batch.tokens for batch in batches)
         trained = sum(batch.trained_tokens for batch in batches)

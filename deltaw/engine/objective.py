@@ -6,6 +6,7 @@ A sum and never a mean: the caller divides once by the weight of the whole optim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def _plain_losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _documents(batch: Batch) -> list[Tensor]:
-    return [batch.tokens_T[start:stop] for start, stop in zip(batch.bounds[:-1], batch.bounds[1:], strict=True)]
+    return [batch.tokens_T[start:stop] for start, stop in pairwise(batch.bounds)]
 
 
 def head_factors(base: Base, injection: Injection) -> list[Tensor]:

@@ -284,7 +284,7 @@ def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
         )
     train, held_out, summaries = _prepare_data(run, settings, base)
     _say_losses(summaries, watcher)
-    spec, adapter, targets = _prepare_adapter(settings, base)
+    adapter, targets = _prepare_adapter(settings, base)
     _resolve_rules(settings, base, train)
     run.write_settings(settings)
     return Prepared(base, train, held_out, summaries, adapter, targets)
@@ -339,18 +339,18 @@ def spec_from(settings: Settings, rank: int) -> LoraSpec:
     )
 
 
-def _prepare_adapter(settings: Settings, base: Base) -> tuple[LoraSpec, Adapter, list[Target]]:
+def _prepare_adapter(settings: Settings, base: Base) -> tuple[Adapter, list[Target]]:
     if settings.adapter is not None:
         adapter = read_adapter(Path(settings.adapter))
         settings.put("rank", adapter.spec.rank, "the adapter it starts from")
         settings.put("alpha", adapter.spec.alpha, "the adapter it starts from")
-        return adapter.spec, adapter, choose_for(base.model, adapter)
+        return adapter, choose_for(base.model, adapter)
     if settings.rank == AUTO:
         per_rank = sum(target.parameters for target in choose(base.model, spec_from(settings, 1).with_(dora=False)))
         settings.put("rank", *default_rank(per_rank, base.parameters))
     spec = spec_from(settings, int(settings.rank))
     targets = choose(base.model, spec)
-    return spec, new_adapter(targets, spec, settings.seed), targets
+    return new_adapter(targets, spec, settings.seed), targets
 
 
 def _resolve_rules(settings: Settings, base: Base, train: TokenStore) -> None:

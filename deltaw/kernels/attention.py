@@ -10,6 +10,7 @@ Legend: q_HTD queries, k_KTD and v_KTD keys and values; H query heads, K key hea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def document_attention(
     cap·tanh(score/cap) (Gemma-2, arXiv 2408.00118 §2).
     """
     parts = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         q, k, v = q_HTD[:, start:stop], k_KTD[:, start:stop], v_KTD[:, start:stop]
         length = stop - start
         narrow = window if window is not None and window < length else None

@@ -34,7 +34,7 @@ def labelled_loss(
     if not torch.is_grad_enabled():
         losses_N, _, _ = token_losses(h_NH, head, targets_N, vocabulary)
         return (losses_N * weights_N).sum()
-    return _LabelledLoss.apply(h_NH, head, targets_N, weights_N, chunk_rows(vocabulary), *factors)  # type: ignore[no-any-return]
+    return _LabelledLoss.apply(h_NH, head, targets_N, weights_N, chunk_rows(vocabulary), *factors)
 
 
 @torch.no_grad()
