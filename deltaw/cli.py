@@ -5,8 +5,13 @@ Results go to stdout, talk to stderr. Exit codes are drawn in deltaw/errors.py.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +19,63 @@ import click
 
 from deltaw import __version__
 from deltaw.config import Settings, make_settings, read_recipe, settings_fields
-from deltaw.errors import EXIT_INTERRUPTED, DeltawError, Interrupted, UsageError
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, UsageError
 
-EXIT_CODES = "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, 130 and 143 stopped by a signal."
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, "
+    "130 and 143 stopped by a signal."
+)
+EXIT_BROKEN_PIPE = 141
+# Libraries whose warnings speak to programmers. PYTHONWARNINGS and -W bring them back.
+_LIBRARIES = r"(torch|transformers|tokenizers|huggingface_hub|safetensors|matplotlib)(\.|$)"
 
 
 class _Group(click.Group):
     """Turns our errors into one message and the documented exit code, for every verb."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=_LIBRARIES)
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+            return result
         except (DeltawError, Interrupted) as error:
             click.echo(f"{'' if isinstance(error, Interrupted) else 'Error: '}{error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Stopped.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:  # whoever read our output has enough, as in `deltaw inspect RUN | head`
+            _forget_stdout()
+            ctx.exit(EXIT_BROKEN_PIPE)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a verb as Ctrl-C does, so that what it has begun is tidied up; training handles both by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise Interrupted(EXIT_TERMINATED, "Stopped.")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _forget_stdout() -> None:
+    """Leaves nothing to flush into the broken pipe when Python exits, which it would complain about."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(
@@ -76,12 +118,6 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 
-def _console(stderr: bool = False) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=stderr, soft_wrap=False)
-
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 quiet_option = click.option("--quiet", is_flag=True, help="No talk on stderr, only errors.")
 model_option = click.option("--model", metavar="TEXT", help="The base, where the adapter does not say where it lies.")
@@ -100,7 +136,7 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
     return {**given, **({"threads": int(given["threads"])} if "threads" in given else {})}
 
 
-# -- verbs --------------------------------------------------------------------------------------------------------------
+# -- verbs -------------------------------------------------------------------------------------------------------------
 
 
 @main.command()
@@ -115,9 +151,9 @@ def _machine(options: dict[str, Any]) -> dict[str, Any]:
 def demo(as_json: bool, quiet: bool, **options: Any) -> None:
     """Train SmolLM2-135M on real reviews and tweets, and see what changed."""
     from deltaw import api
-    from deltaw.terminal import TerminalWatcher, show_json
+    from deltaw.terminal import TerminalWatcher, make_console, show_json
 
-    watcher = TerminalWatcher(_console(stderr=True), quiet)
+    watcher = TerminalWatcher(make_console(stderr=True), quiet)
     summary = api.demo(watcher, **_given(options))
     if as_json:
         show_json(summary)
@@ -126,18 +162,20 @@ def demo(as_json: bool, quiet: bool, **options: Any) -> None:
 
 
 def _show_demo(summary: dict[str, Any]) -> None:
-    from deltaw.terminal import human_bytes, human_seconds, pairs, results_table, samples_table
+    from deltaw.terminal import human_bytes, human_seconds, make_console, pairs, results_table, samples_table
 
-    console, sizes = _console(), summary["sizes"]
+    console, sizes = make_console(), summary["sizes"]
     console.print()
     results_table(console, summary["results"])
     console.print()
     samples_table(console, summary["samples"])
     console.print()
     share = sizes["trained_parameters"] / sizes["base_parameters"]
+    adapter_size, base_size = human_bytes(sizes["adapter_bytes"]), human_bytes(sizes["base_bytes"])
+    time, memory = human_seconds(summary["train_seconds"]), human_bytes(summary["peak_bytes"])
     pairs(console, {
-        "adapter": f"{human_bytes(sizes['adapter_bytes'])} beside a base of {human_bytes(sizes['base_bytes'])}; {share:.2%} as many parameters trained",
-        "time": f"{human_seconds(summary['train_seconds'])} for {summary['steps']} steps, {summary['tokens']:,} tokens; peak memory {human_bytes(summary['peak_bytes'])}",
+        "adapter": f"{adapter_size} beside a base of {base_size}; {share:.2%} as many parameters trained",
+        "time": f"{time} for {summary['steps']} steps, {summary['tokens']:,} tokens; peak memory {memory}",
         "run": f"{summary['run']} (open report.html in a browser)",
     })  # fmt: skip
     console.print("\nTry next:", highlight=False)
@@ -177,46 +215,36 @@ def train(
             )
         _finish_training(resume, None, None, quiet, as_json)
         return
-    settings = make_settings(given, read_recipe(recipe) if recipe else None)
-    run = _start_run(settings)
-    _finish_training(None, settings, run, quiet, as_json)
-
-
-def _start_run(settings: Settings) -> Any:
-    """The run folder, before anything heavy is imported."""
-    from deltaw.data.source import find_files
     from deltaw.engine.run import create_run
 
-    for name in ("data", "eval_data"):
-        if getattr(settings, name):
-            files = tuple(str(path) for path in find_files(list(getattr(settings, name))))
-            settings.put(name, files, settings.sources[name])
-    if not settings.data:
-        raise UsageError("No training data: give --data FILE (or a recipe with `data:`).")
-    return create_run(settings)
+    settings = make_settings(given, read_recipe(recipe) if recipe else None)
+    # The folder stands before anything heavy is imported.
+    _finish_training(None, settings, create_run(settings), quiet, as_json)
 
 
 def _finish_training(resume: Path | None, settings: Settings | None, run: Any, quiet: bool, as_json: bool) -> None:
     from deltaw import api
-    from deltaw.terminal import TerminalWatcher, pairs, show_json
+    from deltaw.terminal import TerminalWatcher, make_console, pairs, show_json
 
-    watcher = TerminalWatcher(_console(stderr=True), quiet)
-    if settings is not None:
-        api.with_absolute_paths(settings)
-        run.write_settings(settings)
+    watcher = TerminalWatcher(make_console(stderr=True), quiet)
     run = api.train(settings, run, watcher, resume=resume)
     summary = run.read_summary()
     if as_json:
         show_json({**summary, "run": str(run.folder)})
         return
     best = summary.get("best_eval_loss")
-    pairs(_console(), {
+    pairs(make_console(), {
         "status": summary["status"],
         **({} if best is None else {"best validation loss": f"{best:.4f} (step {summary['best_step']})"}),
         "adapter": str(run.adapter),
         "report": str(run.report),
         "next": f"deltaw chat {run.folder}",
     })  # fmt: skip
+
+
+def _say(text: str) -> None:
+    """Talk of a verb that draws nothing."""
+    click.echo(text, err=True)
 
 
 @main.command("eval")
@@ -228,20 +256,21 @@ def _finish_training(resume: Path | None, settings: Settings | None, run: Any, q
 def evaluate(adapter: Path, data: tuple[str, ...], model: str | None, as_json: bool, **options: Any) -> None:
     """Loss, perplexity, exact match, and accuracy where answers are labels. ADAPTER is a run or adapter folder."""
     from deltaw import api
-    from deltaw.terminal import TerminalWatcher, pairs, percent, show_json
+    from deltaw.terminal import TerminalWatcher, make_console, pairs, percent, show_json
 
-    watcher = TerminalWatcher(_console(stderr=True), quiet=as_json)
-    result = api.open_adapter(adapter, model, watcher.say, **_machine(options)).evaluate(data, watcher.measured)
+    watcher = TerminalWatcher(make_console(stderr=True))
+    result = api.open_adapter(adapter, model, _say, **_machine(options)).evaluate(data, watcher.measured)
     if as_json:
         show_json(result)
         return
     shown = {"loss": f"{result['loss']:.4f}", "perplexity": f"{result['perplexity']:.3f}"}
-    shown["exact match"] = (
-        f"{percent(result['exact_match'])} ({percent(result['exact_match_low'])} – {percent(result['exact_match_high'])})"
-    )
-    if "accuracy" in result:
-        shown["accuracy"] = f"{percent(result['accuracy'])} ({percent(result['low'])} – {percent(result['high'])})"
-    pairs(_console(), {**shown, "rows": f"{result['rows']:,}", "tokens": f"{result['tokens']:,}"})
+    for name, key, low, high in (
+        ("exact match", "exact_match", "exact_match_low", "exact_match_high"),
+        ("accuracy", "accuracy", "low", "high"),
+    ):
+        if key in result:
+            shown[name] = f"{percent(result[key])} ({percent(result[low])} – {percent(result[high])})"
+    pairs(make_console(), {**shown, "rows": f"{result['rows']:,}", "tokens": f"{result['tokens']:,}"})
 
 
 @main.command()
@@ -250,8 +279,12 @@ def evaluate(adapter: Path, data: tuple[str, ...], model: str | None, as_json: b
 @click.option(
     "--data", multiple=True, metavar="FILE", help="Answer every row of a data file; its own last answer is left out."
 )
-@click.option("--max-new-tokens", default=256, show_default=True, metavar="N", help="Longest answer.")
-@click.option("--temperature", default=0.0, show_default=True, metavar="X", help="0 is greedy.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Longest answer."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X", help="0 is greedy."
+)
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
 @model_option
 @_machine_options
@@ -260,15 +293,23 @@ def generate(
     adapter: Path, prompt: str | None, data: tuple[str, ...], max_new_tokens: int, temperature: float, seed: int,
     model: str | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Answer a prompt, or every row of a file. ADAPTER is a run or adapter folder."""
+    """Answer a prompt, or every row of a file. ADAPTER is a run or adapter folder.
+
+    The rows' answers are printed as lines of JSON; with --json, as one list.
+    """
     if (prompt is None) == (not data):
         raise UsageError("Give either --prompt TEXT or --data FILE.")
     from deltaw import api
+    from deltaw.terminal import show_json
 
-    opened = api.open_adapter(adapter, model, lambda text: click.echo(text, err=True), **_machine(options))
+    opened = api.open_adapter(adapter, model, _say, **_machine(options))
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    for answer in api.answers(opened, prompt, data, **sampling):
-        click.echo(api.as_json_line(answer) if as_json or data else answer["answer"])
+    answers = api.answers(opened, prompt, data, **sampling)
+    if as_json:
+        show_json(list(answers) if data else next(answers))
+        return
+    for answer in answers:
+        click.echo(api.as_json_line(answer) if data else answer["answer"])
 
 
 @main.command()
@@ -280,15 +321,16 @@ def generate(
 def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options: Any) -> None:
     """Fold an adapter into its base, read the result back and compare the logits."""
     from deltaw import api
-    from deltaw.terminal import pairs, show_json
+    from deltaw.terminal import make_console, pairs, show_json
 
-    record = api.merge(adapter, out, model, lambda text: click.echo(text, err=True), **_machine(options))
+    record = api.merge(adapter, out, model, _say, **_machine(options))
     if as_json:
         show_json(record)
         return
-    pairs(_console(), {
+    largest = f"(largest logit {record['max_logit']:.1f}, files in {record['dtype_of_files']})"
+    pairs(make_console(), {
         "merged model": record["folder"],
-        "largest logit difference": f"{record['max_logit_difference']:.2e} (largest logit {record['max_logit']:.1f}, files in {record['dtype_of_files']})",
+        "largest logit difference": f"{record['max_logit_difference']:.2e} {largest}",
         "same next token everywhere": "yes" if record["same_next_tokens"] else "NO",
     })  # fmt: skip
 
@@ -299,17 +341,15 @@ def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options:
 def inspect(adapter: Path, as_json: bool) -> None:
     """What an adapter adapts: layers, ranks, effective scale, sizes, origin. Opens no base."""
     from deltaw import api
-    from deltaw.terminal import human_bytes, inspect_table, pairs, show_json
+    from deltaw.terminal import human_bytes, inspect_table, make_console, pairs, show_json
 
     facts = api.inspect(adapter)
     if as_json:
         show_json(facts)
         return
-    console = _console()
-    pairs(console, {
-        "adapter": f"{facts['folder']} ({facts['variant']}, {facts['parameters'] / 1e6:.2f}M parameters, {human_bytes(facts['bytes'])})",
-        **facts["origin"],
-    })  # fmt: skip
+    console = make_console()
+    size = f"{facts['parameters'] / 1e6:.2f}M parameters, {human_bytes(facts['bytes'])}"
+    pairs(console, {"adapter": f"{facts['folder']} ({facts['variant']}, {size})", **facts["origin"]})
     inspect_table(console, facts["layers"])
 
 
@@ -318,13 +358,13 @@ def inspect(adapter: Path, as_json: bool) -> None:
 def doctor(as_json: bool) -> None:
     """The machine as deltaw sees it, and what that means for training."""
     from deltaw import api
-    from deltaw.terminal import pairs, show_json
+    from deltaw.terminal import make_console, pairs, show_json
 
     facts = api.doctor()
     if as_json:
         show_json(facts)
         return
-    console = _console()
+    console = make_console()
     pairs(console, facts["machine"])
     for sentence in facts["advice"]:
         console.print(f"→ {sentence}", highlight=False, markup=False)
@@ -337,11 +377,10 @@ def doctor(as_json: bool) -> None:
 def chat(adapter: Path, model: str | None, **options: Any) -> None:
     """Talk to base and adapter side by side. ADAPTER is a run or adapter folder."""
     from deltaw import api
-    from deltaw.terminal import chat_loop
+    from deltaw.terminal import chat_loop, make_console
 
-    console = _console()
-    opened = api.open_adapter(adapter, model, lambda text: click.echo(text, err=True), **_machine(options))
-    chat_loop(console, opened, sys.stdin)
+    opened = api.open_adapter(adapter, model, _say, **_machine(options))
+    chat_loop(make_console(), opened, sys.stdin)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every setting, once. Flags, recipe keys, help texts, docs and the resolved settings of a run all derive from this list.
+"""Every setting, once. Flags, recipe keys, help texts, docs and the resolved settings of a run derive from this list.
 
 A setting's value comes from a flag, else from the recipe, else from a rule that knows the model and the data, else from
 the default; where it came from is kept beside it and written into the run folder.
@@ -6,9 +6,11 @@ the default; where it came from is kept beside it and written into the run folde
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +31,13 @@ def setting(
     many: bool = False,
     choices: tuple[str, ...] = (),
     group: str = "",
+    path: bool = False,
 ) -> Any:
-    """A field of Settings: its default, its one line of help, the type of a value, and whether it may be repeated."""
-    metadata = {"help": help_text, "kind": kind, "many": many, "choices": choices, "group": group}
+    """A field of Settings: its default, its one line of help, the type of a value, and whether it may be repeated.
+
+    A value that may be repeated may also be a list with commas, unless it is a `path`.
+    """
+    metadata = {"help": help_text, "kind": kind, "many": many, "choices": choices, "group": group, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -39,13 +45,17 @@ def setting(
 class Settings:
     """The settings of a training run. `auto` and None are replaced by rules, see `resolve_rules`."""
 
-    model: str = setting("smollm2-135m", "Base: built-in name, folder, GGUF file or hub id.", group="what")
-    data: tuple[str, ...] = setting((), "Training file or glob; may be repeated.", many=True, group="what")
+    model: str = setting("smollm2-135m", "Base: built-in name, folder, GGUF file or hub id.", group="what", path=True)
+    data: tuple[str, ...] = setting((), "Training file or glob; may be repeated.", many=True, group="what", path=True)
     eval_data: tuple[str, ...] = setting(
-        (), "Validation file; without it 5 % of the rows (at most 500) are held out.", many=True, group="what"
+        (),
+        "Validation file; without it 5 % of the rows (at most 500) are held out.",
+        many=True,
+        group="what",
+        path=True,
     )
     out: str | None = setting(None, "Run folder to make; default: a dated folder under runs/.", group="what")
-    adapter: str | None = setting(None, "Start from the factors of this adapter folder.", group="what")
+    adapter: str | None = setting(None, "Start from the factors of this adapter folder.", group="what", path=True)
     revision: str | None = setting(None, "Revision of a hub base.", group="what")
 
     rank: int | str = setting(AUTO, "Rank r of the update, or auto.", kind=int, group="adapter")
@@ -167,28 +177,49 @@ def _near(name: str, fields: Mapping[str, Any]) -> str:
 def _put(settings: Settings, field: dataclasses.Field[Any], raw: Any, source: str, faults: list[str]) -> None:
     try:
         settings.put(field.name, _convert(field, raw), source)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         faults.append(f"{field.name} = {raw!r}: {error}")
 
 
 def _convert(field: dataclasses.Field[Any], raw: Any) -> Any:
     kind, choices = field.metadata["kind"], field.metadata["choices"]
     if field.metadata["many"]:
-        items = [raw] if isinstance(raw, str | Path) else list(raw)
-        values = tuple(part.strip() for item in items for part in str(item).split(",") if part.strip())
-        return tuple(_choice(value, choices) for value in values)
+        return tuple(_choice(value, choices) for value in _items(raw, commas=not field.metadata["path"]))
     if raw == AUTO and field.default == AUTO:
         return AUTO
     if kind is bool:
         if isinstance(raw, bool):
             return raw
         raise ValueError("must be true or false")
-    if kind is int and (isinstance(raw, bool) or float(raw) != int(raw)):
-        raise ValueError("must be a whole number")
-    value = kind(raw)
-    if kind is float and not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return _choice(value, choices)
+    if kind is not str:
+        return _number(kind, raw)
+    if not isinstance(raw, str | Path | int | float) or isinstance(raw, bool):
+        raise ValueError("must be text")
+    return _choice(str(raw), choices)
+
+
+def _items(raw: Any, *, commas: bool) -> list[str]:
+    items = [raw] if isinstance(raw, str | Path) else raw
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str | Path | int) for item in items):
+        raise ValueError("must be text or a list of texts")
+    texts = [str(item) for item in items]
+    parts = [part.strip() for text in texts for part in text.split(",")] if commas else texts
+    return [part for part in parts if part]
+
+
+def _number(kind: type, raw: Any) -> int | float:
+    try:
+        if isinstance(raw, bool):
+            raise ValueError
+        if kind is int and isinstance(raw, int | str):
+            with contextlib.suppress(ValueError):  # not by way of a float, which holds 53 bits; but 1e3 is one
+                return int(raw)
+        number = float(raw)
+        if not math.isfinite(number) or (kind is int and not number.is_integer()):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"must be {'a whole' if kind is int else 'a finite'} number") from None
+    return int(number) if kind is int else number
 
 
 def _choice(value: Any, choices: tuple[str, ...]) -> Any:
@@ -225,9 +256,16 @@ def _contradictions(settings: Settings) -> list[str]:
         value = getattr(settings, name)
         if isinstance(value, int | float) and value <= 0:
             faults.append(f"{name} = {value}: must be above 0")
+    for name in ("clip", "weight_decay", "patience", "seed"):
+        if getattr(settings, name) < 0:
+            faults.append(f"{name} = {getattr(settings, name)}: must not be below 0")
     for name in ("dropout", "warmup", "allow_lost"):
         if not 0 <= getattr(settings, name) <= 1:
             faults.append(f"{name} = {getattr(settings, name)}: must be between 0 and 1")
+    if settings.dropout == 1:
+        faults.append("dropout = 1: would drop everything")
+    if settings.max_length == 1:
+        faults.append("max_length = 1: a document of one token predicts nothing")
     if settings.layers is not None:
         try:
             parse_layers(settings.layers)
@@ -240,26 +278,42 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """(0, 1, 2, 20) from "0-2,20"; ValueError when it is not such a list."""
     numbers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part.strip())
+        if match is None:
             raise ValueError("must look like 0-11,20")
-        numbers += range(int(first), int(last or first) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{part.strip()} runs backwards")
+        numbers += range(first, last + 1)
     return tuple(dict.fromkeys(numbers))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; data paths in it are relative to it. Raises UsageError when it is no such file."""
+    """The settings in a YAML file. Raises UsageError when it is no such file.
+
+    Paths of what exists (data, adapters, a model folder) are relative to the file; `out` is relative to where one is.
+    """
     try:
         values = yaml.safe_load(path.read_text("utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read as a YAML recipe: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold settings as `name: value`, not {type(values).__name__}.")
-    for name in ("data", "eval_data", "eval-data"):
-        if values.get(name):
-            items = [values[name]] if isinstance(values[name], str) else values[name]
-            values[name] = [str(path.parent / item) for item in items]
-    return values
+    paths = {field.name for field in settings_fields() if field.metadata["path"]}
+    return {
+        name: _beside(path.parent, value, str(name)) if str(name).replace("-", "_") in paths else value
+        for name, value in values.items()
+    }
+
+
+def _beside(folder: Path, value: Any, name: str) -> Any:
+    """A path of a recipe, or each of several, seen from the recipe's folder; what is no text is left for the checks."""
+    if isinstance(value, list):
+        return [_beside(folder, item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    path = folder / Path(value).expanduser()
+    return value if name == "model" and not path.exists() else str(path)
 
 
 # -- rules: defaults that depend on the model and the data -------------------------------------------------------------
@@ -294,6 +348,5 @@ def default_rate(hidden: int, model_type: str) -> tuple[float, str]:
 def default_batch_tokens(mean_tokens: float) -> tuple[int, str]:
     """About 16 documents a step, as a power of two from 1,024 to 16,384 tokens: small batches suit LoRA."""
     wanted = 2 ** round(math.log2(max(1.0, 16 * mean_tokens)))
-    return int(
-        min(16_384, max(1024, wanted))
-    ), f"rule: 16 documents of {mean_tokens:.0f} tokens, as a power of two from 1,024 to 16,384"
+    rule = f"rule: 16 documents of {mean_tokens:.0f} tokens, as a power of two from 1,024 to 16,384"
+    return min(16_384, max(1024, wanted)), rule

@@ -82,7 +82,12 @@ def _take_place(temporary: Path, path: Path) -> None:
     aside = temporary.with_name(temporary.name + ".old")
     if path.exists():
         path.rename(aside)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
     fsync_path(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -1,11 +1,14 @@
 """What a person sees: the live bar and lines of a run, and tables. Talk goes to stderr, results to stdout.
 
-rich draws; where stderr is no terminal, plain lines are written now and then instead of a bar. Nothing is computed here.
+rich draws; where stderr is no terminal, or NO_COLOR is set, plain lines are written now and then instead of a bar, and
+no escape code at all. Nothing is computed here.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,14 +17,32 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from deltaw.engine.loop import Length
 from deltaw.engine.loop import Progress as RunProgress
 from deltaw.engine.train import Trainer, Watcher
+from deltaw.errors import DeltawError
 
 PLAIN_LINE_SECONDS = 15.0
+PLAIN_WIDTH = 120
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class _Console(Console):
+    """rich's console, except that a broken pipe stays an error, which the command line knows how to end with."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def make_console(stderr: bool = False) -> Console:
+    """The console for results (stdout) or for talk (stderr), plain unless it is a terminal that may have colour."""
+    stream = sys.stderr if stderr else sys.stdout
+    if stream.isatty() and not os.environ.get("NO_COLOR"):
+        return _Console(file=stream)
+    return _Console(file=stream, force_terminal=False, no_color=True, width=PLAIN_WIDTH)
 
 
 def human_bytes(number: float) -> str:
@@ -43,11 +64,11 @@ class _Status(ProgressColumn):
     """The text behind the bar."""
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields.get("status", ""))
+        return Text(task.fields.get("status", ""), no_wrap=True, overflow="ellipsis")
 
 
 class TerminalWatcher(Watcher):
-    """Draws a run: one bar with step, loss, real tokens per second, time left and peak memory; one line per evaluation."""
+    """Draws a run: a bar with step, loss, real tokens per second, time left, peak memory; one line per evaluation."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
@@ -61,22 +82,14 @@ class TerminalWatcher(Watcher):
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, trainer: Trainer) -> None:
-        ready, settings = trainer.ready, trainer.settings
-        share = ready.adapter.parameters / ready.base.parameters
-        length = f"{trainer.length.steps} steps" if trainer.length.steps else f"{settings.minutes:g} minutes"
-        data = ready.summaries["train"]
-        for line in (
-            f"base      {ready.base.name}, {ready.base.parameters / 1e6:.1f}M parameters, computing in {ready.base.dtype} on {ready.base.device}",
-            f"adapter   rank {settings.rank}, alpha {settings.alpha:g}, {len(ready.targets)} layers, {ready.adapter.parameters / 1e6:.2f}M parameters ({share:.2%} of the base)",
-            f"data      {data.used:,} documents, {data.tokens:,} tokens, {data.trained_tokens:,} of them trained",
-            f"run       {length} of about {settings.batch_tokens:,} tokens, rate {settings.lr:g}, into {trainer.run.folder}",
-        ):
+        for line in _opening(trainer):
             self.say(line)
         if self.live:
-            self.bar = Progress(TextColumn("training"), BarColumn(bar_width=24), _Status(), console=self.console)
+            columns = (TextColumn("training"), BarColumn(bar_width=24), _Status(Column(no_wrap=True)))
+            self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("training", total=1.0)
             self.bar.start()
 
@@ -86,7 +99,8 @@ class TerminalWatcher(Watcher):
         done, left = _done_and_left(progress, length, self.rates)
         text = (
             f"step {line['step']}{f'/{length.steps}' if length.steps else ''}  loss {self.loss:.3f}  "
-            f"{_tokens_per_second(self.rates):,.0f} tokens/s  {human_seconds(left)} left  {human_bytes(line['peak_bytes'])}"
+            f"{_tokens_per_second(self.rates):,.0f} tokens/s  {human_seconds(left)} left  "
+            f"{human_bytes(line['peak_bytes'])}"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=done, status=text)
@@ -103,10 +117,28 @@ class TerminalWatcher(Watcher):
             self.measured_at = time.monotonic()
             self.console.print(f"  {done}/{total} rows", end="\n" if done == total else "\r", highlight=False)
 
+    def stopping(self) -> None:
+        text = b"\nStopping; the state will be saved. Once more, and it ends at once without that.\n"
+        os.write(2, (SHOW_CURSOR if self.live else b"") + text)
+
     def stop(self) -> None:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _opening(trainer: Trainer) -> Iterator[str]:
+    """What is about to happen, in four lines."""
+    ready, settings, data = trainer.ready, trainer.settings, trainer.ready.summaries["train"]
+    base, adapter = ready.base, ready.adapter
+    share = adapter.parameters / base.parameters
+    length = f"{trainer.length.steps} steps" if trainer.length.steps else f"{settings.minutes:g} minutes"
+    yield f"base      {base.name}, {base.parameters / 1e6:.1f}M parameters, computing in {base.dtype} on {base.device}"
+    size = f"{adapter.parameters / 1e6:.2f}M parameters ({share:.2%} of the base)"
+    yield f"adapter   rank {settings.rank}, alpha {settings.alpha:g}, {len(ready.targets)} layers, {size}"
+    yield f"data      {data.used:,} documents, {data.tokens:,} tokens, {data.trained_tokens:,} of them trained"
+    step = f"about {settings.batch_tokens:,} tokens, rate {settings.lr:g}"
+    yield f"run       {length} of {step}, into {trainer.run.folder}"
 
 
 def _tokens_per_second(rates: list[tuple[int, float]]) -> float:
@@ -122,7 +154,7 @@ def _done_and_left(progress: RunProgress, length: Length, rates: list[tuple[int,
     return progress.step / length.steps, (length.steps - progress.step) * per_step
 
 
-# -- results ------------------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def show_json(value: Any) -> None:
@@ -150,7 +182,7 @@ def results_table(console: Console, results: list[dict[str, Any]]) -> None:
 
 
 def samples_table(console: Console, samples: list[dict[str, Any]]) -> None:
-    """Answers before and after, beside the reference."""
+    """Answers before and after, beside the reference, a line each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading, width in (("text", 44), ("people say", 10), ("before", 22), ("after", 10)):
         table.add_column(heading, max_width=width, no_wrap=True, overflow="ellipsis")
@@ -198,12 +230,15 @@ def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-CHAT_HELP = "Commands: /base, /adapter or /both choose who answers; /scale 0.5 turns the adapter down; /new forgets; /quit ends."
+CHAT_HELP = (
+    "Commands: /base, /adapter or /both choose who answers; /scale 0.5 turns the adapter down; "
+    "/new forgets; /quit ends."
+)
 
 
 def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
     """Reads prompts from `lines` and streams the answers of base and adapter; each keeps its own conversation."""
-    console.print(CHAT_HELP, highlight=False, markup=False)
+    _print(console, CHAT_HELP)
     speakers, strength = ["base", "adapter"], 1.0
     histories: dict[str, list[dict[str, str]]] = {"base": [], "adapter": []}
     while True:
@@ -216,27 +251,41 @@ def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
             speakers = ["base", "adapter"] if text == "/both" else [text[1:]]
         elif text == "/new":
             histories = {"base": [], "adapter": []}
-        elif text.startswith("/scale"):
+        elif text.split()[:1] == ["/scale"]:
             strength = _scale(console, text, strength)
         elif text.startswith("/"):
-            console.print(CHAT_HELP, highlight=False, markup=False)
+            _print(console, CHAT_HELP)
         elif text:
             for speaker in speakers:
                 model.strength = 0.0 if speaker == "base" else strength
                 _answer(console, model, speaker, histories[speaker], text)
 
 
+def _print(console: Console, text: str, end: str = "\n") -> None:
+    """Text as it stands: nothing in it is markup, and no line is broken."""
+    console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
+
+
 def _scale(console: Console, text: str, strength: float) -> float:
+    """The strength that was asked for, or the old one when it cannot be understood."""
     try:
-        return float(text.split()[1])
+        wanted = float(text.split()[1])
     except (IndexError, ValueError):
-        console.print("Say it like: /scale 0.5", highlight=False)
+        wanted = math.nan
+    if not math.isfinite(wanted):
+        _print(console, "Say it like: /scale 0.5")
         return strength
+    _print(console, f"The adapter acts at {wanted:g} of its strength.")
+    return wanted
 
 
 def _answer(console: Console, model: Any, speaker: str, history: list[dict[str, str]], text: str) -> None:
     console.print(f"{speaker}: ", end="", style="bold" if speaker == "adapter" else "dim")
-    history.append({"role": "user", "content": text})
-    answer = model.generate(history, on_text=lambda piece: console.print(piece, end="", markup=False, highlight=False))
-    history.append({"role": "assistant", "content": answer})
+    asked = [*history, {"role": "user", "content": text}]
+    try:
+        answer = model.generate(asked, on_text=lambda piece: _print(console, piece, end=""))
+    except DeltawError as error:  # a conversation grown too long, say: /new helps, and chatting goes on
+        _print(console, str(error))
+        return
+    history[:] = [*asked, {"role": "assistant", "content": answer}]
     console.print()

@@ -1,7 +1,8 @@
 """The low-rank core: torch and safetensors only, no transformers.
 
 Read in this order: spec (what is wanted), math (every formula), value (what is trained and stored), weight (the seam
-to any weight storage), layer (how one layer is adapted), inject (choose, apply, remove), merge, files (PEFT's folder).
+to any weight storage), product (fp32 factors beside bf16 activations), layer (how one layer is adapted), inject
+(choose, apply, remove), merge, keys (names and shapes in PEFT's file), files (PEFT's folder).
 """
 
 from deltaw.adapter.files import read_adapter, write_adapter

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deltaw.adapter.layer import CONVOLUTIONS, AdaptedLayer, Target, attach, shape_of
+from deltaw.adapter.layer import CONVOLUTIONS, AdaptedLayer, Live, Target, attach, keep_rows_padded, shape_of
 from deltaw.adapter.spec import ALL_LINEAR, LoraSpec, first_match, matches
 from deltaw.adapter.value import Adapter, Factors
 from deltaw.errors import AdapterError, bullet_list
@@ -32,62 +33,80 @@ Candidate = tuple[str, str, nn.Module, nn.Module, str]
 
 def _candidates(model: nn.Module) -> Iterator[Candidate]:
     """(name, kind, owner, holder, parameter) of every weight that deltaw can adapt, in the model's order."""
-    skip: set[nn.Module] = set()
+    skip: set[nn.Module] = {model}  # no adapter format can name the outermost module
     for name, module in model.named_modules():
-        if module in skip:
-            continue
         if isinstance(module, nn.MultiheadAttention):
-            attention: nn.MultiheadAttention = module
-            skip.add(attention.out_proj)
-            yield from _attention_candidates(name, attention)
-        elif isinstance(module, nn.Linear):
-            yield name, "linear", module, module, "weight"
-        elif type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
-            yield name, "transposed", module, module, "weight"
-        elif isinstance(module, tuple(CONVOLUTIONS)):
-            yield name, "conv", module, module, "weight"
-        elif isinstance(module, nn.Embedding):
-            yield name, "embedding", module, module, "weight"
-        else:
-            yield from _parameter_candidates(name, module)
+            skip.add(module.out_proj)
+        if module not in skip:
+            yield from _module_candidates(name, module)
+        if not isinstance(module, _LAYERS) and not _is_conv1d(module):
+            yield from _stacked_candidates(name, module)
 
 
-def _attention_candidates(name: str, module: nn.MultiheadAttention) -> Iterator[Candidate]:
-    if module.in_proj_weight is not None:
-        yield f"{name}.in_proj_weight", "parameter", module, module, "in_proj_weight"
-        yield f"{name}.out_proj.weight", "parameter", module, module.out_proj, "weight"
+_LAYERS = (nn.MultiheadAttention, nn.Linear, nn.Embedding, *CONVOLUTIONS)
 
 
-def _parameter_candidates(name: str, module: nn.Module) -> Iterator[Candidate]:
-    """Stacked experts: 3-D parameters held directly by a module that is no known layer."""
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer that stores [in, out]; known by name, since transformers is not imported."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _module_candidates(name: str, module: nn.Module) -> Iterator[Candidate]:
+    if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module.in_proj_weight, Tensor):  # None where query, key and value have other widths
+            yield f"{name}.in_proj_weight", "parameter_attention", module, module, "in_proj_weight"
+            yield f"{name}.out_proj.weight", "parameter_attention", module, module.out_proj, "weight"
+    elif isinstance(module, nn.Linear):
+        yield name, "linear", module, module, "weight"
+    elif _is_conv1d(module):
+        yield name, "transposed", module, module, "weight"
+    elif isinstance(module, tuple(CONVOLUTIONS)):
+        yield name, "conv", module, module, "weight"
+    elif isinstance(module, nn.Embedding):
+        yield name, "embedding", module, module, "weight"
+
+
+def _stacked_candidates(name: str, module: nn.Module) -> Iterator[Candidate]:
+    """3-D parameters held directly by a module that is no known layer: stacked experts, or whatever the user names."""
+    kind = "parameter_transposed" if getattr(module, "is_transposed", False) else "parameter"
     for parameter, value in module.named_parameters(recurse=False):
         if value.ndim == 3:
-            transposed = getattr(module, "is_transposed", False)
-            kind = "parameter_transposed" if transposed else "parameter"
             yield (f"{name}.{parameter}" if name else parameter), kind, module, module, parameter
 
 
-def _module_of(name: str, kind: str) -> str:
-    """The name by which PEFT's target_modules would select this candidate."""
-    if name.endswith(".in_proj_weight"):
-        return name.removesuffix(".in_proj_weight")
-    if kind == "parameter" and name.endswith(".out_proj.weight"):
-        return name.removesuffix(".out_proj.weight")
+def _module_of(candidate: Candidate) -> str:
+    """The name by which PEFT's target_modules would select this candidate: attention is selected whole."""
+    name, kind = candidate[:2]
+    if kind == "parameter_attention":
+        return name.removesuffix(".in_proj_weight").removesuffix(".out_proj.weight")
     return name
 
 
-def _wanted(name: str, kind: str, spec: LoraSpec, head: nn.Module | None, owner: nn.Module) -> bool:
-    if spec.layers is not None:
-        number = _BLOCK_NUMBER.search(name)
-        if number is None or int(number[1]) not in spec.layers:
-            return False
-    selected = _module_of(name, kind)
-    if first_match(selected, spec.exclude) or first_match(name, spec.exclude):
+def _wanted(candidate: Candidate, spec: LoraSpec, head: nn.Module | None) -> bool:
+    names = (_module_of(candidate), candidate[0])
+    if spec.layers is not None and _block_number(candidate[0]) not in spec.layers:
         return False
-    if first_match(selected, spec.targets) or first_match(name, spec.targets):
+    if any(first_match(name, spec.exclude) for name in names):
+        return False
+    if any(first_match(name, spec.targets) for name in names):
         return True
-    linear = kind in ("linear", "transposed") or (kind.startswith("parameter"))
-    return ALL_LINEAR in spec.targets and linear and owner is not head
+    return ALL_LINEAR in spec.targets and _is_linear(candidate) and candidate[2] is not head
+
+
+def _block_number(name: str) -> int | None:
+    number = _BLOCK_NUMBER.search(name)
+    return None if number is None else int(number[1])
+
+
+def _is_linear(candidate: Candidate) -> bool:
+    """Linear layers, attention projections, and stacks with one matrix for each of the module's `num_experts`.
+
+    Other 3-D parameters (position embeddings, class tokens) are no stacks of linear layers and must be named.
+    """
+    _, kind, owner, holder, parameter = candidate
+    if kind in ("parameter", "parameter_transposed"):
+        return getattr(owner, "num_experts", None) == shape_of(holder, parameter)[0]
+    return kind in ("linear", "transposed", "parameter_attention")
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -104,12 +123,12 @@ def choose(model: nn.Module, spec: LoraSpec) -> list[Target]:
     or cannot be adapted in the way asked for.
     """
     candidates, head = list(_candidates(model)), _output_head(model)
-    chosen = [c for c in candidates if _wanted(c[0], c[1], spec, head, c[2])]
-    faults = _unmatched(spec, candidates) + [fault for c in chosen for fault in _unsuitable(c, spec)]
+    chosen = [c for c in candidates if _wanted(c, spec, head)]
+    faults = _unmatched(spec, candidates, chosen) + _half_attention(chosen)
+    faults += [fault for c in chosen for fault in _unsuitable(c, spec)]
     if not faults and not chosen:
-        faults = [
-            f"no layer is left to adapt: targets {list(spec.targets)}, exclude {list(spec.exclude)}, layers {spec.layers}"
-        ]
+        wishes = f"targets {list(spec.targets)}, exclude {list(spec.exclude)}, layers {spec.layers}"
+        faults = [f"no layer is left to adapt: {wishes}"]
     if faults:
         raise AdapterError("These targets cannot be adapted:\n" + bullet_list(faults))
     selection = _selection(model, chosen)
@@ -118,7 +137,7 @@ def choose(model: nn.Module, spec: LoraSpec) -> list[Target]:
 
 def _target(candidate: Candidate, spec: LoraSpec, selection: tuple[str, ...]) -> Target:
     name, kind, owner, holder, parameter = candidate
-    key = _module_of(name, kind)
+    key = _module_of(candidate)
     return Target(
         name=name,
         kind=kind,
@@ -134,14 +153,29 @@ def _target(candidate: Candidate, spec: LoraSpec, selection: tuple[str, ...]) ->
     )
 
 
-def _unmatched(spec: LoraSpec, candidates: list[Candidate]) -> list[str]:
-    names = [name for c in candidates for name in dict.fromkeys((c[0], _module_of(c[0], c[1])))]
-    patterns = [*spec.targets, *spec.exclude, *spec.rank_pattern, *spec.alpha_pattern]
-    return [
-        f"{pattern!r} matches nothing; {_nearest(pattern, names)}"
-        for pattern in dict.fromkeys(patterns)
-        if pattern != ALL_LINEAR and not any(matches(name, pattern) for name in names)
+def _unmatched(spec: LoraSpec, candidates: list[Candidate], chosen: list[Candidate]) -> list[str]:
+    """Every target, exclusion, block number and pattern that changes nothing: most likely a slip of the pen."""
+    names, chosen_names = _all_names(candidates), _all_names(chosen)
+    wanted = [(pattern, names) for pattern in (*spec.targets, *spec.exclude) if pattern != ALL_LINEAR]
+    if chosen:
+        wanted += [(pattern, chosen_names) for pattern in (*spec.rank_pattern, *spec.alpha_pattern)]
+    faults = [
+        f"{pattern!r} matches nothing{'' if among is names else ' that is adapted'}; {_nearest(pattern, among)}"
+        for pattern, among in wanted
+        if not any(matches(name, pattern) for name in among)
     ]
+    blocks = {_block_number(c[0]) for c in candidates}
+    missing = [number for number in spec.layers or () if number not in blocks]
+    return list(dict.fromkeys(faults)) + [f"the model has no layer number {number}" for number in missing]
+
+
+def _all_names(candidates: list[Candidate]) -> list[str]:
+    return list(dict.fromkeys(name for c in candidates for name in (c[0], _module_of(c))))
+
+
+def _half_attention(chosen: list[Candidate]) -> list[str]:
+    count = Counter(_module_of(c) for c in chosen if c[1] == "parameter_attention")
+    return [f"{name}: its two projections are adapted together or not at all" for name, n in count.items() if n == 1]
 
 
 def _nearest(pattern: str, names: list[str]) -> str:
@@ -161,10 +195,12 @@ def _unsuitable(candidate: Candidate, spec: LoraSpec) -> list[str]:
             faults.append(f"{name}: a convolution with {', '.join(odd)} has no place in the adapter format; exclude it")
     if kind.startswith("parameter") and spec.dora:
         faults.append(f"{name}: DoRA is not defined for stacked or fused parameters; exclude it or turn DoRA off")
-    if kind.startswith("parameter") and spec.dropout and not _is_attention(name):
+    if kind in ("parameter", "parameter_transposed") and spec.dropout:
         faults.append(f"{name}: dropout cannot act on stacked parameters; exclude it or set dropout 0")
     if kind == "embedding" and spec.dropout:
         faults.append(f"{name}: dropout has no meaning for token ids; set dropout 0")
+    if kind == "embedding" and getattr(layer, "max_norm", None) is not None:
+        faults.append(f"{name}: an embedding with max_norm rewrites its weight in each forward; exclude it")
     return faults
 
 
@@ -175,16 +211,12 @@ _USUAL_CONVOLUTION: list[tuple[str, Callable[[Any], bool]]] = [
 ]
 
 
-def _is_attention(name: str) -> bool:
-    return name.endswith((".in_proj_weight", ".out_proj.weight"))
-
-
 def _selection(model: nn.Module, chosen: list[Candidate]) -> tuple[str, ...]:
     """Plain suffixes that select exactly the chosen modules in this model, as PEFT reads target_modules.
 
     Short ones ("q_proj") where they are unambiguous; full names otherwise.
     """
-    names = {_module_of(c[0], c[1]) for c in chosen if not c[1].startswith("parameter") or _is_attention(c[0])}
+    names = {_module_of(c) for c in chosen if c[1] not in ("parameter", "parameter_transposed")}
     everything = [name for name, _ in model.named_modules()]
     suffixes = dict.fromkeys(name.rsplit(".", 1)[-1] for name in sorted(names))
     short = tuple(sorted(suffixes))
@@ -207,7 +239,7 @@ class Injection:
         self.active: int | None = 0
         self.strength = 1.0
         self._handles: list[RemovableHandle] = []
-        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._required_grad: dict[str, bool] = {}
 
     @property
     def targets(self) -> list[Target]:
@@ -237,6 +269,8 @@ class Injection:
 
     def eject(self) -> None:
         """Takes every hook off and restores `requires_grad`; the model is then exactly what it was."""
+        if self.model.__dict__.get(_MARK) is not self:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -246,8 +280,7 @@ class Injection:
 
     def reapply(self) -> None:
         """Puts ejected hooks back, with the same live factors."""
-        if _MARK in self.model.__dict__:
-            raise AdapterError("This model has adapters already; call .eject() on its Injection first.")
+        refuse_injected(self.model)
         self._apply()
 
     def __enter__(self) -> Injection:
@@ -257,6 +290,7 @@ class Injection:
         self.eject()
 
     def _apply(self) -> None:
+        self._required_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self.model.requires_grad_(False)
         owners = {id(layer.target.owner): layer.target.owner for layers in self.layers for layer in layers.values()}
         for key, owner in owners.items():
@@ -264,10 +298,19 @@ class Injection:
                 [layer for layer in layers.values() if id(layer.target.owner) == key] for layers in self.layers
             ]
             self._handles += attach(owner, self._live(per_adapter))
+        for module in self.model.modules():
+            if isinstance(module, nn.TransformerEncoder) and any(part in owners.values() for part in module.modules()):
+                self._handles += keep_rows_padded(module)
         self.model.__dict__[_MARK] = self
 
-    def _live(self, per_adapter: list[list[AdaptedLayer]]) -> Callable[[], tuple[list[AdaptedLayer], float]]:
-        return lambda: ([] if self.active is None else per_adapter[self.active], self.strength)
+    def _live(self, per_adapter: list[list[AdaptedLayer]]) -> Live:
+        return lambda: ([] if self.active is None or self.strength == 0 else per_adapter[self.active], self.strength)
+
+
+def refuse_injected(model: nn.Module) -> None:
+    """Raises AdapterError while adapters are at work in the model."""
+    if _MARK in model.__dict__:
+        raise AdapterError("This model has adapters already; call .eject() on its Injection first.")
 
 
 def inject(
@@ -275,11 +318,12 @@ def inject(
 ) -> Injection:
     """Applies one or more adapters to any model and returns the `Injection` that switches, extracts and ejects them.
 
-    Live factors lie on the device of their layer, in `dtype` (default: that of the layer's weight). Raises
-    AdapterError, with all faults listed and the model untouched, when names, shapes or frozen copies do not agree.
+    Live factors lie on the device of their layer, in `dtype` (default: that of the layer's weight). On a bf16 layer,
+    fp32 factors have the gradients of PEFT's default; those of bf16 factors show the rounding of the factors
+    (tests/oracle/test_peft.py measures both). Raises AdapterError, with all faults listed and the model untouched, when
+    names, shapes or frozen copies do not agree.
     """
-    if _MARK in model.__dict__:
-        raise AdapterError("This model has adapters already; call .eject() on its Injection first.")
+    refuse_injected(model)
     if not adapters:
         raise AdapterError("No adapter was given to inject.")
     layers = [_live_layers(model, adapter, dtype, trainable) for adapter in adapters]

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaw.adapter import math
+from deltaw.adapter.product import finer_product
 from deltaw.adapter.weight import dense_weight, weight_shape
+from deltaw.errors import AdapterError
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,
@@ -33,7 +35,8 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """One weight that will be adapted. `kind` is linear, transposed, conv, embedding, parameter or parameter_transposed.
+    """One weight that will be adapted, of one `kind`: linear, transposed, conv or embedding, whose layer is called;
+    parameter, parameter_transposed (stacked experts) or parameter_attention, whose weight is read by other code.
 
     `owner` is the module whose call uses the weight, `holder` the module that holds it as `parameter`; they differ only
     for projections that their parent reads (the output projection of nn.MultiheadAttention).
@@ -50,6 +53,11 @@ class Target:
     scale: float
     dora: bool = False
     selection: tuple[str, ...] = ()
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the weight is read by code that deltaw cannot see, so that it must be shadowed."""
+        return self.kind.startswith("parameter")
 
     @property
     def transposed(self) -> bool:
@@ -99,7 +107,7 @@ class Target:
         return self.weight_matrix().norm(dim=1)
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        """ΔW = s·B·A in the layout of the weight; for DoRA it is the difference to m·(W+ΔW)/‖W+ΔW‖ that merge adds."""
+        """ΔW = s·B·A in the layout of the weight; what DoRA's magnitude does is in `merged_weight` only."""
         if self.kind == "conv":
             A, B = A.flatten(1), B.flatten(1)
         return math.delta(A, B, self.scale, transposed=self.transposed).reshape(self.shape)
@@ -118,8 +126,8 @@ class AdaptedLayer:
     """The live branch of one target: factors in the dtype of the computation, and the formula that uses them.
 
     A plain object, not a module: the model's parameters and state dict do not know it. `A`, `B` and `magnitude` are
-    leaf tensors that ask for gradients; an engine may point them at slices of a flat buffer. Dropout acts while `training`
-    is set, whatever mode the frozen model is in.
+    leaf tensors that ask for gradients; an engine may point them at slices of a flat buffer. Dropout acts while
+    `training` is set, whatever mode the frozen model is in.
     """
 
     def __init__(self, target: Target, A: Tensor, B: Tensor, magnitude: Tensor | None, dropout: float) -> None:
@@ -139,75 +147,104 @@ class AdaptedLayer:
         if self.dropout and self.training and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         if self.magnitude is None:
-            return self.branch(x, out, self.scale * strength)
-        adapted = self._dora(x, out)
+            return self.branch(x, out, self.B, self.scale * strength)
+        adapted = self._dora(x, out, self.magnitude)
         return adapted if strength == 1 else out + strength * (adapted - out)
 
     def shadow_weight(self, strength: float) -> Tensor:
-        """W + strength·ΔW, differentiable in the factors; parameter kinds only."""
+        """W + strength·ΔW in the dtype of W, rounded once, differentiable in the factors; parameter kinds only."""
         weight = dense_weight(self.target.holder, self.target.parameter)
-        return weight + (strength * self.target.delta(self.A, self.B)).to(weight.dtype)
+        left, right = self.B.to(weight.dtype), self.A.to(weight.dtype)
+        if self.target.transposed:
+            left, right = right.transpose(-1, -2), left.transpose(-1, -2)
+        add_product = torch.baddbmm if weight.ndim == 3 else torch.addmm
+        return add_product(weight, left, right, alpha=self.scale * strength)
 
-    # -- one formula per kind: `out + s·B·(A·x)` ------------------------------------------------------------------
+    # -- one formula per kind: `out + s·B·(A·x)`; B is an argument because DoRA scales its rows -------------------
 
-    def _linear_branch(self, x: Tensor, out: Tensor, s: float) -> Tensor:
-        xA_TR = F.linear(x, self.A).flatten(0, -2)
-        return torch.addmm(out.flatten(0, -2), xA_TR, self.B.T, alpha=s).view_as(out)
+    def _linear_branch(self, x: Tensor, out: Tensor, B: Tensor, s: float) -> Tensor:
+        if x.is_nested:  # what nn.TransformerEncoder makes of padded rows
+            return out + s * F.linear(F.linear(x, self.A), B)
+        x_TI, out_TO = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+        if self.A.dtype.itemsize > out.dtype.itemsize:
+            return finer_product(x_TI, out_TO, self.A, B.to(self.A.dtype), s).view_as(out)
+        return torch.addmm(out_TO, F.linear(x_TI, self.A.to(x.dtype)), B.to(out.dtype).T, alpha=s).view_as(out)
 
-    def _conv_branch(self, x: Tensor, out: Tensor, s: float) -> Tensor:
+    def _conv_branch(self, x: Tensor, out: Tensor, B: Tensor, s: float) -> Tensor:
         layer: Any = self.target.owner
         convolve = next(f for kind, f in CONVOLUTIONS.items() if isinstance(layer, kind))
-        return out + s * convolve(convolve(x, self.A, None, layer.stride, layer.padding), self.B)
+        return out + s * convolve(convolve(x, self.A.to(x.dtype), None, layer.stride, layer.padding), B.to(x.dtype))
 
-    def _embedding_branch(self, ids: Tensor, out: Tensor, s: float) -> Tensor:
+    def _embedding_branch(self, ids: Tensor, out: Tensor, B: Tensor, s: float) -> Tensor:
+        """Some embeddings multiply the rows that they look up by `embed_scale` (Gemma): then the branch does too."""
         layer: Any = self.target.owner
-        rows = F.embedding(ids, self.A.T, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq)
-        return out + s * (rows @ self.B.T).to(out.dtype)
+        rows = F.embedding(ids, self.A.T, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+        return out + (s * getattr(layer, "embed_scale", 1.0) * (rows @ B.to(rows.dtype).T)).to(out.dtype)
 
-    def _dora(self, x: Tensor, out: Tensor) -> Tensor:
+    def _dora(self, x: Tensor, out: Tensor, magnitude: Tensor) -> Tensor:
         """g·(W·x + s·B·A·x) + bias with g = m/‖W + s·B·A‖, the norm held constant (arXiv 2402.09353 §4.3).
 
-        We differ from PEFT with dropout only: it falls on the low-rank branch, never on the frozen one.
+        Computed as out + (g−1)·W·x + s·(g·B)·A·x: g−1 is small, so rounding it to bf16 costs little where rounding g
+        would not, and the start, g = 1, is the base itself. We differ from PEFT with dropout only: it falls on the
+        low-rank branch, never on the frozen one.
         """
-        assert self.magnitude is not None
         with torch.no_grad():
             norm_O = math.row_norm(self.target.weight_matrix(), self.A.flatten(1), self.B.flatten(1), self.scale)
-        gain_O: Tensor = (self.magnitude / norm_O).to(out.dtype)
+        gain_O = math.dora_gain(magnitude, norm_O)
         bias: Tensor | None = getattr(self.target.owner, "bias", None)
-        if self.target.kind == "conv":
-            channel = (-1, *(1 for _ in self.target.shape[2:]))
-            gain_O, bias = gain_O.view(channel), None if bias is None else bias.view(channel)
-        frozen = out if bias is None else out - bias
-        adapted = gain_O * self.branch(x, frozen, self.scale)
-        return adapted if bias is None else adapted + bias
+        channel = (-1, *(1 for _ in self.target.shape[2:])) if self.target.kind == "conv" else (-1,)
+        frozen = out if bias is None else out - bias.view(channel)
+        moved = torch.addcmul(out, frozen, (gain_O - 1).to(out.dtype).view(channel))
+        return self.branch(x, moved, gain_O.view(-1, *(1 for _ in self.B.shape[1:])) * self.B, self.scale)
 
 
-def attach(owner: nn.Module, live: Callable[[], tuple[list[AdaptedLayer], float]]) -> list[RemovableHandle]:
+Live = Callable[[], tuple[list[AdaptedLayer], float]]
+
+
+def attach(owner: nn.Module, live: Live) -> list[RemovableHandle]:
     """Hooks on `owner` that apply the layers `live()` names at each call; returns the handles that take them off.
 
-    A hook that does nothing still matters: PyTorch's fused transformer path reads weights without calling the layers,
-    and it steps aside where hooks are present.
+    A hook that does nothing still matters: PyTorch's fused transformer layer reads weights without calling the layers
+    that hold them, and it steps aside where hooks are present.
     """
 
     def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
         layers, strength = live()
         for layer in layers:
-            if layer.target.kind.startswith("parameter"):
+            if layer.target.is_parameter:
                 layer.target.holder.__dict__[layer.target.parameter] = layer.shadow_weight(strength)
 
-    def after(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         layers, strength = live()
         for layer in layers:
-            if layer.target.kind.startswith("parameter"):
+            if layer.target.is_parameter:
                 layer.target.holder.__dict__.pop(layer.target.parameter, None)
             elif isinstance(out, Tensor):
                 out = layer.add_to(args[0] if args else next(iter(kwargs.values())), out, strength)
+            elif out is not None:  # None: the layer itself raised an error
+                kind = type(module).__name__
+                raise AdapterError(
+                    f"{layer.target.name}: {kind} returns {type(out).__name__}, not a tensor; exclude it"
+                )
         return out
 
     return [
         owner.register_forward_pre_hook(before),
         owner.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
+
+
+def keep_rows_padded(encoder: nn.TransformerEncoder) -> list[RemovableHandle]:
+    """Hooks that keep PyTorch's encoder from packing padded rows for a fused path that hooked layers do not take."""
+    usual = encoder.use_nested_tensor
+
+    def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        encoder.use_nested_tensor = False
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], _out: Any) -> None:
+        encoder.use_nested_tensor = usual
+
+    return [encoder.register_forward_pre_hook(before), encoder.register_forward_hook(after, always_call=True)]
 
 
 def shape_of(holder: nn.Module, parameter: str) -> tuple[int, ...]:

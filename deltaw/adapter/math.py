@@ -49,9 +49,14 @@ def row_norm(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, s: float) -> Tensor:
 def dora_weight(W_OI: Tensor, A_RI: Tensor, B_OR: Tensor, s: float, magnitude_O: Tensor) -> Tensor:
     """m ∘ (W + s·B·A) / ‖W + s·B·A‖, rows being outputs: the dense reference of DoRA (arXiv 2402.09353 eq. 5)."""
     V_OI = W_OI + s * (B_OR @ A_RI)
-    return magnitude_O[:, None] * V_OI / V_OI.norm(dim=1, keepdim=True)
+    return dora_gain(magnitude_O, V_OI.norm(dim=1))[:, None] * V_OI
+
+
+def dora_gain(magnitude_O: Tensor, norm_O: Tensor) -> Tensor:
+    """m / ‖W + s·B·A‖ in fp32; rows that are all zero (an output head's row for padding) stay zero instead of NaN."""
+    return magnitude_O.float() / norm_O.masked_fill(norm_O == 0, 1)
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A 63-bit seed that depends on the name, so that one module's start does not depend on which others are adapted."""
+    """A 63-bit seed that depends on the name: a module's start does not depend on which others are adapted."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1

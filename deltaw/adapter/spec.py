@@ -18,13 +18,17 @@ MAX_RANK = 1024
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether the dotted `name` equals `pattern` or ends with it at a dot: "a.b.q_proj" matches "q_proj", not "proj"."""
+    """Whether `name` equals `pattern` or ends with it at a dot: "a.b.q_proj" matches "q_proj", not "proj"."""
     return name == pattern or name.endswith("." + pattern)
 
 
 def first_match(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches, in the order given (the order is PEFT's rule too), or None."""
     return next((pattern for pattern in patterns if matches(name, pattern)), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,19 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be between 1 and {MAX_RANK}, not {rank!r}"
-            for name, rank in [("rank", self.rank), *((f"rank of {k!r}", r) for k, r in self.rank_pattern.items())]
-            if not (isinstance(rank, int) and 1 <= rank <= MAX_RANK)
-        ]
+        ranks = [("rank", self.rank), *((f"rank of {key!r}", rank) for key, rank in self.rank_pattern.items())]
         alphas = [("alpha", self.alpha), *((f"alpha of {key!r}", alpha) for key, alpha in self.alpha_pattern.items())]
-        faults += [f"{name} must be a positive number, not {a!r}" for name, a in alphas if not 0 < a < 1e9]
-        if not 0 <= self.dropout < 1:
+        faults = [
+            f"{name} must be a whole number between 1 and {MAX_RANK}, not {rank!r}"
+            for name, rank in ranks
+            if not (type(rank) is int and 1 <= rank <= MAX_RANK)
+        ]
+        faults += [
+            f"{name} must be a positive number, not {alpha!r}"
+            for name, alpha in alphas
+            if not (_is_number(alpha) and 0 < alpha < 1e9)
+        ]
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             faults.append(f"dropout must be in [0, 1), not {self.dropout!r}")
         if not self.targets:
             faults.append('targets is empty; give "all-linear" or a list of module names')

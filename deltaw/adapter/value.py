@@ -1,4 +1,4 @@
-"""Adapter: a spec plus {name: factors}. Training makes one, files hold one, serving holds many; a live model only views it.
+"""Adapter: a spec plus {name: factors}. Training makes one, files hold one, serving holds many; models only view it.
 
 Names are module names for layers that compute with their weight in `forward` ("model.layers.0.mlp.up_proj"), and
 parameter names for weights that other code reads ("model.layers.0.mlp.experts.down_proj", "attn.in_proj_weight").
@@ -42,8 +42,8 @@ class Adapter:
     """One adapter as a value, independent of any live model.
 
     `modules` are the suffixes that select exactly the adapted modules in the model it was made for (PEFT's
-    target_modules); `parameter_names` and `embeddings` name the factors of those kinds, `transposed` says that the base stores
-    [in, out].
+    target_modules); `parameter_names` (in the order in which the model holds them) and `embeddings` name the factors of
+    those kinds, `transposed` says that the base stores [in, out].
     `origin` remembers where it comes from: base name and digest, template, data, config, version.
     `base_copies` are frozen weights found in a PEFT file; `inject` checks that the base still holds the same.
     """
@@ -81,12 +81,12 @@ def new_adapter(targets: Iterable[Target], spec: LoraSpec, seed: int = 0) -> Ada
     """
     targets = list(targets)
     factors = {target.name: _new_factors(target, seed) for target in targets}
-    parameter_names = tuple(target.name for target in targets if target.kind.startswith("parameter"))
+    parameter_names = tuple(target.name for target in targets if target.is_parameter)
     return Adapter(
         spec=spec,
         factors=factors,
         modules=targets[0].selection if targets else (),
-        parameter_names=tuple(dict.fromkeys(parameter_names)),
+        parameter_names=parameter_names,
         embeddings=tuple(target.name for target in targets if target.kind == "embedding"),
         transposed=any(target.kind == "transposed" for target in targets),
     )
@@ -100,4 +100,4 @@ def _new_factors(target: Target, seed: int) -> Factors:
     else:
         A = math.init_A(target.A_shape, target.fan_in, generator)
         B = torch.zeros(target.B_shape)
-    return Factors(A, B, target.row_norm() if target.dora else None)
+    return Factors(A, B, target.row_norm().cpu() if target.dora else None)

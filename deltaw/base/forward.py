@@ -4,11 +4,16 @@ transformers lets a caller register an attention function by name; keyword argum
 unchanged. So one registration carries `bounds` to every layer of every architecture, and no model code is copied. An
 architecture that mixes tokens in other ways, or whose head does something unknown, is found out by `prove`, and its
 documents then go through the model's own forward one at a time: slower, never wrong.
+
+What a mask would have said must reach the attention function in another way, or a short proof could not see that it is
+missing. So the mask function hands on the window that its mask would have, and attention compares.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,31 +32,39 @@ def _flat_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: int | None,
     scaling: float | None = None,
     bounds: Sequence[int] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    assert attention_mask is None and bounds is not None, "flat attention takes bounds, not a mask"
+    if bounds is None or attention_mask != sliding_window:
+        raise NotImplementedError(f"attention got window {sliding_window}, but its mask {attention_mask}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_THD = document_attention(query[0], key[0], value[0], bounds, scale, sliding_window, softcap)
     return out_THD[None], None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _flat_mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> int | None:
+    """What stands for the mask: the window that it would have. A mask of some other form is refused."""
+    if use_vmap:
+        raise NotImplementedError("a mask that is more than causal")
+    return local_size
 
 
 def register() -> None:
     """Makes `ATTENTION_NAME` known to transformers; harmless when repeated."""
     AttentionInterface.register(ATTENTION_NAME, _flat_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, _flat_mask)
 
 
 def flat_hidden_states(model: Any, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int]) -> Tensor:
     """Final hidden states [T, H] of a flat row of documents."""
+    longest = max(stop - start for start, stop in pairwise(bounds))
+    if len(bounds) > 2 and longest > _independent_tokens(model.config.get_text_config()):
+        alone = [(tokens_T[a:b], positions_T[a:b], (0, b - a)) for a, b in pairwise(bounds)]
+        return torch.cat([flat_hidden_states(model, *document) for document in alone])
     output = model.base_model(
         input_ids=tokens_T[None],
         position_ids=positions_T[None],
@@ -60,6 +73,23 @@ def flat_hidden_states(model: Any, tokens_T: Tensor, positions_T: Tensor, bounds
         bounds=tuple(bounds),
     )
     return output.last_hidden_state[0]
+
+
+def _independent_tokens(config: Any) -> float:
+    """Up to which length a document's rotary angles do not depend on its neighbours: no bound for most models.
+
+    The scalings "dynamic" and "longrope" choose the angles of a whole batch by its largest position.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return min(
+        (
+            kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            for kind in kinds
+            if kind.get("rope_type") in ("dynamic", "longrope")
+        ),
+        default=math.inf,
+    )
 
 
 def flat_logits(model: Any, h_NH: Tensor) -> Tensor:
@@ -78,34 +108,75 @@ def flat_logits(model: Any, h_NH: Tensor) -> Tensor:
 def prove(model: Any) -> str | None:
     """None when the flat forward agrees with the model's own on two documents, else a sentence saying how it differs.
 
-    The model must carry the flat attention; its own attention is switched on for the comparison and off again.
+    Afterwards the model carries the flat attention if that is so, and its own attention if not.
     """
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    documents = [(torch.arange(n) * 7919 + 11 * n) % vocabulary for n in (9, 6)]
-    device = next(model.parameters()).device
-    tokens_T = torch.cat(documents).to(device)
-    positions_T = torch.cat([torch.arange(len(d)) for d in documents]).to(device)
+    register()
+    reason = _difference(model)
+    model.set_attn_implementation(own_attention(model) if reason else ATTENTION_NAME)
+    return reason
+
+
+def _difference(model: Any) -> str | None:
+    device, dtype = model.device, model.dtype
+    documents = [proof_tokens(model, length) for length in (9, 6)]
+    positions_T = torch.cat([torch.arange(len(d), device=device) for d in documents])
+    model.set_attn_implementation(own_attention(model))
+    plain = torch.cat([model(input_ids=d[None], use_cache=False).logits[0] for d in documents]).float()
     try:
-        flat = flat_logits(model, flat_hidden_states(model, tokens_T, positions_T, (0, 9, 15))).float()
+        model.set_attn_implementation(ATTENTION_NAME)
+        if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
+            return "its attention cannot be exchanged"
+        flat = flat_logits(model, flat_hidden_states(model, torch.cat(documents), positions_T, (0, 9, 15))).float()
     except Exception as error:  # an architecture may reject flat batches in any way it likes
         return f"its forward does not take flat batches ({type(error).__name__}: {error})"
-    with plain_attention(model):
-        plain = torch.cat([model(input_ids=d[None].to(device), use_cache=False).logits[0] for d in documents]).float()
     difference = float((flat - plain).abs().max() / plain.abs().max().clamp_min(1e-9))
-    if not difference <= PROOF_TOLERANCE[next(model.parameters()).dtype]:
+    if not difference <= PROOF_TOLERANCE[dtype]:
         return f"its flat logits differ from its own by {difference:.1e} (relative)"
     return None
 
 
+def proof_tokens(model: Any, length: int) -> Tensor:
+    """Some token ids [length] that are valid for the model, the same every time."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(length, device=model.device) * 7919 + 11 * length) % vocabulary
+
+
+def sees_later_tokens(model: Any) -> bool:
+    """Whether a logit depends on a later token: such a model reads in both directions and cannot learn to write.
+
+    Asked of the gradient, which is exactly zero where a mask stands between, whatever the dtype rounds away.
+    """
+    tokens_T, seen = proof_tokens(model, 9), 5
+    rows: list[Tensor] = []
+
+    def lead(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        rows.append(out.detach().requires_grad_())
+        return rows[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(lead)
+    try:
+        with torch.enable_grad():
+            logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
+            (slope,) = torch.autograd.grad(logits_TV[:seen].float().square().sum(), rows)
+    finally:
+        handle.remove()
+    return bool(slope[0, seen:].count_nonzero())
+
+
+def own_attention(model: Any) -> str:
+    """The name of the attention that transformers would choose for this model."""
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
 class plain_attention:
-    """While inside, the model computes attention in its own way: needed for generation with a cache, and for `prove`."""
+    """While inside, the model computes attention in its own way: needed for generation with a cache."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __enter__(self) -> None:
         self.previous = self.model.config._attn_implementation
-        self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
+        self.model.set_attn_implementation(own_attention(self.model))
 
     def __exit__(self, *_: object) -> None:
         self.model.set_attn_implementation(self.previous)

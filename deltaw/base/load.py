@@ -7,9 +7,9 @@ opened without touching a socket.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deltaw.base import forward
 from deltaw.base.builtin import BUILTIN, base_path, cache_folder
 from deltaw.base.gguf import convert_gguf
 from deltaw.disk import sha256_file, write_text
-from deltaw.errors import BaseError, bullet_list
-from deltaw.hardware import choose_device, compute_dtype, look
+from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
+from deltaw.hardware import choose_device, compute_dtype, look, set_threads
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_HUB_LEFT = ["*/*", "consolidated*"]  # the same weights once more, in other formats
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -117,27 +119,29 @@ def load(
     `dtype` "auto" is bf16 where the processor or GPU computes in bf16, else fp32. Raises BaseError, saying what to do,
     when there is nothing to open or opening it would need code or pickles from the folder.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    if threads is not None:
+        set_threads(threads)
     where = choose_device(device)
+    chosen = _dtype(dtype, where)
     folder = locate(name, revision)
     check_folder(folder)
-    forward.register()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    model = _open_model(folder, _dtype(dtype, where)).to(where)
+    model = _open_model(folder, chosen).to(where)
     model.requires_grad_(False).eval()
-    base = Base(public_name(name, folder), folder, model, _open_tokenizer(folder), revision=revision)
-    base.plain_reason = forward.prove(model)
-    return base
+    reason = forward.prove(model)
+    if reason is not None and forward.sees_later_tokens(model):
+        raise BaseError(
+            f"The base in {folder} reads in both directions, so it cannot learn to write. Use a causal one."
+        )
+    return Base(public_name(name), folder, model, _open_tokenizer(folder), reason, revision)
 
 
-def public_name(name: str | Path, folder: Path) -> str:
+def public_name(name: str | Path) -> str:
     """The name under which others can find the base: what was asked for, or a folder's own name instead of its path."""
-    text = str(name)
-    if text in BUILTIN or not Path(text).exists():
-        return text
-    return Path(text).resolve().name if Path(text).is_absolute() or os.sep in text else text or folder.name
+    if str(name) in BUILTIN or not Path(name).expanduser().exists():
+        return str(name)
+    return Path(name).expanduser().resolve().name
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
@@ -170,7 +174,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT))
     except Exception as error:  # the hub's client raises a wide family; its own sentence is the useful part
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseError(
@@ -182,22 +186,31 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The folder's config, when the folder can be opened without running anything from it; BaseError otherwise."""
     path = folder / "config.json"
     if not path.is_file():
-        raise BaseError(f"{folder} is not a model folder: it has no config.json.")
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = " It is an adapter: give the base it was made for, and this folder as --adapter."
+        raise BaseError(f"{folder} is not a model folder: it has no config.json.{hint}")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BaseError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise BaseError(f"{path} must hold an object, not {type(config).__name__}.")
     faults = []
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         code = " and brings its own code, which deltaw does not run" if config.get("auto_map") else ""
         faults.append(
             f"model_type {kind!r} is not known to the installed transformers{code}; a newer transformers may know it"
         )
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        faults.append(f"model_type {kind!r} is no causal language model, and deltaw trains nothing else")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         why = f"only {', '.join(pickles)}, which can run code when read" if pickles else "no weights"
         faults.append(f"it holds {why}; save the model as safetensors (model.save_pretrained does) and try again")
+    if (folder / "adapter_config.json").is_file():  # transformers would load it, and its base, by itself
+        faults.append("it holds adapter_config.json beside a model; move the adapter away and give it as --adapter")
     if faults:
         raise BaseError(f"The base in {folder} is refused:\n" + bullet_list(faults))
     return config
@@ -205,22 +218,30 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 def _open_model(folder: Path, dtype: torch.dtype) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=forward.ATTENTION_NAME,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # damaged files make every part of transformers fail in its own way
         raise BaseError(f"The base in {folder} cannot be opened: {error}") from error
+    model, found = opened
+    if found["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise BaseError(
+            f"The base in {folder} lacks these weights:\n"
+            + bullet_list(sorted(found["missing_keys"]))
+            + "\nFetch it again, or save it whole with model.save_pretrained."
+        )
+    return model
 
 
 def _open_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         raise BaseError(f"The tokenizer in {folder} cannot be opened: {error}") from error
 
 
@@ -229,7 +250,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return compute_dtype(device, look())
     chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name)
     if chosen is None:
-        raise BaseError(
+        raise UsageError(
             f"dtype {name!r} is not one of auto, float32, bfloat16 (float16 loses gradients, and crawls on CPUs)."
         )
     return chosen
@@ -240,9 +261,10 @@ def weight_digest(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     memory = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
-    if memory.is_file():
-        return memory.read_text()
+    with contextlib.suppress(OSError):
+        return memory.read_text("utf-8")
     digest = hashlib.sha256("".join(f.name + sha256_file(f) for f in files).encode()).hexdigest()
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    write_text(memory, digest)
+    with contextlib.suppress(OSError, DiskError):  # a cache that cannot be written only costs time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_text(memory, digest)
     return digest

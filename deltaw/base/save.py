@@ -1,122 +1,181 @@
 """A base folder and an adapter → a merged model folder, one shard in memory at a time.
 
 The sum is formed in fp32 from the stored weights and rounded once to their dtype. Nothing else of the folder changes,
-except that a head which was tied to the embedding and got its own adapter is written as a weight of its own.
+except that a head which was tied to the embedding is written as a weight of its own when either has an adapter. A base
+that stores its weights in another layout than the model's (experts one by one, other names) is merged whole in memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from deltaw.adapter import Adapter, choose_for
+from deltaw.adapter import Adapter, choose_for, merge_
 from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
 from deltaw.base.load import Base
 from deltaw.disk import new_folder, write_text
-from deltaw.errors import AdapterError
+from deltaw.errors import UsageError
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+_CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+
+
+class _Stored(NamedTuple):
+    """Where a tensor of the base lies, and its shape."""
+
+    shard: str
+    shape: tuple[int, ...]
+
+
+def require_new(out: Path) -> None:
+    """Raises UsageError when the folder exists: nothing is ever overwritten."""
+    if out.exists():
+        raise UsageError(f"{out} exists already and is never overwritten. Move it away, or choose another --out.")
 
 
 def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
     """Writes the base with the adapter folded in to the new folder `out`, complete or not at all.
 
-    Raises AdapterError when the folder exists or its weights are stored under other names than the model's.
+    Raises UsageError when the folder exists, AdapterError when the adapter does not fit, DiskError
+    when it cannot be written.
     """
-    if out.exists():
-        raise AdapterError(f"{out} exists already and is never overwritten; choose another --out.")
-    shards = sorted(base.folder.glob("*.safetensors"))
+    require_new(out)
     targets = {_weight_name(target): target for target in choose_for(base.model, adapter)}
-    names = {shard.name: _names(shard) for shard in shards}
-    stored = {name for shard_names in names.values() for name in shard_names}
-    tied = _tied_targets(base, targets, stored)
-    missing = [name for name in targets if name not in stored and name not in tied]
-    if missing:
-        raise AdapterError(
-            f"{base.folder} stores its weights under other names than the model has ({missing[0]} and {len(missing) - 1} more "
-            "are missing), so it cannot be merged shard by shard. Save it once with model.save_pretrained and merge that."
-        )
+    stored = _stored_tensors(base.folder)
+    parted = _parted_names(base, set(targets))
+    same_layout = all(
+        name in parted or (name in stored and stored[name].shape == target.shape) for name, target in targets.items()
+    )
     with new_folder(out) as temporary:
-        for pattern in _COPIED:
-            for file in base.folder.glob(pattern):
-                shutil.copy(file, temporary / file.name)
-        for number, shard in enumerate(shards):
-            extra = tied if number == 0 else {}
-            _write_shard(shard, temporary / shard.name, targets, adapter, extra)
-        _describe(temporary, tied, shards[0].name)
+        if same_layout and (not parted or any(name in stored for name in parted)):
+            _copy_others(base.folder, temporary)
+            _write_shards(base.folder, temporary, stored, _Merge(targets, adapter, parted))
+        else:
+            _write_whole(base.folder, temporary, adapter)
+            _copy_others(base.folder, temporary, but=(_CONFIG, _INDEX))
 
 
 def _weight_name(target: Target) -> str:
-    return target.name if target.kind.startswith("parameter") else f"{target.name}.{target.parameter}"
+    return target.name if target.is_parameter else f"{target.name}.{target.parameter}"
 
 
-def _names(shard: Path) -> list[str]:
-    with safe_open(shard, "pt") as file:
-        return list(file.keys())
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """Every tensor that transformers would read: those of the index, or of the single file, or of all files."""
+    if (folder / _INDEX).is_file():
+        shards = set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values())
+    elif (folder / _SINGLE).is_file():
+        shards = {_SINGLE}
+    else:
+        shards = {path.name for path in folder.glob("*.safetensors")}
+    stored = {}
+    for shard in sorted(shards):
+        with safe_open(folder / shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                stored[name] = _Stored(shard, tuple(file.get_slice(name).get_shape()))
+    return stored
 
 
-def _tied_targets(base: Base, targets: dict[str, Target], stored: set[str]) -> dict[str, str]:
-    """{weight that gets its own tensor: stored weight it was tied to}: adapting one of two tied layers parts them.
-
-    A missing head takes the embedding's weight; when the embedding itself is adapted, the head keeps the old one.
-    """
-    config = base.model.config
-    if not getattr(config, "tie_word_embeddings", False):
-        return {}
+def _parted_names(base: Base, targets: set[str]) -> tuple[str, ...]:
+    """The names of head and embedding when they share one weight and either of them has an adapter; else none."""
+    head, embedding = base.model.get_output_embeddings(), base.model.get_input_embeddings()
+    if head.weight is not embedding.weight:
+        return ()
     modules = {module: name for name, module in base.model.named_modules()}
-    head = modules[base.model.get_output_embeddings()] + ".weight"
-    embedding = modules[base.model.get_input_embeddings()] + ".weight"
-    if head not in stored and (head in targets or embedding in targets):
-        return {head: embedding}
-    return {}
+    names = (f"{modules[embedding]}.weight", f"{modules[head]}.weight")
+    return names if targets & set(names) else ()
 
 
-def _write_shard(shard: Path, out: Path, targets: dict[str, Target], adapter: Adapter, tied: dict[str, str]) -> None:
-    tensors: dict[str, Tensor] = {}
-    with safe_open(shard, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            tensors[name] = _merged(file.get_tensor(name), targets.get(name), adapter)
-        for name, source in tied.items():
-            tensors[name] = _merged(file.get_tensor(source), targets.get(name), adapter)
-    safetensors.torch.save_file(tensors, out, metadata={"format": "pt"})
+def _copy_others(folder: Path, out: Path, but: tuple[str, ...] = ()) -> None:
+    """Copies what is not weights: config, tokenizer, template, licence."""
+    for pattern in _COPIED:
+        for file in folder.glob(pattern):
+            if file.name not in but and file.is_file():
+                shutil.copyfile(file, out / file.name)
 
 
-@torch.no_grad()
-def _merged(stored: Tensor, target: Target | None, adapter: Adapter) -> Tensor:
-    if target is None:
-        return stored
-    holder = _Holder(target, stored)
-    return merged_weight(holder.target, adapter).to(stored.dtype)
+# -- shard by shard ----------------------------------------------------------------------------------------------------
+
+
+class _Merge(NamedTuple):
+    """What is to be done to the stored tensors; `parted` names become weights of their own."""
+
+    targets: dict[str, Target]
+    adapter: Adapter
+    parted: tuple[str, ...]
+
+    @torch.no_grad()
+    def of(self, name: str, stored: Tensor) -> Tensor:
+        """The tensor to write under `name`."""
+        if name not in self.targets:
+            return stored
+        target = dataclasses.replace(self.targets[name], holder=_Holder(stored), parameter="stored")
+        return merged_weight(target, self.adapter).to(stored.dtype).contiguous()
 
 
 class _Holder(torch.nn.Module):
     """Lets a target's formula see a stored tensor instead of the live one, which may have another dtype."""
 
-    def __init__(self, target: Target, stored: Tensor) -> None:
+    def __init__(self, stored: Tensor) -> None:
         super().__init__()
         self.register_buffer("stored", stored)
-        fields: dict[str, Any] = {**vars(target), "holder": self, "parameter": "stored"}
-        self.target = Target(**fields)
 
 
-def _describe(folder: Path, tied: dict[str, str], first_shard: str) -> None:
-    if not tied:
-        return
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+def _write_shards(folder: Path, out: Path, stored: dict[str, _Stored], merge: _Merge) -> None:
+    shared = next((name for name in merge.parted if name in stored), None)
+    size_bytes = 0
+    for shard in sorted({place.shard for place in stored.values()}):
+        tensors: dict[str, Tensor] = {}
+        with safe_open(folder / shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if name not in merge.parted:
+                    tensors[name] = merge.of(name, file.get_tensor(name))
+                elif name == shared:
+                    tensors |= {part: merge.of(part, file.get_tensor(name)) for part in merge.parted}
+        _save(tensors, out / shard)
+        size_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if shared is not None:
+        _describe_parting(out, dict.fromkeys(merge.parted, stored[shared].shard), size_bytes)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the system's error in a text
+        raise OSError(str(error)) from error
+
+
+def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> None:
+    """Says in config and index that head and embedding are two weights now."""
+    config = json.loads((folder / _CONFIG).read_text("utf-8"))
     for part in (config, config.get("text_config") or {}):
         if "tie_word_embeddings" in part or part is config:
             part["tie_word_embeddings"] = False
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    index = folder / "model.safetensors.index.json"
+    write_text(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
+    index = folder / _INDEX
     if index.is_file():
         content = json.loads(index.read_text("utf-8"))
-        content["weight_map"] |= dict.fromkeys(tied, first_shard)
+        content["weight_map"] |= places
+        content["metadata"] = {**content.get("metadata", {}), "total_size": size_bytes}
         write_text(index, json.dumps(content, indent=2) + "\n")
+
+
+# -- whole -------------------------------------------------------------------------------------------------------------
+
+
+def _write_whole(folder: Path, out: Path, adapter: Adapter) -> None:
+    """Opens the base once more, in the dtype of its files, merges there and lets transformers write its own layout."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    merge_(model, adapter, keep_originals=False)
+    model.save_pretrained(out)

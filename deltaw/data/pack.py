@@ -82,18 +82,15 @@ class TokenStore:
     @classmethod
     def write(cls, stem: Path, examples: Iterable[Example]) -> TokenStore:
         """Writes the examples one by one, whatever their number, and opens the result. Raises DiskError."""
-        stem.parent.mkdir(parents=True, exist_ok=True)
         offsets, rows = [0], []
-        with (
-            disk_errors("write", stem),
-            _file(stem, "tokens").open("wb") as tokens,
-            _file(stem, "weights").open("wb") as weights,
-        ):
-            for example in examples:
-                tokens.write(example.tokens.astype(np.int32).tobytes())
-                weights.write(example.weights.astype(np.float32).tobytes())
-                offsets.append(offsets[-1] + len(example.tokens))
-                rows.append(example.row)
+        with disk_errors("write", stem):
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            with _file(stem, "tokens").open("wb") as tokens, _file(stem, "weights").open("wb") as weights:
+                for example in examples:
+                    tokens.write(example.tokens.astype(np.int32).tobytes())
+                    weights.write(example.weights.astype(np.float32).tobytes())
+                    offsets.append(offsets[-1] + len(example.tokens))
+                    rows.append(example.row)
             np.asarray(offsets, np.int64).tofile(_file(stem, "offsets"))
             np.asarray(rows, np.int64).tofile(_file(stem, "rows"))
         return cls(stem)

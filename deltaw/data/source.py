@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class Row:
     @property
     def answer(self) -> str | None:
         """The text of the last assistant turn, where there is one."""
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "assistant"), None)
+        return next((m.get("content") for m in reversed(self.messages) if m["role"] == "assistant"), None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def find_files(patterns: list[str]) -> list[Path]:
     missing = []
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
-        files = [expanded] if Path(expanded).is_file() else sorted(glob.glob(expanded))  # noqa: PTH207 - patterns may be absolute
+        matches = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 - patterns may be absolute
+        files = [expanded] if Path(expanded).is_file() else [match for match in matches if Path(match).is_file()]
         missing += [] if files else [pattern]
         found += [Path(file).resolve() for file in files]
     if missing:
@@ -65,29 +67,42 @@ def find_files(patterns: list[str]) -> list[Path]:
 def read_rows(files: list[Path]) -> Iterator[Row | Fault]:
     """Every row of the files in order, usable or not. Raises DataError for a file that cannot be opened at all."""
     for file in files:
-        if file.suffix in TEXT_ENDINGS:
-            yield Row(file.name, 1, text=file.read_text("utf-8-sig"))
-        elif file.name.endswith((".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz")):
+        name = file.name.lower()
+        if name.endswith(TEXT_ENDINGS):
+            yield _read_text(file)
+        elif name.endswith((".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz")):
             yield from _read_json_lines(file)
         else:
             raise DataError(f"{file}: unknown kind of file. Give .jsonl, .jsonl.gz or .txt.")
 
 
+def _read_text(file: Path) -> Row | Fault:
+    try:
+        text = file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return Fault(file.name, 1, f"not valid UTF-8 ({error})")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    return Row(file.name, 1, text=text) if text.strip() else Fault(file.name, 1, "the file is empty")
+
+
 def _read_json_lines(file: Path) -> Iterator[Row | Fault]:
-    opener = gzip.open if file.suffix == ".gz" else open
+    opener = gzip.open if file.name.lower().endswith(".gz") else open
     number = 0
     try:
         with opener(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
                     yield _parse(file.name, number, line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read behind row {number}: {error}") from error
 
 
 def _parse(file: str, number: int, line: bytes) -> Row | Fault:
     try:
         value = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:  # JSON may spell half of a surrogate pair, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         return Fault(file, number, f"not valid JSON ({error})")
     if not isinstance(value, dict):
@@ -98,8 +113,10 @@ def _parse(file: str, number: int, line: bytes) -> Row | Fault:
 
 def _to_row(file: str, number: int, value: dict[str, Any]) -> Row | str:
     if "messages" in value:
-        fault = _message_fault(value["messages"])
-        return fault or Row(file, number, tuple(value["messages"]), tools=tuple(value.get("tools") or ()))
+        fault = _message_fault(value["messages"]) or _tools_fault(value.get("tools"))
+        # A key without a value says nothing, and many templates would print it as "None".
+        filled = [{k: v for k, v in m.items() if v is not None} for m in value["messages"]] if fault is None else []
+        return fault or Row(file, number, tuple(filled), tools=tuple(value.get("tools") or ()))
     if "prompt" in value and "completion" in value:
         if not (isinstance(value["prompt"], str) and isinstance(value["completion"], str)):
             return "prompt and completion must be strings"
@@ -120,11 +137,17 @@ def _message_fault(messages: Any) -> str | None:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
             return f"message {position} has the role {role!r}; known are {', '.join(ROLES)}"
-        if not isinstance(message.get("content"), str):
+        calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
+        if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
             return f"message {position} ({message['role']}) has no text as its content"
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if not answers:
+        if message["role"] == "assistant" and not calls and not message["content"].strip():
+            return f"message {position} (assistant) is empty"
+    if not any(message["role"] == "assistant" for message in messages):
         return "no message has the role assistant, so nothing would be trained"
-    if not all(answer.strip() for answer in answers):
-        return "an assistant message is empty"
     return None
+
+
+def _tools_fault(tools: Any) -> str | None:
+    if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return None
+    return "tools must be a list of objects"

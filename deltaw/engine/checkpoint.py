@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from deltaw.disk import write_bytes
+from deltaw.disk import disk_errors, write_bytes
 
 _MAGIC = b"deltaw01"
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
@@ -24,12 +24,14 @@ _NAME = re.compile(r"step-(\d{8})\.ckpt")
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Writes the checkpoint of `step` and removes all but the newest `keep`. Raises DiskError; older ones then stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors("make", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     payload = safetensors.torch.save(tensors, metadata={"state": json.dumps(state)})
     path = folder / f"step-{step:08d}.ckpt"
     write_bytes(path, payload, hashlib.sha256(payload).digest(), _MAGIC)
     for old in list_checkpoints(folder)[keep:]:
-        old.unlink()
+        with disk_errors("remove", old):
+            old.unlink()
     return path
 
 

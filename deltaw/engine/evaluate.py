@@ -22,6 +22,7 @@ from deltaw.data.check import DataSet, Labels
 from deltaw.data.loader import evaluation_batches
 from deltaw.data.pack import TokenStore, flat_batch
 from deltaw.engine.objective import score_batch
+from deltaw.errors import NotFiniteError
 
 Progress = Callable[[int, int], None]
 
@@ -102,6 +103,8 @@ def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | 
         done += len(documents)
         if progress is not None:
             progress(done, len(store))
+    if not math.isfinite(result.loss):
+        raise NotFiniteError(f"The loss over these {len(store)} documents is {result.loss}: the model is broken.")
     if labels is not None:
         chosen = choices.tolist() if first_tokens is not None else _score_whole_labels(base, data, labels)
         result.choices = chosen

@@ -10,60 +10,102 @@ import torch
 
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base
+from deltaw.data.chat import Encoder
+from deltaw.data.source import Fault, Row
+from deltaw.errors import DataError
+
+Messages = Sequence[dict[str, Any]]
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
-def render_prompt(base: Base, messages: Sequence[dict[str, Any]]) -> list[int]:
-    """Token ids of a conversation up to where the next answer begins; plain text where the base has no chat template."""
-    if base.tokenizer.chat_template is None:
-        text, special = "".join(message["content"] for message in messages), True
+def render_prompt(base: Base, messages: Messages, tools: Sequence[Any] = ()) -> list[int]:
+    """Token ids of a conversation up to where the next answer begins; plain text where the base has no chat template.
+
+    Raises DataError when the template refuses the conversation, or there is nothing in it.
+    """
+    tokenizer = base.tokenizer
+    if tokenizer.chat_template is None:
+        text = "".join(message["content"] for message in messages)
+        tokens: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
+        tokens = tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens
     else:
-        text = base.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        special = False
-    tokens: list[int] = base.tokenizer(text, add_special_tokens=special)["input_ids"]
+        encoder = Encoder(tokenizer, base.context_tokens)
+        try:
+            text = encoder.render(messages, tools, answer_follows=True)
+        except Exception as error:  # a template is a program and fails in any way it likes
+            raise DataError(f"The chat template refuses this conversation: {error}") from error
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise DataError("The prompt is empty.")
     return tokens
 
 
 def end_tokens(base: Base) -> list[int]:
-    """The token ids that end an answer: those of the generation config and the tokenizer."""
+    """The token ids that end an answer: those of the generation config, of the tokenizer, and of the chat template."""
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, base.tokenizer.eos_token_id] if i is not None})
+    return sorted({i for i in [*ids, base.tokenizer.eos_token_id, _end_of_turn(base)] if i is not None})
+
+
+def _end_of_turn(base: Base) -> int | None:
+    """The special token behind an answer, which training teaches: some bases name only the end of text elsewhere."""
+    if base.tokenizer.chat_template is None:
+        return None
+    encoder = Encoder(base.tokenizer, base.context_tokens)
+    chat = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    encoded = encoder.encode(Row("", 1, chat))
+    if isinstance(encoded, Fault):
+        return None
+    last = int(encoded[0].tokens[encoded[0].weights > 0][-1])
+    return last if last in encoder.special else None
 
 
 @torch.no_grad()
 def generate(
     base: Base,
-    messages: Sequence[dict[str, Any]],
+    messages: Messages,
     *,
+    tools: Sequence[Any] = (),
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The model's next answer as text; `on_text` receives it in pieces as it grows. Temperature 0 is greedy."""
-    prompt = render_prompt(base, messages)
+    """The model's next answer as text; `on_text` receives it in pieces as it grows.
+
+    Temperature 0 takes the most likely token each time, whatever the base's generation config wishes; sampling follows
+    that config's other settings. An answer ends with the base's context at the latest. The caller's random numbers stay
+    untouched.
+    """
+    prompt = render_prompt(base, messages, tools)
+    room = base.context_tokens - len(prompt)
+    if room < 1:
+        raise DataError(f"The prompt has {len(prompt):,} tokens; this base was made for {base.context_tokens:,}.")
     streamer = None if on_text is None else _Streamer(base.tokenizer, on_text)
     ends = end_tokens(base)
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
-    if temperature <= 0:
-        sampling |= {"temperature": None, "top_p": None, "top_k": None}
-    with plain_attention(base.model), warnings.catch_warnings():
+    tokens = torch.tensor([prompt], device=base.device)
+    devices = [base.device] if base.device.type == "cuda" else []
+    with plain_attention(base.model), torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tokens = torch.tensor([prompt], device=base.device)
+        torch.manual_seed(seed)
         output = base.model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
             streamer=streamer,
-            **sampling,
+            **_sampling(temperature),
         )
     answer: str = base.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
     return answer
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature}
+    unused = dict.fromkeys(("temperature", "top_p", "top_k"))
+    return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **unused}
 
 
 class _Streamer:
@@ -82,9 +124,14 @@ class _Streamer:
             return
         self.tokens += value.flatten().tolist()
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("�"):
+        if not text.endswith(UNFINISHED):
+            self._show(text)
+
+    def _show(self, text: str) -> None:
+        if len(text) > self.shown:
             self.on_text(text[self.shown :])
             self.shown = len(text)
 
     def end(self) -> None:
-        """Called by transformers when the answer is complete."""
+        """Called by transformers when the answer is complete: what was held back is all there is."""
+        self._show(self.tokenizer.decode(self.tokens, skip_special_tokens=True))

@@ -7,24 +7,37 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from deltaw.errors import UsageError
+from deltaw.disk import disk_errors, write_text
+from deltaw.errors import DiskError, UsageError
 
 
 class MetricsLog:
-    """Appends lines to a metrics file and hands them to trackers. Opened again, it drops lines behind `resume_step`."""
+    """Appends lines to a metrics file and hands them to trackers.
 
-    def __init__(self, path: Path, resume_step: int = 0, trackers: Sequence[Any] = ()) -> None:
-        if resume_step:
-            kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file: TextIO = path.open("a", buffering=1)
-        self.trackers = list(trackers)
+    Opened again after an interruption, it drops what lies behind `last_step`, the step of the checkpoint: those steps
+    will be done once more. Without a checkpoint that is step 0, and nothing stays. Raises DiskError.
+    """
+
+    def __init__(self, path: Path, last_step: int = 0, trackers: Sequence[Any] = ()) -> None:
+        self.path, self.trackers = path, list(trackers)
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        with disk_errors("open", path):
+            # Unbuffered, so that a line is one write and closing has nothing left that could fail.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes one line at once."""
-        self._file.write(json.dumps(line) + "\n")
+        """Writes one line at once. Raises DiskError when not all of it could be written."""
+        text = (json.dumps(line) + "\n").encode()
+        with disk_errors("write", self.path):
+            written = self._file.write(text)
+        if written != len(text):
+            raise DiskError(
+                f"Could not write {self.path}: the disk is full. Free some space, then go on with --resume."
+            )
         for tracker in self.trackers:
             tracker(line)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from deltaw.adapter import Injection
+from deltaw.adapter.math import seed_of
 from deltaw.base.load import Base
 from deltaw.data.loader import Loader, Step
 from deltaw.data.pack import Batch
@@ -45,10 +46,10 @@ class Length:
     steps: int | None
     seconds: float | None = None
 
-    def done(self, step: int, seconds: float, last_seconds: float) -> float:
-        """Which share of the run lies behind the middle of step `step` (from 1)."""
+    def done(self, step: int, seconds: float, step_seconds: float) -> float:
+        """Which share of the run lies behind the middle of step `step` (from 1), `step_seconds` after it began."""
         if self.seconds is not None:
-            return (seconds + last_seconds / 2) / self.seconds
+            return (seconds + step_seconds / 2) / self.seconds
         assert self.steps is not None
         return (step - 0.5) / self.steps
 
@@ -59,7 +60,10 @@ class Length:
 
 @dataclass
 class StepRecord:
-    """What one step did, one entry per adapter where they differ."""
+    """What one step did, one entry per adapter where they differ.
+
+    `seconds` lie between the end of the step before and the end of this one; evaluations in between are not counted.
+    """
 
     step: int
     losses: list[float]
@@ -72,11 +76,14 @@ class StepRecord:
 
 @dataclass
 class Progress:
-    """Where a run is: what a checkpoint has to remember besides tensors."""
+    """Where a run is: what a checkpoint has to remember besides tensors. `seconds` is the sum over its steps.
+
+    An observer that does something else than training adds its duration to `away_seconds`, so that no step pays for it.
+    """
 
     step: int = 0
     seconds: float = 0.0
-    last_seconds: float = 0.0
+    away_seconds: float = 0.0
     tracks: list[Track] = field(default_factory=list)
 
 
@@ -95,52 +102,63 @@ def fit(
     """Trains until the length is reached, the data ends, or `observe` returns False; whether it was not interrupted.
 
     `progress` is advanced in place, always to the end of a whole step: an interrupted step is abandoned. Raises
-    NotFiniteError with the rows of the batch, before anything was updated, when a loss or gradient is not finite.
+    NotFiniteError with the rows of the batch, before anything was updated, when a loss or gradient is not finite, and
+    AdapterError when a layer received no gradient in the first step.
     """
-    injection.train(True)
+    since = time.monotonic()
     try:
         while not length.over(progress.step, progress.seconds) and not all(t.ended for t in progress.tracks):
-            started = time.monotonic()
+            injection.train(True)
             steps = [track.loader.step(track.position, track.stop) for track in progress.tracks]
-            results = _forward_backward(base, injection, progress.tracks, steps, interrupted)
+            results = forward_backward(base, injection, progress, steps, interrupted)
             if results is None:
-                flat.grad.zero_()
                 return False
-            record = _update(flat, progress, length, steps, results)
-            record.seconds = time.monotonic() - started
+            done = length.done(progress.step + 1, progress.seconds, time.monotonic() - since)
+            record = _update(flat, progress, done, steps, results)
+            now = time.monotonic()
+            record.seconds, since = now - since, now
             progress.seconds += record.seconds
-            progress.last_seconds = record.seconds
+            progress.away_seconds = 0.0
             injection.train(False)
             if not observe(record, progress):
                 return True
-            injection.train(True)
+            since += progress.away_seconds
         return True
     finally:
+        flat.grad.zero_()
+        injection.active = 0
         injection.train(False)
 
 
 @dataclass
-class _Result:
+class StepResult:
+    """What the forward passes of one adapter's step gave."""
+
     loss: float
     tokens: int
     trained_tokens: int
     batches: list[Batch]
 
 
-def _forward_backward(
-    base: Base, injection: Injection, tracks: Sequence[Track], steps: Sequence[Step], interrupted: Callable[[], bool]
-) -> list[_Result] | None:
-    """Gradients of every adapter's step in the flat buffer; None when interrupted on the way."""
+def forward_backward(
+    base: Base, injection: Injection, progress: Progress, steps: Sequence[Step], interrupted: Callable[[], bool]
+) -> list[StepResult] | None:
+    """Gradients of every adapter's step in the flat buffer; None when interrupted on the way.
+
+    Dropout's random numbers depend on the seed and the step alone, so nothing of them has to be kept for a resumed run,
+    and adapters that train together draw what each would draw alone.
+    """
     results = []
-    for index, (track, step) in enumerate(zip(tracks, steps, strict=True)):
+    for index, (track, step) in enumerate(zip(progress.tracks, steps, strict=True)):
         injection.active = index
+        if injection.adapters[index].spec.dropout:
+            torch.manual_seed(seed_of(track.loader.seed, f"dropout of step {progress.step + 1}"))
         batches = track.loader.batches(step)
         weight = sum(batch.weight for batch in batches)
         inner = head_factors(base, injection)
         total = 0.0
         for batch in batches:
             if interrupted():
-                injection.active = 0
                 return None
             loss = batch_loss(base, batch.to(base.device), inner)
             if loss.requires_grad and weight:
@@ -148,22 +166,22 @@ def _forward_backward(
             total += float(loss.detach())
         tokens = sum(batch.tokens for batch in batches)
         trained = sum(batch.trained_tokens for batch in batches)
-        results.append(_Result(total / max(weight, 1e-9), tokens, trained, batches))
-    injection.active = 0
+        results.append(StepResult(total / max(weight, 1e-9), tokens, trained, batches))
     return results
 
 
 def _update(
-    flat: FlatFactors, progress: Progress, length: Length, steps: Sequence[Step], results: Sequence[_Result]
+    flat: FlatFactors, progress: Progress, done: float, steps: Sequence[Step], results: Sequence[StepResult]
 ) -> StepRecord:
+    """Checks the gradients and takes the optimiser step; an adapter whose data has ended keeps its numbers."""
     number = progress.step + 1
-    if number == 1:
-        _require_gradients(flat)
     norms = flat.clip()
     for result, norm, track in zip(results, norms, progress.tracks, strict=True):
         _require_finite(number, result, norm, track)
-    done = length.done(number, progress.seconds, progress.last_seconds)
+    if number == 1:
+        _require_gradients(flat)
     factors = [rate_factor(done, settings.schedule, settings.warmup) for settings in flat.settings]
+    factors = [0.0 if t.ended else factor for t, factor in zip(progress.tracks, factors, strict=True)]
     flat.step(factors)
     progress.step = number
     for track, step, result in zip(progress.tracks, steps, results, strict=True):
@@ -182,23 +200,29 @@ def _update(
 
 
 def _require_gradients(flat: FlatFactors) -> None:
-    """Every B must receive a gradient in the first step; a stack of experts may see no token and is not asked."""
+    """Every B must receive a gradient in the first step, unless its A is zero and so keeps it from one.
+
+    A stack of experts may see no token in one step, and a looked-up embedding no row, so they are not asked.
+    """
+    dead = []
     for index, adapter in enumerate(flat.injection.adapters):
-        dead = [n for n in flat.without_gradient(index, "B") if n not in adapter.parameter_names + adapter.embeddings]
-        if dead and not all(torch.count_nonzero(f.A) == 0 for n, f in adapter.factors.items() if n in dead):
-            raise AdapterError(
-                "These adapted layers received no gradient in the first step, so they would never be trained:\n"
-                + bullet_list(dead)
-                + "\nThe model does not use them in its forward; leave them out with --exclude."
-            )
+        excused = {*adapter.parameter_names, *adapter.embeddings, *flat.all_zero(flat.master, index, "A")}
+        dead += sorted(flat.all_zero(flat.grad, index, "B") - excused)
+    if dead:
+        raise AdapterError(
+            "These adapted layers received no gradient in the first step, so they would never be trained:\n"
+            + bullet_list(dead)
+            + "\nThe model does not use them in its forward; leave them out with --exclude."
+        )
 
 
-def _require_finite(step: int, result: _Result, norm: float, track: Track) -> None:
+def _require_finite(step: int, result: StepResult, norm: float, track: Track) -> None:
     if math.isfinite(result.loss) and math.isfinite(norm):
         return
     documents = [document for batch in result.batches for document in batch.documents]
     rows = sorted({int(track.loader.store.rows[document]) for document in documents})
     raise NotFiniteError(
-        f"Step {step}: the loss is {result.loss} and the gradient norm {norm}. Nothing was updated. The batch held rows "
-        f"{', '.join(map(str, rows[:20]))}{' …' if len(rows) > 20 else ''}. A lower --lr usually helps; else look at these rows."
+        f"Step {step}: the loss is {result.loss} and the gradient norm {norm}. Nothing was updated. "
+        f"The batch held rows {', '.join(map(str, rows[:20]))}{' …' if len(rows) > 20 else ''}. "
+        "A lower --lr usually helps; else look at these rows."
     )

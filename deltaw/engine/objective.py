@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.adapter import Injection
+from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base
 from deltaw.data.pack import Batch
 from deltaw.kernels import labelled_loss, token_losses
 
 
 class Scores(NamedTuple):
-    """Of the N labelled tokens of a batch: loss, whether it is the most likely token, logits of the columns asked for,
-    and the position in the batch that predicts it."""
+    """The N labelled tokens of a batch, scored.
+
+    Loss, whether it is the most likely token, logits of the columns asked for, and the position that predicts it.
+    """
 
     losses_N: Tensor
     hits_N: Tensor
@@ -54,14 +57,15 @@ def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores
 
 
 def _plain_losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
-    labelled_N = batch.weights_T.nonzero().squeeze(1)
-    logits_TV = torch.cat([base.model(input_ids=d[None], use_cache=False).logits[0] for d in _documents(batch)])
-    logits_NV = logits_TV[labelled_N].float()
-    return F.cross_entropy(logits_NV, batch.targets_T[labelled_N], reduction="none"), logits_NV
-
-
-def _documents(batch: Batch) -> list[Tensor]:
-    return [batch.tokens_T[start:stop] for start, stop in pairwise(batch.bounds)]
+    """(losses [N], logits [N, V]) of the labelled tokens, each document through the model's own forward."""
+    logits = []
+    with plain_attention(base.model):
+        for start, stop in pairwise(batch.bounds):
+            logits_tV = base.model(input_ids=batch.tokens_T[None, start:stop], use_cache=False).logits[0]
+            logits.append(logits_tV[batch.weights_T[start:stop] != 0])
+    logits_NV = torch.cat(logits).float()
+    targets_N = batch.targets_T[batch.weights_T != 0]
+    return F.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV
 
 
 def head_factors(base: Base, injection: Injection) -> list[Tensor]:

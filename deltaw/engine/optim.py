@@ -7,6 +7,7 @@ are per slice, so LoRA+ and several adapters at once need nothing more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter import Adapter, Factors, Injection
-from deltaw.errors import bullet_list
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class OptimSettings:
 
 
 def rate_factor(done: float, schedule: str, warmup: float) -> float:
-    """The rate as a share of its peak when `done` of the run (0 to 1) is behind: a ramp, then linear, cosine or flat."""
+    """The rate as a share of its peak when `done` of the run (0 to 1) is behind: a ramp, then linear, cosine or flat.
+
+    It is 0 at the two ends only: 0.5 in the middle of a warm-up, and from the ramp's end 1 → 0 (constant: 1).
+    """
     done = min(1.0, max(0.0, done))
     if done < warmup:
         return done / warmup
@@ -39,7 +42,7 @@ def rate_factor(done: float, schedule: str, warmup: float) -> float:
     if schedule == "constant":
         return 1.0
     if schedule == "cosine":
-        return 0.5 * (1 - float(torch.cos(torch.tensor(torch.pi * rest))))
+        return 0.5 * (1 - math.cos(math.pi * rest))
     return rest
 
 
@@ -124,20 +127,21 @@ class FlatFactors:
         self.grad.zero_()
         self.write_work()
 
-    def adapter(self, index: int = 0) -> Adapter:
-        """Adapter `index` with the masters' present numbers, copied."""
+    def adapter(self, index: int = 0, values: Tensor | None = None) -> Adapter:
+        """Adapter `index` with the numbers of `values`, a flat tensor like `master` (default: the masters'), copied."""
+        flat = self.master if values is None else values
         parts: dict[str, dict[str, Tensor]] = {}
         for place in self.places:
             if place.adapter == index:
-                value = self.master[place.start : place.stop].view(place.shape).cpu().clone()
+                value = flat[place.start : place.stop].view(place.shape).cpu().clone()
                 parts.setdefault(place.name, {})[place.part] = value
         source = self.injection.adapters[index]
         return source.with_factors({name: Factors(**parts[name]) for name in source.factors})
 
-    def without_gradient(self, index: int, part: str) -> list[str]:
-        """Names whose factor `part` has a gradient of exact zeros."""
-        mine = (p for p in self.places if p.adapter == index and p.part == part)
-        return [place.name for place in mine if not self.grad[place.start : place.stop].any()]
+    def all_zero(self, values: Tensor, index: int, part: str) -> set[str]:
+        """Names of adapter `index` whose factor `part` is nothing but zeros in `values` (`master`, or `grad`)."""
+        mine = (place for place in self.places if place.adapter == index and place.part == part)
+        return {place.name for place in mine if not values[place.start : place.stop].any()}
 
     def state(self) -> dict[str, Tensor]:
         """Everything the optimiser needs to go on, as flat tensors (no copies)."""
@@ -150,18 +154,17 @@ class FlatFactors:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes `state()` of a run with the same layout."""
-        assert state["master"].shape == self.master.shape, bullet_list(["checkpoint and adapter differ in layout"])
+        assert state["master"].shape == self.master.shape, "checkpoint and adapter differ in layout"
         self.master.copy_(state["master"])
-        for number, group in enumerate(self.optimizer.param_groups):
+        self.optimizer.state.clear()
+        for number, group in enumerate(self.optimizer.param_groups if "exp_avg" in state else []):
             parameter = group["params"][0]
-            if "exp_avg" in state:
-                start = parameter.storage_offset()
-                part = slice(start, start + parameter.numel())
-                self.optimizer.state[parameter] = {
-                    "step": state["step"][number].clone().to(self.master.device),
-                    "exp_avg": state["exp_avg"][part].clone().to(self.master.device),
-                    "exp_avg_sq": state["exp_avg_sq"][part].clone().to(self.master.device),
-                }
+            start = parameter.storage_offset()
+            part = slice(start, start + parameter.numel())
+            parts: dict[str, int | slice] = {"step": number, "exp_avg": part, "exp_avg_sq": part}
+            self.optimizer.state[parameter] = {
+                key: state[key][where].clone().to(self.master.device) for key, where in parts.items()
+            }
         self.write_work()
 
 

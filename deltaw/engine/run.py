@@ -13,7 +13,9 @@ from typing import Any
 
 import yaml
 
+from deltaw.base.builtin import BUILTIN
 from deltaw.config import Settings, make_settings
+from deltaw.data.source import find_files
 from deltaw.disk import disk_errors, write_text
 from deltaw.errors import UsageError
 
@@ -88,17 +90,49 @@ class Run:
 
 
 def create_run(settings: Settings) -> Run:
-    """A new run folder with the settings in it. UsageError when the folder exists already, DiskError when it cannot be."""
+    """A new run folder with the settings in it, paths made absolute so that the run can go on from anywhere.
+
+    Raises UsageError when the folder exists already or no data is named, DataError when a data file is missing, and
+    DiskError when the folder cannot be made.
+    """
     folder = Path(settings.out) if settings.out else _dated_folder()
     if folder.exists():
         hint = f"Go on with it by --resume {folder}," if (folder / CONFIG).is_file() else "Move it away,"
         raise UsageError(f"{folder} exists already and is never overwritten. {hint} or choose another --out.")
+    if not settings.data:
+        raise UsageError("No training data: give --data FILE (or a recipe with `data:`).")
+    _make_paths_absolute(settings)
     with disk_errors("make", folder):
         folder.mkdir(parents=True)
     settings.out = str(folder.resolve())
     run = Run(folder)
     run.write_settings(settings)
     return run
+
+
+def _make_paths_absolute(settings: Settings) -> None:
+    for name in ("data", "eval_data"):
+        if getattr(settings, name):
+            files = find_files(list(getattr(settings, name)))
+            settings.put(name, tuple(map(str, files)), settings.sources.get(name, "given"))
+    for name in ("adapter", "model"):
+        value = getattr(settings, name)
+        if value is not None and value not in BUILTIN and Path(value).expanduser().exists():
+            path = Path(value).expanduser().resolve()
+            path = adapter_folder(path) if name == "adapter" else path
+            settings.put(name, str(path), settings.sources.get(name, "given"))
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that a run or adapter folder stands for."""
+    path = Path(path)
+    return path / "adapter" if (path / CONFIG).is_file() else path
+
+
+def run_of(path: Path) -> Run | None:
+    """The run that a folder is, or is the adapter of; None for an adapter that stands alone."""
+    folders = (path, path.absolute().parent)
+    return next((Run(folder) for folder in folders if (folder / CONFIG).is_file()), None)
 
 
 def _dated_folder() -> Path:

@@ -1,4 +1,4 @@
-"""One training run from settings to a saved adapter: prepare, resolve, fit, keep. The top function is the list of steps.
+"""One training run from settings to a saved adapter: prepare, resolve, fit, keep. `train` is the list of steps.
 
 It owns no loop (deltaw/engine/loop.py) and draws nothing: what a person should see is told to a Watcher.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from deltaw import hardware
+from deltaw import __version__, hardware
 from deltaw.adapter import (
     Adapter,
     Injection,
@@ -42,7 +43,7 @@ from deltaw.engine.log import MetricsLog, open_trackers
 from deltaw.engine.loop import Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors, OptimSettings
 from deltaw.engine.run import Run
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, UsageError
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, NotFiniteError, UsageError
 
 EVALUATIONS_PER_RUN = 6
 DEFAULT_MICRO_TOKENS = 1024
@@ -63,6 +64,9 @@ class Watcher:
 
     def evaluation(self, line: dict[str, Any], best: bool) -> None:
         """An evaluation has ended."""
+
+    def stopping(self) -> None:
+        """A signal asked to stop. Called inside the signal handler, so it may do nothing but write raw bytes."""
 
     def stop(self) -> None:
         """No step follows."""
@@ -91,7 +95,7 @@ class Trainer:
         self.length, stop = _length(settings, self.loader)
         self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
         self.best_loss, self.best_step, self.bad_evaluations = math.inf, 0, 0
-        self.best: Adapter | None = None
+        self.best: Tensor | None = None
         self.metrics: MetricsLog | None = None
         self.stopped_early = False
         self.signal: int | None = None
@@ -108,15 +112,13 @@ class Trainer:
         tensors, state = found
         self._require_same(state)
         self.flat.load_state(tensors)
-        torch.set_rng_state(tensors["random_state"])
         self.progress.step, self.progress.seconds = state["step"], state["seconds"]
-        self.progress.last_seconds = state["last_seconds"]
         track = self.progress.tracks[0]
         track.position, track.tokens, track.trained_tokens = state["position"], state["tokens"], state["trained_tokens"]
-        self.best_loss, self.best_step = state["best_loss"] or math.inf, state["best_step"]
-        self.bad_evaluations = state["bad_evaluations"]
-        if self.run.adapter.is_dir():
-            self.best = read_adapter(self.run.adapter)
+        self.best_step, self.bad_evaluations = state["best_step"], state["bad_evaluations"]
+        if self.best_step:
+            self.best_loss, self.best = state["best_loss"], tensors.get("best", tensors["master"])
+        self.stopped_early = self._out_of_patience() and not self._is_last()
         return True
 
     def _require_same(self, state: dict[str, Any]) -> None:
@@ -124,30 +126,43 @@ class Trainer:
         changed = [name for name, digest in now.items() if state["digests"].get(name) != digest]
         if changed:
             raise UsageError(
-                f"The {' and the '.join(changed)} changed since this run began, so it cannot go on exactly. Start a new run."
+                f"The {' and the '.join(changed)} changed since this run began, so it cannot go on exactly. "
+                "Start a new run."
             )
 
     def _digests(self) -> dict[str, str]:
-        return {"base": self.ready.base.digest, "data": self.ready.summaries["train"].digest}
+        data = {("data" if name == "train" else f"{name} data"): s.digest for name, s in self.ready.summaries.items()}
+        return {"base": self.ready.base.digest, **data}
 
     def checkpoint(self) -> None:
-        """Saves the present state."""
+        """Saves the present state, the best factors with it: the adapter in the run folder may be newer than this.
+
+        Raises NotFiniteError, and keeps the older checkpoints, when a factor is not finite.
+        """
         track = self.progress.tracks[0]
         state = {
             "step": self.progress.step,
             "seconds": self.progress.seconds,
-            "last_seconds": self.progress.last_seconds,
             "position": track.position,
             "tokens": track.tokens,
             "trained_tokens": track.trained_tokens,
-            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+            "best_loss": self.best_loss if self.best_step else None,
             "best_step": self.best_step,
             "bad_evaluations": self.bad_evaluations,
             "digests": self._digests(),
         }
+        self._require_finite("its factors are", self.flat.master)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.flat.state().items()}
-        tensors["random_state"] = torch.get_rng_state()
+        if self.best is not None and self.best_step != self.progress.step:
+            tensors["best"] = self.best
         save_checkpoint(self.run.checkpoints, self.progress.step, tensors, state, self.settings.keep_checkpoints)
+
+    def _require_finite(self, what: str, values: Tensor) -> None:
+        if not values.isfinite().all():
+            raise NotFiniteError(
+                f"After step {self.progress.step}, {what} not finite. The last good checkpoint, if any, is in "
+                f"{self.run.checkpoints}. Start again with a lower --lr than {self.settings.lr}."
+            )
 
     # -- what happens after each step ---------------------------------------------------------------------------------
 
@@ -157,14 +172,21 @@ class Trainer:
         assert self.metrics is not None
         self.metrics.write(line)
         self.watcher.step(line, progress, self.length)
-        last = self.length.over(progress.step, progress.seconds) or all(t.ended for t in progress.tracks)
-        go_on = True
+        last, go_on = self._is_last(), True
         if self._due(self.settings.eval_steps, record) or last:
             go_on = self.evaluate()
         if self._due(self.settings.checkpoint_steps, record) or last or not go_on:
             self.checkpoint()
         self.stopped_early = not go_on and not last
         return go_on
+
+    def _is_last(self) -> bool:
+        return self.length.over(self.progress.step, self.progress.seconds) or all(
+            track.ended for track in self.progress.tracks
+        )
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.settings.patience <= self.bad_evaluations
 
     def _due(self, every: int | str, record: StepRecord) -> bool:
         if every != AUTO:
@@ -182,27 +204,29 @@ class Trainer:
         loss_sum, tokens, seconds = held_out_loss(
             self.ready.base, self.ready.held_out, 2 * int(self.settings.micro_tokens), self.settings.eval_rows
         )
+        self.progress.away_seconds += seconds
         loss = loss_sum / max(1, tokens)
+        self._require_finite("the validation loss is", torch.tensor(loss))
         line = {"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens, "eval_seconds": seconds}
         assert self.metrics is not None
         self.metrics.write(line)
         better = loss < self.best_loss
         if better:
             self.best_loss, self.best_step, self.bad_evaluations = loss, self.progress.step, 0
-            self.best = self.flat.adapter()
-            write_adapter(self._with_origin(self.best), self.run.adapter)
+            self.best = self.flat.master.detach().cpu().clone()
+            self._write(self.best, self.run.adapter)
         else:
             self.bad_evaluations += 1
         self.watcher.evaluation(line, better)
-        return not (self.settings.patience and self.bad_evaluations >= self.settings.patience)
+        return not self._out_of_patience()
 
-    def _with_origin(self, adapter: Adapter) -> Adapter:
-        adapter.origin = {**self.ready.adapter.origin, **self.ready.base.origin, **self._run_origin()}
-        return adapter
+    def _write(self, values: Tensor, folder: Path) -> None:
+        """Writes the factors in `values` as an adapter folder."""
+        adapter = self.flat.adapter(0, values)
+        adapter.origin = {**self.ready.base.origin, **self._run_origin()}
+        write_adapter(adapter, folder)
 
     def _run_origin(self) -> dict[str, str]:
-        from deltaw import __version__
-
         return {
             "data_digest": self.ready.summaries["train"].digest,
             "deltaw_version": __version__,
@@ -213,13 +237,11 @@ class Trainer:
             "seed": str(self.settings.seed),
         }
 
-    def finish(self) -> Adapter:
-        """Saves the last adapter, and as the adapter the best one, and returns that."""
-        last = self._with_origin(self.flat.adapter())
-        write_adapter(last, self.run.last)
-        best = last if self.best is None else self._with_origin(self.best)
-        write_adapter(best, self.run.adapter)
-        return best
+    def finish(self) -> None:
+        """Saves the last adapter, and as the run's adapter the best one, or the last where nothing was held out."""
+        last = self.flat.master.detach().cpu()
+        self._write(last, self.run.last)
+        self._write(last if self.best is None else self.best, self.run.adapter)
 
 
 def _metrics_line(record: StepRecord) -> dict[str, Any]:
@@ -262,17 +284,18 @@ def _length(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
     return Length(loader.steps_until(stop)), stop
 
 
-# -- preparing ----------------------------------------------------------------------------------------------------------
+# -- preparing ---------------------------------------------------------------------------------------------------------
 
 
 def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
     """Base, data and adapter of a run; resolves every `auto` in the settings by its rule and writes them down."""
+    threads = settings.threads or min(torch.get_num_threads(), hardware.usable_cores())
     base = load(
         settings.model,
         device=settings.device,
         dtype=settings.dtype,
         revision=settings.revision,
-        threads=settings.threads,
+        threads=threads,
     )
     if base.plain_reason is not None:
         watcher.say(f"One document at a time, in the model's own way: {base.plain_reason}.")
@@ -293,8 +316,6 @@ def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
 def _prepare_data(
     run: Run, settings: Settings, base: Base
 ) -> tuple[TokenStore, TokenStore | None, dict[str, DataSummary]]:
-    if not settings.data:
-        raise UsageError("No training data: give --data FILE.")
     encoder = Encoder(base.tokenizer, int(settings.max_length))
     files = find_files(list(settings.data))
     split = None if settings.eval_data else held_out_share(files)
@@ -366,7 +387,7 @@ def _resolve_rules(settings: Settings, base: Base, train: TokenStore) -> None:
         settings.put("epochs", 1.0, "default")
 
 
-# -- running ------------------------------------------------------------------------------------------------------------
+# -- running -----------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -384,21 +405,14 @@ def train(
     """
     trackers = open_trackers(settings.track, run.folder)
     trainer = Trainer(run, settings, prepare_run(run, settings, watcher), watcher)
-    torch.manual_seed(settings.seed)
     if resume and not trainer.resume():
         watcher.say("No checkpoint yet: starting from step 0.")
     if before is not None:
         before(trainer)
-    trainer.metrics = MetricsLog(run.metrics, trainer.progress.step if resume else 0, trackers)
+    trainer.metrics = MetricsLog(run.metrics, trainer.progress.step, trackers)
     watcher.start(trainer)
     try:
-        with _signals(trainer):
-            whole = fit(
-                trainer.ready.base, trainer.injection, trainer.flat, trainer.progress, trainer.length, trainer.observe,
-                interrupted=lambda: trainer.signal is not None,
-            )  # fmt: skip
-            if not whole:
-                trainer.checkpoint()
+        whole = trainer.stopped_early or _fit(trainer)
     finally:
         watcher.stop()
         trainer.metrics.close()
@@ -411,18 +425,35 @@ def train(
     return trainer
 
 
+def _fit(trainer: Trainer) -> bool:
+    """Runs the loop; False, with the state saved, when a signal ended it."""
+    ready = trainer.ready
+    with _signals(trainer):
+        whole = fit(
+            ready.base, trainer.injection, trainer.flat, trainer.progress, trainer.length, trainer.observe,
+            interrupted=lambda: trainer.signal is not None,
+        )  # fmt: skip
+        if not whole:
+            trainer.checkpoint()
+    return whole
+
+
 @contextmanager
 def _signals(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the loop to stop and save; the second ends the process at once."""
+    """The first Ctrl-C or SIGTERM asks the loop to stop and save; the next of either ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ask(number: int, _frame: Any) -> None:
         trainer.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for other in previous:
+            signal.signal(other, signal.SIG_DFL)
+        trainer.watcher.stopping()
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM))
+    for number in previous:
+        previous[number] = signal.signal(number, ask)
     try:
         yield
     finally:

@@ -13,7 +13,8 @@ import torch
 from gguf import GGMLQuantizationType as Quant
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltaw.base.gguf import _open_header, check_gguf, convert_gguf, to_bfloat16
+from deltaw.base.gguf import convert_gguf, to_bfloat16
+from deltaw.base.gguf_header import check_gguf, open_header
 from deltaw.errors import BaseError
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
@@ -349,7 +350,7 @@ def test_an_existing_folder_and_a_missing_file_are_refused(llama_file, llama_fol
 
 def test_the_walk_reads_what_ggufreader_reads(llama_file):
     reader = gguf.GGUFReader(llama_file)
-    with _open_header(Path(llama_file)) as header:
+    with open_header(Path(llama_file)) as header:
         assert set(header.values) == {key for key in reader.fields if not key.startswith("GGUF.")}
         for key, value in header.values.items():
             if isinstance(value, int | float | str):

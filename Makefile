@@ -1,0 +1,45 @@
+# deltaw: every command that people and CI run. `make` lists them.
+# `make demo` and `make test` set everything up by themselves on a machine with Python >= 3.11 and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test test-long docs bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv with pinned versions and the command deltaw in it
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "deltaw needs Python 3.11 or newer; try: make PYTHON=python3.11 setup")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## adapt SmolLM2-135M to real reviews and see what changed (about ten minutes on two cores)
+	$(BIN)/deltaw demo $(DEMO)
+
+check: $(READY)  ## formatter, linter, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --durations=0 -k "imports_point_down or stands_in_a_layer" tests/test_house.py
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: $(READY)  ## the tests, and the proofs that take longer
+	$(BIN)/python -m pytest
+
+docs: $(READY)  ## write the reference pages from the code
+	$(BIN)/python dev/reference.py docs/reference
+
+bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
+	$(BIN)/python benchmarks/demo_accuracy.py
+
+clean:  ## remove the environment and build leftovers (runs and caches stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

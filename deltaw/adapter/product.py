@@ -1,0 +1,56 @@
+"""out + s·B·(A·x) where the factors are finer than the activations: bf16 layers with fp32 factors.
+
+Plain autograd would cast x and out to fp32 and keep the casts until backward, which is what PEFT's default does. Here
+both are cast a block of rows at a time, in forward and in backward, so the numbers are those of the full cast and the
+memory is not.
+
+Legend: x_TI inputs, out_TO outputs, A_RI, B_OR; T tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS = 256
+
+
+def finer_product(x_TI: Tensor, out_TO: Tensor, A_RI: Tensor, B_OR: Tensor, s: float) -> Tensor:
+    """out + s·B·(A·x), [T, O] in the dtype of `out`, computed in the dtype of the factors and rounded once."""
+    with torch.autocast(x_TI.device.type, enabled=False):
+        product: Tensor = _FinerProduct.apply(x_TI, out_TO, A_RI, B_OR, s)
+    return product
+
+
+class _FinerProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, out_TO: Tensor, A_RI: Tensor, B_OR: Tensor, s: float) -> Tensor:
+        xA_TR = A_RI.new_empty(len(x_TI), len(A_RI))
+        sum_TO = torch.empty_like(out_TO)
+        for rows in _blocks(len(x_TI)):
+            xA_TR[rows] = x_TI[rows].to(A_RI.dtype) @ A_RI.T
+            sum_TO[rows] = torch.addmm(out_TO[rows].to(B_OR.dtype), xA_TR[rows], B_OR.T, alpha=s)
+        ctx.save_for_backward(x_TI, xA_TR, A_RI, B_OR)
+        ctx.s = s
+        return sum_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        d_TO = upstream[0]
+        x_TI, xA_TR, A_RI, B_OR = ctx.saved_tensors
+        dx_TI, dA_RI, dB_OR = torch.empty_like(x_TI), torch.zeros_like(A_RI), torch.zeros_like(B_OR)
+        for rows in _blocks(len(x_TI)):
+            d_bO = d_TO[rows].to(B_OR.dtype)
+            dxA_bR = ctx.s * (d_bO @ B_OR)
+            dx_TI[rows] = dxA_bR @ A_RI
+            dA_RI.addmm_(dxA_bR.T, x_TI[rows].to(A_RI.dtype))
+            dB_OR.addmm_(d_bO.T, xA_TR[rows], alpha=ctx.s)
+        return dx_TI, d_TO, dA_RI, dB_OR, None
+
+
+def _blocks(rows: int) -> list[slice]:
+    return [slice(start, start + ROWS) for start in range(0, rows, ROWS)]

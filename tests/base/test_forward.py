@@ -1,0 +1,178 @@
+"""Packed equals unpacked: a document beside others has the loss that the model's own forward gives it alone."""
+
+import json
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from models import CONFIGS, SMALL, VOCABULARY, byte_tokenizer
+
+from deltaw.base import forward
+from deltaw.base.load import load
+from deltaw.data.chat import Example
+from deltaw.data.pack import flat_batch
+from deltaw.engine.objective import batch_loss, score_batch
+from deltaw.kernels import token_losses
+
+FLAT = ("llama", "llama-tied", "mistral", "qwen3", "gemma3", "gemma2", "gpt2", "gpt_neox", "mixtral", "phi3", "granite")
+LENGTHS = (9, 2, 40, 17, 130)  # longer than the windows of 6, and on both sides of the 128 where kernels change
+GENERAL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+MORE = {
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=0.7, final_logit_softcapping=1.5
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, rope_parameters=LONGROPE, original_max_position_embeddings=20),
+    "granite": lambda: transformers.GraniteConfig(
+        **{name: value for name, value in SMALL.items() if name != "head_dim"}, logits_scaling=4.0
+    ),
+    "llama4": lambda: transformers.Llama4TextConfig(**SMALL, intermediate_size_mlp=48, attention_chunk_size=64),
+    "lfm2": lambda: transformers.Lfm2Config(**SMALL, block_dim=32, layer_types=["conv", "full_attention"]),
+    "mamba": lambda: transformers.MambaConfig(**GENERAL, state_size=4),
+    "bloom": lambda: transformers.BloomConfig(**GENERAL),
+}
+
+
+def lively_model(kind, **changes):
+    """A small model whose weights are ten times larger than usual, so that attention is far from uniform."""
+    torch.manual_seed(1)
+    config = {**CONFIGS, **MORE}[kind]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)
+    return model
+
+
+def some_documents(lengths=LENGTHS):
+    return [torch.randint(3, VOCABULARY, (length,)) for length in lengths]
+
+
+def own_losses(model, document):
+    """What transformers' own forward says about one document."""
+    with forward.plain_attention(model):
+        logits = model(input_ids=document[None], use_cache=False).logits[0, :-1]
+    return F.cross_entropy(logits.float(), document[1:], reduction="none")
+
+
+def flat_row(documents):
+    bounds = tuple(accumulate((len(d) for d in documents), initial=0))
+    return torch.cat(documents), torch.cat([torch.arange(len(d)) for d in documents]), bounds
+
+
+def flat_losses(model, documents):
+    """The documents' losses from one flat row, document by document."""
+    tokens, positions, bounds = flat_row(documents)
+    with torch.no_grad():
+        h = forward.flat_hidden_states(model, tokens, positions, bounds)
+    losses, _, _ = token_losses(h, lambda x: forward.flat_logits(model, x), tokens.roll(-1), VOCABULARY)
+    return [losses[start : stop - 1] for start, stop in pairwise(bounds)]
+
+
+def relative(a, b):
+    return abs(float(a.detach().sum()) / float(b.detach().sum()) - 1)
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_a_documents_loss_does_not_change_with_its_neighbours(kind):
+    model, documents = lively_model(kind), some_documents()
+    assert forward.prove(model) is None
+    assert model.config._attn_implementation == forward.ATTENTION_NAME
+    packed = flat_losses(model, documents)
+    assert max(relative(a, own_losses(model, d)) for a, d in zip(packed, documents, strict=True)) < 1e-5
+    order = [3, 4, 0, 2, 1]
+    moved = flat_losses(model, [documents[index] for index in order])
+    assert max(relative(a, packed[index]) for a, index in zip(moved, order, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_gradients_of_a_packed_row_are_those_of_its_documents(kind):
+    model, documents = lively_model(kind), some_documents((9, 20))
+    assert forward.prove(model) is None
+    parameters = [parameter for name, parameter in model.named_parameters() if "experts" not in name]
+    tokens, positions, bounds = flat_row(documents)
+    logits = forward.flat_logits(model, forward.flat_hidden_states(model, tokens, positions, bounds))
+    packed = F.cross_entropy(logits, tokens.roll(-1), reduction="none")[[*range(8), *range(9, 28)]].sum()
+    ours = torch.autograd.grad(packed, parameters, allow_unused=True)
+    alone = torch.autograd.grad(sum(own_losses(model, d).sum() for d in documents), parameters, allow_unused=True)
+    for a, b in zip(ours, alone, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "without"),
+    [
+        ("mistral", {"sliding_window": 200}),
+        ("gemma3", {"sliding_window": 200}),
+        ("gemma2", {"sliding_window": 200}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
+        ("granite", {"logits_scaling": 1.0}),
+    ],
+)
+def test_ignoring_a_window_a_cap_a_scale_or_long_angles_would_be_seen_above(kind, without):
+    document = some_documents((40,))[0]
+    assert (
+        relative(own_losses(lively_model(kind), document), own_losses(lively_model(kind, **without), document)) > 1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("mamba", "flat logits differ"),
+        ("lfm2", "flat logits differ"),
+        ("bloom", "cannot be exchanged"),
+        ("llama4", "mask 64"),  # chunks longer than the proof: only what reaches attention shows that they are missing
+    ],
+)
+def test_a_model_that_mixes_tokens_in_another_way_is_found_out_and_keeps_its_own_attention(kind, says):
+    model = lively_model(kind)
+    own = model.config._attn_implementation
+    assert says in forward.prove(model)
+    assert model.config._attn_implementation == own in ("sdpa", "eager")
+    assert not forward.sees_later_tokens(model)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "bloom"])
+def test_such_a_base_goes_one_document_at_a_time_with_the_models_own_loss(kind, tmp_path):
+    model = lively_model(kind)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    base = load(tmp_path, dtype="float32")
+    assert base.plain_reason and base.model.config._attn_implementation in ("sdpa", "eager")
+    documents = some_documents((9, 20, 6))
+    batch = flat_batch([Example(d.int().numpy(), torch.ones(len(d)).numpy()) for d in documents])
+    expected = torch.cat([own_losses(model, d) for d in documents])
+    torch.testing.assert_close(score_batch(base, batch).losses_N, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batch_loss(base, batch), expected.sum(), rtol=1e-5, atol=0)
+
+
+def test_generation_leaves_the_flat_attention_in_place():
+    model = lively_model("llama")
+    assert forward.prove(model) is None
+    with pytest.raises(ZeroDivisionError), forward.plain_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == forward.ATTENTION_NAME
+
+
+def test_bf16_is_proven_too():
+    for kind in ("llama", "gemma3", "gpt2"):
+        assert forward.prove(lively_model(kind).bfloat16()) is None
+
+
+def test_a_base_that_reads_in_both_directions_is_seen(tmp_path):
+    config = transformers.BertConfig(**GENERAL, intermediate_size=48)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert forward.prove(model) and forward.sees_later_tokens(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+    with pytest.raises(ValueError, match="both directions"):
+        load(tmp_path)

@@ -1,0 +1,48 @@
+"""What all tests share: few threads, small bases, files of chats."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from models import save_base
+
+from deltaw import api
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A small Llama base as a folder."""
+    return save_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory) -> Path:
+    """60 short chats of uneven length; the answer is the first word of the question."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows = []
+    for number in range(60):
+        words = [f"w{(number * 7 + k) % 23}" for k in range(1 + number % 9)]
+        rows.append(
+            {"messages": [{"role": "user", "content": " ".join(words)}, {"role": "assistant", "content": words[0]}]}
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, llama_folder, chats):
+    """A finished run of a few steps on the small base; only for reading."""
+    settings = {"rank": 4, "steps": 4, "batch_tokens": 256, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
+    return api.train(model=llama_folder, data=chats, out=tmp_path_factory.mktemp("runs") / "tiny", **settings)

@@ -1,0 +1,103 @@
+"""The order is a permutation that depends on (seed, epoch) alone; a step is whole documents, cut without loss."""
+
+import numpy as np
+import pytest
+
+from deltaw.data.chat import Example
+from deltaw.data.loader import Loader, evaluation_batches, shuffled
+from deltaw.data.pack import TokenStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    """97 documents of 2 to 40 tokens, and one of 300."""
+    lengths = [*np.random.default_rng(0).integers(2, 41, 97), 300]
+    return TokenStore.write(
+        tmp_path / "store", (Example(np.full(n, i, np.int32), np.ones(n, np.float32), i) for i, n in enumerate(lengths))
+    )
+
+
+def order(count, seed=0, epoch=0):
+    return [shuffled(index, count, seed, epoch) for index in range(count)]
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (1, 0), (123456789, 7)])
+def test_the_order_is_a_permutation_for_every_count(seed, epoch):
+    for count in range(1, 201):
+        assert sorted(order(count, seed, epoch)) == list(range(count)), count
+
+
+def test_the_order_differs_by_epoch_and_seed_and_is_the_same_when_asked_again():
+    orders = {tuple(order(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    assert order(50, 3, 2) == order(50, 3, 2) != list(range(50))
+
+
+def test_the_order_is_fixed_for_all_time():
+    """A run that resumes with a newer version must go on in the same order."""
+    assert order(10) == [0, 1, 3, 7, 9, 8, 5, 4, 6, 2]
+
+
+def test_the_order_is_as_even_as_chance():
+    """Where a document lands over 2,000 epochs: each of 10 places about 200 times (5 standard deviations are 67)."""
+    counts = np.bincount([shuffled(3, 10, 0, epoch) for epoch in range(2000)], minlength=10)
+    assert abs(counts - 200).max() < 67
+    neighbours = np.bincount([(shuffled(4, 10, 0, e) - shuffled(3, 10, 0, e)) % 10 for e in range(2000)], minlength=10)
+    assert neighbours[0] == 0 and abs(neighbours[1:] - 222).max() < 70
+
+
+def test_steps_take_whole_documents_up_to_the_batch_and_every_document_once_an_epoch(store):
+    loader = Loader(store, batch_tokens=120, micro_tokens=50, seed=1)
+    position, taken = 0, []
+    while position < len(store):
+        step = loader.step(position, stop=len(store))
+        documents = [document for batch in step.micro_batches for document in batch]
+        assert documents == [loader.document(position + k) for k in range(len(documents))]
+        tokens = sum(int(store.lengths[document]) for document in documents)
+        assert tokens <= 120 or len(documents) == 1
+        if step.next_position < len(store):
+            assert tokens + store.lengths[loader.document(step.next_position)] > 120
+        assert step.next_position == position + len(documents)
+        position, taken = step.next_position, taken + documents
+    assert sorted(taken) == list(range(len(store)))
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 50, 119, 10_000])
+def test_micro_batches_cover_the_step_exactly_however_they_are_cut(store, micro_tokens):
+    whole = Loader(store, 400, 10_000, 1)
+    cut = Loader(store, 400, micro_tokens, 1)
+    for position in (0, 17, 90, 500):
+        one, many = whole.step(position), cut.step(position)
+        assert one.next_position == many.next_position
+        assert [d for batch in many.micro_batches for d in batch] == one.micro_batches[0]
+        for documents, batch in zip(many.micro_batches, cut.batches(many), strict=True):
+            assert batch.documents == tuple(documents)
+            assert batch.tokens <= micro_tokens or len(documents) == 1
+        assert sum(batch.tokens for batch in cut.batches(many)) == whole.batches(one)[0].tokens
+
+
+def test_a_step_crosses_epochs_unless_it_is_stopped(store):
+    loader = Loader(store, 10**6, 10**6, 1)
+    free = Loader(store, 3000, 10**6, 1).step(90)
+    assert free.next_position > len(store)
+    assert loader.step(90, stop=len(store)).next_position == len(store)
+    assert loader.document(len(store)) == shuffled(0, len(store), 1, 1)
+
+
+def test_steps_until_counts_the_steps_that_a_run_takes(store):
+    loader = Loader(store, 120, 50, 1)
+    for stop in (0, 1, 50, len(store), 3 * len(store)):
+        position = steps = 0
+        while position < stop:
+            position, steps = loader.step(position, stop).next_position, steps + 1
+        assert loader.steps_until(stop) == steps and position == stop
+
+
+def test_evaluation_takes_the_first_rows_once_shortest_first(store):
+    batches = evaluation_batches(store, 100, 60)
+    documents = [document for batch in batches for document in batch]
+    assert sorted(documents) == list(range(60))
+    lengths = store.lengths[documents]
+    assert (np.diff(lengths) >= 0).all()
+    assert all(store.lengths[batch].sum() <= 100 for batch in batches)
+    assert sorted(d for batch in evaluation_batches(store, 100) for d in batch) == list(range(len(store)))

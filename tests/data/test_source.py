@@ -1,0 +1,132 @@
+"""Files become rows exactly as they say, and every row that cannot be used is named with file, row and reason."""
+
+import gzip
+import json
+
+import pytest
+
+from deltaw.data.source import Fault, Row, find_files, read_rows
+from deltaw.errors import DataError
+
+CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+def rows_of(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read_rows([path]))
+
+
+def lines(*values):
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def test_the_three_forms_of_a_row_are_read(tmp_path):
+    content = lines({"messages": CHAT}, {"prompt": "2 + 2?", "completion": "4"}, {"text": "four"})
+    assert rows_of(tmp_path / "a.jsonl", content) == [
+        Row("a.jsonl", 1, tuple(CHAT)),
+        Row("a.jsonl", 2, tuple(CHAT)),
+        Row("a.jsonl", 3, text="four"),
+    ]
+
+
+def test_bom_crlf_blank_lines_and_a_missing_last_newline_change_nothing(tmp_path):
+    content = b"\xef\xbb\xbf" + lines({"text": "a"}).replace("\n", "\r\n").encode() + b"\r\n  \n" + b'{"text": "b"}'
+    assert rows_of(tmp_path / "a.jsonl", content) == [Row("a.jsonl", 1, text="a"), Row("a.jsonl", 4, text="b")]
+
+
+def test_gzip_holds_the_same_rows_whatever_the_case_of_its_name(tmp_path):
+    content = lines({"text": "a"}, {"text": "b"}).encode()
+    for name in ("a.jsonl.gz", "B.JSONL.GZ"):
+        assert [row.text for row in rows_of(tmp_path / name, gzip.compress(content))] == ["a", "b"]
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    assert rows_of(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\n") == [Row("a.txt", 1, text="one\ntwo\n")]
+    assert rows_of(tmp_path / "b.md", "# b") == [Row("b.md", 1, text="# b")]
+
+
+def test_what_a_value_says_is_kept_as_it_is(tmp_path):
+    text = 'null, 007, true, 1e3, " spaces "\u2028\u00e9\U0001f600\x00'
+    assert rows_of(tmp_path / "a.jsonl", lines({"text": text}))[0].text == text
+
+
+def test_tool_calls_may_stand_without_text_and_keys_without_value_are_left_out(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    messages = [CHAT[0], call, {"role": "tool", "content": "4", "name": None}, CHAT[1]]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    (row,) = rows_of(tmp_path / "a.jsonl", lines({"messages": messages, "tools": tools, "source": "made up"}))
+    assert row.messages[1:3] == ({k: v for k, v in call.items() if v}, {"role": "tool", "content": "4"})
+    assert row.tools == tuple(tools) and row.answer == "4"
+
+
+FAULTS = {
+    "{": "not valid JSON",
+    "[1]": "must be an object, not list",
+    "nul": "not valid JSON",
+    "1" * 5000: "not valid JSON",
+    "[" * 100_000: "not valid JSON",
+    '{"text": "\\ud800"}': "not valid JSON",
+    '{"chat": 1, "a": 2}': "none of messages, prompt and completion, text; its keys are ['a', 'chat']",
+    '{"text": " "}': "text must be a string that is not empty",
+    '{"text": 5}': "text must be a string",
+    '{"prompt": "a", "completion": 4}': "prompt and completion must be strings",
+    '{"prompt": "a", "completion": " "}': "message 2 (assistant) is empty",
+    '{"messages": []}': "messages must be a list that is not empty",
+    '{"messages": null}': "messages must be a list",
+    '{"messages": ["hi"]}': "message 1 has the role 'hi'",
+    '{"messages": [{"role": "human", "content": "a"}]}': "message 1 has the role 'human'; known are system, user",
+    '{"messages": [{"role": [], "content": "a"}]}': "message 1 has the role []",
+    '{"messages": [{"role": "user", "content": ["a"]}]}': "message 1 (user) has no text as its content",
+    '{"messages": [{"role": "user", "content": "a"}]}': "nothing would be trained",
+    '{"messages": [{"role": "assistant"}]}': "message 1 (assistant) has no text",
+    json.dumps({"messages": CHAT, "tools": 5}): "tools must be a list of objects",
+    json.dumps({"messages": CHAT, "tools": "add"}): "tools must be a list of objects",
+}
+
+
+def test_each_fault_names_its_file_row_and_reason_and_the_rows_around_it_are_kept(tmp_path):
+    good = lines({"text": "good"})
+    found = rows_of(tmp_path / "mixed.jsonl", good + "".join(f"{line}\n{good}" for line in FAULTS))
+    assert len(found) == 2 * len(FAULTS) + 1
+    assert all(isinstance(row, Row) and row.text == "good" for row in found[::2])
+    for number, (fault, reason) in enumerate(zip(found[1::2], FAULTS.values(), strict=True)):
+        assert isinstance(fault, Fault) and reason in fault.reason, fault
+        assert str(fault).startswith(f"mixed.jsonl, row {2 * number + 2}: ")
+
+
+def test_bytes_that_are_no_text_are_a_fault(tmp_path):
+    assert "not valid JSON" in rows_of(tmp_path / "a.jsonl", b'{"text": "\xff"}')[0].reason
+    assert "not valid UTF-8" in rows_of(tmp_path / "a.txt", b"\xff")[0].reason
+    assert "empty" in rows_of(tmp_path / "b.txt", b" \n")[0].reason
+
+
+def test_a_damaged_gzip_file_is_refused_with_the_row_where_it_ends(tmp_path):
+    whole = gzip.compress(lines(*({"text": f"{n}" * 50} for n in range(3000))).encode())
+    with pytest.raises(DataError, match="row"):
+        rows_of(tmp_path / "cut.jsonl.gz", whole[:-20])
+    with pytest.raises(DataError, match="row 0"):
+        rows_of(tmp_path / "no.jsonl.gz", b"plain text")
+    with pytest.raises(DataError, match="cannot be read"):
+        rows_of(tmp_path / "flipped.jsonl.gz", whole[:10] + b"\xff" * 50 + whole[60:])
+
+
+def test_every_missing_file_is_named_at_once_and_globs_give_files_in_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "c.jsonl").mkdir()
+    assert [path.name for path in find_files([str(tmp_path / "*.jsonl")])] == ["a.jsonl", "b.jsonl"]
+    assert [path.name for path in find_files([f"{tmp_path}/b.jsonl", f"{tmp_path}/a*"])] == ["b.jsonl", "a.jsonl"]
+    with pytest.raises(DataError) as caught:
+        find_files(["no.jsonl", str(tmp_path / "a.jsonl"), "nothing-*.jsonl", str(tmp_path)])
+    assert all(name in str(caught.value) for name in ("no.jsonl", "nothing-*.jsonl", str(tmp_path)))
+    assert "a.jsonl" not in str(caught.value)
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
+    (tmp_path / "a[1].jsonl").write_text("")
+    assert find_files([str(tmp_path / "a[1].jsonl")]) == [(tmp_path / "a[1].jsonl").resolve()]
+
+
+def test_an_unknown_kind_of_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"table\.csv.*\.jsonl"):
+        rows_of(tmp_path / "table.csv", "a,b")

@@ -1,0 +1,80 @@
+"""The checkpoint file: what goes in comes out, and nothing damaged is ever taken for good."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from deltaw.engine.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from deltaw.errors import DiskError
+
+STATE = {"step": 7, "best_loss": None, "seconds": 0.1 + 0.2, "digests": {"base": "ab"}, "name": "Ünïcode"}
+
+
+def _tensors():
+    return {"master": torch.randn(50), "step": torch.tensor([3.0, 4.0]), "half": torch.randn(3).bfloat16()}
+
+
+def test_tensors_and_state_come_back_bit_for_bit(tmp_path):
+    tensors = _tensors()
+    path = save_checkpoint(tmp_path / "deep" / "checkpoints", 7, tensors, STATE, keep=2)
+    read, state = read_checkpoint(path)
+    assert state == STATE and read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+
+
+def test_every_truncation_is_detected(tmp_path):
+    content = save_checkpoint(tmp_path, 1, {"master": torch.randn(8)}, {"step": 1}, keep=1).read_bytes()
+    path = tmp_path / "cut.ckpt"
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="damaged"):
+            read_checkpoint(path)
+
+
+def test_every_flipped_bit_is_detected(tmp_path):
+    content = save_checkpoint(tmp_path, 1, {"master": torch.randn(8)}, {"step": 1}, keep=1).read_bytes()
+    path, choose = tmp_path / "flipped.ckpt", random.Random(0)
+    for bit in choose.sample(range(8 * len(content)), 200):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="damaged"):
+            read_checkpoint(path)
+
+
+def test_the_newest_good_one_is_taken_and_the_skipped_are_named(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, {"master": torch.full((2,), float(step))}, {"step": step}, keep=9)
+    for name, keep in (("step-00000004.ckpt", 0), ("step-00000003.ckpt", -1)):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:keep])
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found is not None and found[1] == {"step": 2} and found[0]["master"].tolist() == [2.0, 2.0]
+    assert [reason.split()[0] for reason in skipped] == ["step-00000004.ckpt", "step-00000003.ckpt"]
+
+
+def test_a_folder_without_a_good_checkpoint_gives_none(tmp_path):
+    assert newest_checkpoint(tmp_path / "absent") == (None, [])
+    (tmp_path / "step-00000001.ckpt").write_bytes(b"")
+    found, skipped = newest_checkpoint(tmp_path)
+    assert found is None and len(skipped) == 1
+
+
+def test_only_the_newest_are_kept_and_other_files_are_left_alone(tmp_path):
+    (tmp_path / "step-notes.ckpt").write_text("mine")
+    for step in (5, 30, 100, 1000):
+        save_checkpoint(tmp_path, step, {"master": torch.zeros(1)}, {"step": step}, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00001000.ckpt", "step-00000100.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000100.ckpt", "step-00001000.ckpt", "step-notes.ckpt",
+    ]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="file"):
+        save_checkpoint(tmp_path / "file" / "checkpoints", 1, {"master": torch.zeros(1)}, {}, keep=1)

@@ -1,0 +1,253 @@
+"""A run that was stopped, killed or lost a file goes on as if nothing had happened: bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from deltaw.config import make_settings
+from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint
+from deltaw.engine.log import read_metrics
+from deltaw.engine.run import create_run, open_run
+from deltaw.engine.train import Watcher, train
+from deltaw.errors import DataError, Interrupted, NotFiniteError, UsageError
+
+STEPS = 12
+TIMES = ("seconds", "peak_bytes", "eval_seconds")
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here: nothing of ours catches it."""
+
+
+class Saboteur(Watcher):
+    """Sends a real signal after one step, or ends everything within one step or evaluation; remembers what was said."""
+
+    def __init__(self, *, signal_at=0, kill_at=0, kill_in_evaluation=0, number=signal.SIGTERM):
+        self.signal_at, self.kill_at, self.kill_in_evaluation, self.number = (
+            signal_at,
+            kill_at,
+            kill_in_evaluation,
+            number,
+        )
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def step(self, line, progress, length):
+        if line["step"] == self.signal_at:
+            os.kill(os.getpid(), self.number)
+        if line["step"] == self.kill_at:
+            raise Killed
+
+    def evaluation(self, line, best):
+        if line["step"] == self.kill_in_evaluation:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, llama_folder, chats):
+    """Makes a new run with these settings over the usual ones."""
+
+    def make(name="run", **changes):
+        usual = {
+            "model": str(llama_folder), "data": [str(chats)], "out": str(tmp_path_factory.mktemp("runs") / name),
+            "rank": 4, "targets": ["q_proj", "down_proj"], "dropout": 0.2, "steps": STEPS, "batch_tokens": 256,
+            "micro_tokens": 128, "lr": 2e-2, "eval_steps": 2, "checkpoint_steps": 3, "device": "cpu",
+            "dtype": "float32",
+        }  # fmt: skip
+        settings = make_settings({**usual, **changes})
+        return create_run(settings), settings
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight(start):
+    """A run that nothing interrupted."""
+    run, settings = start("straight")
+    train(run, settings, Watcher())
+    return run
+
+
+def _go_on(run, watcher=None):
+    return train(run, run.settings(), watcher or Watcher(), resume=True)
+
+
+def _lines(run):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run.metrics)]
+
+
+def _assert_same(run, other):
+    for folder in ("adapter", "last"):
+        names = sorted(path.name for path in (run.folder / folder).iterdir())
+        assert names == sorted(path.name for path in (other.folder / folder).iterdir())
+        for name in names:
+            assert (run.folder / folder / name).read_bytes() == (other.folder / folder / name).read_bytes(), name
+    assert _lines(run) == _lines(other)
+    (_, first), (_, second) = (read_checkpoint(list_checkpoints(r.checkpoints)[0]) for r in (run, other))
+    assert {k: v for k, v in first.items() if k != "seconds"} == {k: v for k, v in second.items() if k != "seconds"}
+
+
+def test_the_uninterrupted_run_has_every_line_once(straight):
+    lines = _lines(straight)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "eval_loss" in line] == list(range(2, STEPS + 1, 2))
+
+
+@pytest.mark.parametrize("stops", [[4], [7], [3, 5]], ids=["4", "7", "twice in an epoch"])
+def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(start, straight, stops):
+    run, settings = start()
+    watcher = Saboteur(signal_at=stops[0])
+    with pytest.raises(Interrupted, match=rf"after step {stops[0]}\. Go on with: deltaw train --resume") as stopped:
+        train(run, settings, watcher)
+    assert stopped.value.exit_code == 143
+    for step in stops[1:]:
+        with pytest.raises(Interrupted, match=f"after step {step}"):
+            _go_on(run, Saboteur(signal_at=step, number=signal.SIGINT))
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+@pytest.mark.parametrize(
+    "saboteur",
+    [Saboteur(kill_at=5), Saboteur(kill_at=3), Saboteur(kill_in_evaluation=8), Saboteur(kill_in_evaluation=6)],
+    ids=["between checkpoints", "before its checkpoint", "better adapter is newer", "evaluated, not saved"],
+)
+def test_a_killed_run_goes_on_bit_for_bit(start, straight, saboteur):
+    run, settings = start()
+    with pytest.raises(Killed):
+        train(run, settings, saboteur)
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+def test_the_best_adapter_is_that_of_the_checkpoint_and_not_a_newer_one_on_disk(start):
+    run, settings = start(steps=8)
+    with pytest.raises(Killed):
+        train(run, settings, Saboteur(kill_in_evaluation=8))
+    _, state = read_checkpoint(list_checkpoints(run.checkpoints)[0])
+    assert (state["step"], state["best_step"]) == (6, 6), "the adapter on disk is of step 8"
+    newer = (run.adapter / "adapter_model.safetensors").read_bytes()
+    # From here on every step makes it worse, so the best is what the checkpoint knows and nothing else.
+    changed = run.settings()
+    changed.lr = 10.0
+    train(run, changed, Watcher(), resume=True)
+    (tensors, final) = read_checkpoint(list_checkpoints(run.checkpoints)[0])
+    assert final["best_step"] == 6 and final["best_loss"] == state["best_loss"]
+    assert not torch.equal(tensors["best"], tensors["master"])
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() != newer
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(start, straight):
+    run, settings = start()
+    with pytest.raises(Killed):
+        train(run, settings, Saboteur(kill_at=8))
+    newest = list_checkpoints(run.checkpoints)[0]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    watcher = Saboteur()
+    _go_on(run, watcher)
+    assert f"Skipped a checkpoint: {newest.name} is damaged (its checksum is wrong)." in watcher.said
+    _assert_same(run, straight)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(start, straight):
+    run, settings = start()
+    with pytest.raises(Killed):
+        train(run, settings, Saboteur(kill_at=2))
+    assert not list_checkpoints(run.checkpoints) and len(_lines(run)) == 2
+    watcher = Saboteur()
+    _go_on(run, watcher)
+    assert "No checkpoint yet: starting from step 0." in watcher.said
+    _assert_same(run, straight)
+
+
+def test_a_signal_before_the_first_step_ends_leaves_a_run_that_goes_on(start, straight):
+    run, settings = start()
+
+    def at_once(trainer):
+        trainer.signal = signal.SIGINT
+
+    with pytest.raises(Interrupted, match="after step 0") as stopped:
+        train(run, settings, Watcher(), before=at_once)
+    assert stopped.value.exit_code == 130
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+def test_a_run_killed_behind_its_last_checkpoint_only_saves_its_adapters(start, straight):
+    run, settings = start()
+    train(run, settings, Watcher())
+    for folder in ("adapter", "last"):
+        (run.folder / folder / "adapter_model.safetensors").unlink()
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+def test_a_run_that_had_lost_its_patience_does_not_train_on(start):
+    run, settings = start(lr=5.0, patience=1, eval_steps=1)
+    first = train(run, settings, Watcher())
+    assert first.stopped_early and first.progress.step < STEPS
+    again = _go_on(run)
+    assert again.stopped_early and again.progress.step == first.progress.step
+
+
+def test_the_second_signal_would_end_the_process_at_once_and_afterwards_all_is_as_before(start):
+    run, settings = start()
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    during = []
+
+    class Asked(Saboteur):
+        def stopping(self):
+            during.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+
+    with pytest.raises(Interrupted):
+        train(run, settings, Asked(signal_at=1, number=signal.SIGINT))
+    assert during == [signal.SIG_DFL, signal.SIG_DFL]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_checkpoints_kept_are_as_many_as_asked_for(start):
+    run, settings = start(steps=5, checkpoint_steps=1, keep_checkpoints=3)
+    train(run, settings, Watcher())
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == [
+        f"step-{step:08}.ckpt" for step in (5, 4, 3)
+    ]  # fmt: skip
+
+
+def test_changed_data_is_refused_and_nothing_touched(start, chats, tmp_path):
+    data = tmp_path / "chats.jsonl"
+    data.write_bytes(chats.read_bytes())
+    run, settings = start(data=[str(data)])
+    with pytest.raises(Interrupted):
+        train(run, settings, Saboteur(signal_at=4))
+    before = run.metrics.read_bytes()
+    data.write_text(data.read_text().replace("w1", "x1"))
+    with pytest.raises(
+        UsageError, match=r"^The data( and the eval data)? changed since this run began.*Start a new run"
+    ):
+        _go_on(run)
+    assert run.metrics.read_bytes() == before
+    data.unlink()
+    with pytest.raises(DataError, match=r"No such data file.*chats\.jsonl"):
+        _go_on(run)
+
+
+def test_factors_that_are_not_finite_are_never_checkpointed(start):
+    run, settings = start()
+
+    def ruin(trainer):
+        trainer.flat.optimizer.register_step_post_hook(lambda *_: trainer.flat.master[0].fill_(float("inf")))
+
+    with pytest.raises(NotFiniteError, match=r"(not finite|the loss is)"):
+        train(run, settings, Watcher(), before=ruin)
+    assert not list_checkpoints(run.checkpoints)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"not a run folder: it has no config\.yaml"):
+        open_run(tmp_path)

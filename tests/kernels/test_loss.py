@@ -1,0 +1,110 @@
+"""The loss over labelled tokens against torch's cross-entropy over all logits at once, with gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltaw.kernels import labelled_loss, token_losses
+from deltaw.kernels.loss import CHUNK_BYTES, chunk_rows
+
+N, WIDTH, VOCABULARY = 50, 12, 31
+
+
+@pytest.fixture
+def case():
+    """Hidden states, an adapted head with its two factors, targets, and weights of which some are 0."""
+    h = torch.randn(N, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH)
+    A, B = torch.randn(3, WIDTH, requires_grad=True), torch.randn(VOCABULARY, 3, requires_grad=True)
+
+    def head(x):
+        return F.linear(x, weight) + F.linear(F.linear(x, A), B)
+
+    return h, head, torch.randint(VOCABULARY, (N,)), torch.rand(N).round(decimals=1), (A, B)
+
+
+def reference(case):
+    h, head, targets, weights, factors = case
+    loss = (F.cross_entropy(head(h), targets, reduction="none") * weights).sum()
+    return [loss, *torch.autograd.grad(loss, [h, *factors])]
+
+
+def ours(case, chunk=None):
+    h, head, targets, weights, factors = case
+    loss = labelled_loss(h, head, targets, weights, VOCABULARY, factors, chunk)
+    return [loss, *torch.autograd.grad(loss, [h, *factors])]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 49, 50, 1000])
+def test_loss_and_gradients_are_those_of_cross_entropy_however_it_is_cut(case, chunk):
+    for a, b in zip(ours(case, chunk), reference(case), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_weights_of_one_give_torchs_summed_cross_entropy(case):
+    h, head, targets, _, _ = case
+    expected = F.cross_entropy(head(h), targets, reduction="sum")
+    torch.testing.assert_close(labelled_loss(h, head, targets, torch.ones(N), VOCABULARY, case[4]), expected)
+
+
+def test_a_weight_of_zero_takes_a_token_out_of_loss_and_gradients(case):
+    h, head, targets, weights, factors = case
+    kept = weights > 0
+    assert 0 < int(kept.sum()) < N
+    fewer = (h[kept].detach().requires_grad_(), head, targets[kept], weights[kept], factors)
+    whole, part = ours(case), ours(fewer)
+    torch.testing.assert_close(whole[0], part[0])
+    torch.testing.assert_close(whole[1][kept], part[1])
+    assert not whole[1][~kept].any()
+
+
+def test_the_loss_without_gradients_is_the_same_number(case):
+    with torch.no_grad():
+        h, head, targets, weights, factors = case
+        quiet = labelled_loss(h, head, targets, weights, VOCABULARY, factors)
+    torch.testing.assert_close(quiet, ours(case)[0].detach())
+    assert not quiet.requires_grad
+
+
+def test_gradients_pass_through_an_optimiser_step_scale_in_bf16():
+    """The scale 1/(tokens of the step) must act in fp32: rounded to bf16 first, 1/1003 would be off by 0.2 %."""
+    h = torch.randn(N, WIDTH).bfloat16().requires_grad_()
+    weight, targets = torch.randn(VOCABULARY, WIDTH).bfloat16(), torch.randint(VOCABULARY, (N,))
+    loss = labelled_loss(h, lambda x: F.linear(x, weight), targets, torch.ones(N), VOCABULARY)
+    whole = torch.autograd.grad(loss, h, retain_graph=True)[0]
+    scaled = torch.autograd.grad(loss / 1003, h)[0]
+    assert torch.equal(scaled, (whole.float() / 1003).bfloat16())
+
+
+def test_no_labels_give_zero_and_zero_gradients(case):
+    h, head, targets, weights, factors = case
+    none = (h[:0].detach().requires_grad_(), head, targets[:0], weights[:0], factors)
+    loss, grad_h, *grads = ours(none)
+    assert not loss.detach() and grad_h.shape == (0, WIDTH) and not any(grad.any() for grad in grads)
+    losses, hits, columns = token_losses(none[0], head, targets[:0], VOCABULARY, [1, 2])
+    assert losses.shape == hits.shape == (0,) and columns.shape == (0, 2) and hits.dtype == torch.bool
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 9])
+def test_token_losses_are_cross_entropy_hits_are_argmax_and_columns_are_logits(case, chunk):
+    h, head, targets, _, _ = case
+    losses, hits, columns = token_losses(h, head, targets, VOCABULARY, [4, 0, 30], chunk)
+    logits = head(h).detach()
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(hits, logits.argmax(-1) == targets) and hits.any() and not hits.all()
+    torch.testing.assert_close(columns, logits[:, [4, 0, 30]])
+
+
+def test_logits_never_exist_for_more_than_one_chunk():
+    rows = chunk_rows(50_000)
+    assert rows * 4 * 50_000 <= CHUNK_BYTES < 2 * rows * 4 * 50_000
+    assert chunk_rows(10**9) == 16
+    seen, head = [], nn.Linear(4, 9, bias=False)
+
+    def watched(x):
+        seen.append(len(x))
+        return head(x)
+
+    labelled_loss(torch.randn(70, 4), watched, torch.zeros(70, dtype=torch.long), torch.ones(70), 500_000)
+    assert seen == [32, 32, 6]

@@ -1,0 +1,297 @@
+"""From training to a merged model with the calls that a program makes, on a small real base."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import transformers
+import yaml
+from models import byte_tokenizer, save_base, small_model
+
+import deltaw
+from deltaw import api
+from deltaw.adapter import read_adapter
+from deltaw.cli import _show_demo
+from deltaw.config import make_settings
+from deltaw.engine.train import Watcher
+from deltaw.errors import AdapterError, BaseError, DataError, Interrupted, UsageError
+
+QUICK = {"rank": 4, "steps": 2, "batch_tokens": 256, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
+
+
+class Listener(Watcher):
+    """Remembers what was said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def _loss(model, data):
+    return model.evaluate([data])["loss"]
+
+
+def test_a_run_leaves_everything_that_it_promises(tiny_run):
+    names = {path.name for path in tiny_run.folder.iterdir()}
+    assert names == {
+        "adapter", "checkpoints", "config.yaml", "last", "metrics.jsonl", "report.html", "summary.json", "tokens",
+    }  # fmt: skip
+    summary = tiny_run.read_summary()
+    assert (summary["status"], summary["verb"], summary["steps"]) == ("done", "train", 4)
+    assert summary["sizes"]["trained_parameters"] == sum(target["parameters"] for target in summary["targets"])
+    assert summary["sizes"]["adapter_bytes"] == (tiny_run.adapter / "adapter_model.safetensors").stat().st_size
+    assert summary["data"]["train"]["used"] + summary["data"]["eval"]["used"] == 60
+    json.loads(tiny_run.summary.read_text(), parse_constant=pytest.fail)
+
+
+def test_settings_are_written_as_resolved_with_their_sources(tiny_run, llama_folder, chats):
+    stored = yaml.safe_load(tiny_run.config.read_text())
+    assert stored["rank"] == {"value": 4, "source": "given"}
+    assert stored["model"]["value"] == str(llama_folder) and stored["data"]["value"] == [str(chats)]
+    assert stored["micro_tokens"] == {"value": 256, "source": "rule: the batch, at most 1024"}
+    assert "auto" not in {entry["value"] for name, entry in stored.items() if name in ("rank", "lr", "max_length")}
+
+
+def test_training_helps_and_strength_turns_it_down_to_the_base(tiny_run, llama_folder, chats):
+    model = api.load(llama_folder, tiny_run.folder, device="cpu", dtype="float32")
+    base = api.load(llama_folder, device="cpu", dtype="float32")
+    plain = _loss(base, chats)
+    assert model.strength == 1.0 and base.strength == 0.0
+    full = _loss(model, chats)
+    model.strength = 0.5
+    half = _loss(model, chats)
+    assert full < half < plain
+    model.strength = 0.0
+    assert _loss(model, chats) == plain and model.strength == 0.0
+    model.strength = 1.0
+    assert _loss(model, chats) == full
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="finite"):
+            model.strength = value
+    base.strength = 0.0
+    with pytest.raises(UsageError, match="no adapter"):
+        base.strength = 1.0
+
+
+def test_the_adapter_is_the_one_that_peft_readers_find(tiny_run, llama_folder):
+    config = json.loads((tiny_run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == llama_folder.name and config["task_type"] == "CAUSAL_LM"
+    origin = read_adapter(tiny_run.adapter).origin
+    assert origin["base"] == llama_folder.name and origin["deltaw_version"] == deltaw.__version__
+    assert all(len(origin[f"{what}_digest"]) == 64 for what in ("base", "data", "template"))
+    for path in (tiny_run.adapter / "adapter_config.json", tiny_run.adapter / "deltaw.json"):
+        assert str(llama_folder.parent) not in path.read_text() and str(tiny_run.folder) not in path.read_text()
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "dots", "trailing slash"])
+def test_the_name_of_the_base_is_never_a_path_of_the_user(tmp_path, monkeypatch, chats, spelling):
+    folder = save_base(tmp_path / "deep" / "tiny-base")
+    monkeypatch.chdir(folder if spelling == "dots" else tmp_path)
+    name = {"absolute": str(folder), "relative": "deep/tiny-base", "dots": ".", "trailing slash": f"{folder}/"}[
+        spelling
+    ]
+    settings = make_settings({**QUICK, "model": name, "data": [str(chats)], "out": str(tmp_path / "run")})
+    trainer = api.engine.train(api.create_run(settings), settings, Watcher())
+    config = json.loads((trainer.run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny-base"
+
+
+def test_the_base_is_found_from_the_run(tiny_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path in (tiny_run.folder, tiny_run.adapter, tiny_run.last):
+        assert api.open_adapter(path, device="cpu").injection is not None
+
+
+def test_an_adapter_alone_asks_for_its_base(tiny_run, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = shutil.copytree(tiny_run.adapter, tmp_path / "moved")
+    with pytest.raises(AdapterError, match=r"does not say where its base 'tiny-llama' lies; give --model FOLDER"):
+        api.open_adapter(alone)
+    assert api.open_adapter(alone, str(llama_folder), device="cpu").strength == 1.0
+
+
+def test_another_base_of_the_same_shape_is_said(tiny_run, tmp_path):
+    said = []
+    other = save_base(tmp_path / "other", seed=1)
+    api.open_adapter(tiny_run.folder, str(other), said.append, device="cpu", dtype="float32")
+    assert len(said) == 1 and said[0].startswith("WARNING: the weights of this base are not those")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(other)
+    api.open_adapter(tiny_run.folder, str(other), said.append, device="cpu", dtype="float32")
+    assert "tokenizer or chat template" in said[-1]
+
+
+def test_training_goes_on_from_an_adapter(tiny_run, llama_folder, chats, tmp_path):
+    given = {name: value for name, value in QUICK.items() if name != "rank"}
+    run = api.train(model=llama_folder, data=chats, out=tmp_path / "more", adapter=tiny_run.folder, **given)
+    losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines() if '"loss"' in line]
+    start = [json.loads(line)["loss"] for line in tiny_run.metrics.read_text().splitlines() if '"loss"' in line]
+    assert losses[0] < start[0] - 0.01
+    stored = yaml.safe_load(run.config.read_text())
+    assert stored["adapter"]["value"] == str(tiny_run.adapter)
+    assert stored["rank"] == {"value": 4, "source": "the adapter it starts from"}
+
+
+def test_an_adapter_of_another_shape_is_refused(tiny_run, chats, tmp_path):
+    wider = transformers.LlamaConfig(**{**small_model("llama").config.to_dict(), "hidden_size": 64})
+    transformers.LlamaForCausalLM(wider).save_pretrained(tmp_path / "wide")
+    byte_tokenizer().save_pretrained(tmp_path / "wide")
+    given = {name: value for name, value in QUICK.items() if name != "rank"}
+    with pytest.raises(
+        AdapterError, match=r"does not fit the model(.|\n)*has shape \[4, 32\], the model needs \[4, 64\]"
+    ):
+        api.train(model=tmp_path / "wide", data=chats, out=tmp_path / "run", adapter=tiny_run.adapter, **given)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "does not fit" in summary["message"]
+
+
+def test_evaluating_a_run_agrees_with_its_own_evaluation(tiny_run, chats):
+    numbers = api.evaluate(tiny_run.folder, [chats], device="cpu", dtype="float32")
+    assert numbers["rows"] == 60
+    assert {"loss", "perplexity", "exact_match", "exact_match_low", "exact_match_high", "seconds"} <= numbers.keys()
+    summary = tiny_run.read_summary()
+    assert numbers["loss"] == pytest.approx(summary["best_eval_loss"], rel=0.1)
+
+
+def test_inspect_counts_every_parameter_and_gives_the_norm_of_the_update(tiny_run):
+    facts = api.inspect(tiny_run.folder)
+    adapter = read_adapter(tiny_run.adapter)
+    assert sum(layer["parameters"] for layer in facts["layers"]) == facts["parameters"] == adapter.parameters
+    assert sum(layer["count"] for layer in facts["layers"]) == len(adapter.factors) == 14
+    (layer,) = [layer for layer in facts["layers"] if layer["name"] == "down_proj"]
+    dense = [
+        layer["scale"] * factors.B @ factors.A
+        for name, factors in adapter.factors.items()
+        if name.endswith("down_proj")
+    ]
+    assert layer["update_norm"] == pytest.approx(float(torch.stack(dense).flatten(1).norm(dim=1).mean()), rel=1e-5)
+    assert layer["scale"] == 32 / 4 and (layer["A"], layer["B"]) == ([4, 48], [32, 4])
+
+
+def test_merge_reads_back_what_it_wrote_and_records_the_difference(tiny_run, tmp_path):
+    out = tmp_path / "merged"
+    record = api.merge(tiny_run.folder, out, device="cpu", dtype="float32")
+    assert record["max_logit_difference"] < 1e-5 < record["max_logit"] and record["same_next_tokens"]
+    stored = json.loads((out / "merge.json").read_text())
+    assert stored == {name: value for name, value in record.items() if name != "folder"}
+    assert stored["dtype_of_files"] == "F32" and stored["origin"]["base"] == "tiny-llama"
+    assert str(tmp_path) not in (out / "merge.json").read_text()
+    merged, adapted = api.load(out, device="cpu"), api.open_adapter(tiny_run.folder, device="cpu", dtype="float32")
+    assert merged.generate("w1 w2", max_new_tokens=8) == adapted.generate("w1 w2", max_new_tokens=8)
+    with pytest.raises(UsageError, match="never overwritten"):
+        api.merge(tiny_run.folder, out)
+
+
+def test_answers_leave_the_last_answer_out_and_name_rows_that_cannot_be_used(tiny_run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    user, assistant = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+    lines = [
+        {"messages": [user, assistant]},
+        {"messages": [user, assistant, user]},
+        {"text": "w1"},
+        {"nothing": 1},
+        {"text": "w" * 500},
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = api.open_adapter(tiny_run.folder, device="cpu", dtype="float32")
+    found = list(api.answers(model, None, [rows], max_new_tokens=3))
+    assert [answer["row"] for answer in found] == [1, 2, 3, 4, 5]
+    assert found[0] == {
+        "file": "rows.jsonl",
+        "row": 1,
+        "answer": model.generate("w1", max_new_tokens=3),
+        "reference": "w2",
+    }
+    asked = model.generate([user, assistant, user], max_new_tokens=3)
+    assert found[1] == {"file": "rows.jsonl", "row": 2, "answer": asked}
+    assert found[2] == {"file": "rows.jsonl", "row": 3, "answer": found[0]["answer"]}
+    assert "none of messages" in found[3]["error"] and "this base was made for 256" in found[4]["error"]
+    (single,) = api.answers(model, "w1", [], max_new_tokens=3)
+    assert single == {"prompt": "w1", "answer": found[0]["answer"]}
+
+
+def test_a_finished_run_has_nothing_left_to_do(tiny_run):
+    listener, before = Listener(), tiny_run.metrics.read_bytes()
+    assert api.train(resume=tiny_run.folder, watcher=listener).folder == tiny_run.folder
+    assert listener.said == [f"{tiny_run.folder} has ended already; nothing is left to do."]
+    assert tiny_run.metrics.read_bytes() == before
+
+
+def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path, llama_folder, chats, tiny_run):
+    with pytest.raises(DataError, match=r"No such data file: absent\.jsonl"):
+        api.train(model=llama_folder, data="absent.jsonl", out=tmp_path / "run")
+    with pytest.raises(UsageError, match="No training data"):
+        api.train(model=llama_folder, out=tmp_path / "run")
+    with pytest.raises(UsageError, match="one of steps, epochs, minutes"):
+        api.train(model=llama_folder, data=chats, out=tmp_path / "run", steps=1, epochs=1)
+    with pytest.raises(UsageError, match=r"never overwritten\. Go on with it by --resume"):
+        api.train(model=llama_folder, data=chats, out=tiny_run.folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_is_not_there_leaves_a_summary_that_says_so(tmp_path, chats):
+    with pytest.raises(BaseError, match="There is no base"):
+        api.train(model="./absent", data=chats, out=tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "There is no base" in summary["message"]
+
+
+@pytest.fixture
+def small_snippets(tmp_path, monkeypatch):
+    """The demo's data with fewer and shorter texts."""
+    answers = ["Positive", "negative", "neutral"]
+    for split in ("train", "validation", "test"):
+        rows = [{"prompt": f"{split} {n}\n\nWhich?", "completion": answers[n % 3]} for n in range(18)]
+        with gzip.open(tmp_path / f"{split}.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    rules = {"best": "a", "num_rows": 18, "settings": {"a": {"accuracy": 0.5, "accuracy_95": [0.3, 0.7]}}}
+    (tmp_path / "vader.json").write_text(json.dumps(rules))
+    monkeypatch.setattr(api, "DEMO_SAMPLES", 2)
+    monkeypatch.setattr(api, "snippets", lambda split: tmp_path / f"{split}.jsonl.gz")
+
+
+class Stopping(Listener):
+    """Presses Ctrl-C in the first step."""
+
+    def step(self, line, progress, length):
+        if line["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_demo_measures_before_and_after_also_when_it_was_interrupted(
+    small_snippets, llama_folder, tmp_path, capsys
+):
+    given = {"model": str(llama_folder), "steps": 3, "device": "cpu", "dtype": "float32", "lr": 1e-2}
+    straight = api.demo(out=str(tmp_path / "straight"), **given)
+    assert [row["label"] for row in straight["results"]] == ["base model", "VADER rules", "adapter"]
+    assert straight["results"][2]["loss"] < straight["results"][0]["loss"] and len(straight["samples"]) == 2
+    assert straight["verb"] == "demo" and straight["results"][0]["labels"] == ["Positive", "negative", "neutral"]
+    with pytest.raises(Interrupted):
+        api.demo(Stopping(), out=str(tmp_path / "stopped"), **given)
+    resumed = api.train(resume=tmp_path / "stopped").read_summary()
+    for before, after in zip(straight["results"], resumed["results"], strict=True):
+        assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}
+    assert resumed["samples"] == straight["samples"]
+    _show_demo(straight)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("base model", "VADER rules", "people say", "Try next", "deltaw merge"))
+
+
+def test_the_front_door_hands_on_what_it_lists():
+    for name in deltaw.__all__:
+        assert getattr(deltaw, name) is not None
+
+
+def test_the_advice_counts_the_parameters_of_the_base_that_it_speaks_of():
+    blocks, hidden, key, inner = 30, 576, 192, 1536
+    linear = blocks * (2 * hidden * hidden + 2 * hidden * key + 3 * hidden * inner)
+    assert 4 * linear == api.FLOP_PER_TOKEN

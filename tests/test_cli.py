@@ -1,0 +1,398 @@
+"""The command as people and scripts meet it: start-up, exit codes, signals, and what goes to stdout and to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+from models import save_base
+
+from deltaw import api, cli, terminal
+from deltaw.config import settings_fields
+from deltaw.engine.checkpoint import list_checkpoints
+from deltaw.engine.log import read_metrics
+from deltaw.engine.run import open_run
+
+STEP_KEYS = ["step", "loss", "tokens", "computed_tokens", "trained_tokens", "seconds", "lr", "grad_norm", "peak_bytes"]
+EVALUATION_KEYS = ["step", "eval_loss", "eval_tokens", "eval_seconds"]
+QUICK = ("--rank=4", "--batch-tokens=256", "--lr=1e-2", "--device=cpu", "--dtype=float32")
+ESCAPE = "\x1b"
+
+
+def _run(*arguments, **options):
+    """The command, in this process."""
+    return CliRunner().invoke(cli.main, [str(argument) for argument in arguments], **options)
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "deltaw", *map(str, arguments)]
+
+
+def _start(*arguments):
+    """The command, in a process of its own."""
+    return subprocess.Popen(_command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _training(llama_folder, chats, out, *more):
+    return ("train", "--model", llama_folder, "--data", chats, "--out", out, *QUICK, *more)
+
+
+def _until(condition, seconds=60.0):
+    """Seconds until the condition held; fails when it does not come true."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < seconds
+        time.sleep(0.005)
+    return time.monotonic() - started
+
+
+# -- start-up ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement", ["import deltaw", "from deltaw.cli import main; main(['--help'], standalone_mode=0)"]
+)
+def test_starting_imports_nothing_heavy(statement):
+    code = (
+        f"import sys; {statement}; print([m for m in ('torch', 'transformers', 'numpy', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_is_there_in_less_than_a_third_of_a_second():
+    def seconds():
+        started = time.monotonic()
+        subprocess.run(_command("--help"), capture_output=True, check=True)
+        return time.monotonic() - started
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+def test_every_verb_has_help_and_every_option_of_it_a_sentence():
+    assert [*cli.main.commands] == ["demo", "train", "eval", "generate", "merge", "inspect", "doctor", "chat"]
+    for name, verb in cli.main.commands.items():
+        shown = _run(name, "--help")
+        assert shown.exit_code == 0 and verb.help and verb.help.splitlines()[0] in " ".join(shown.stdout.split())
+        assert all(option.help for option in verb.params if isinstance(option, click.Option))
+    assert "Exit codes: 0 done" in _run("--help").stdout
+
+
+def test_every_setting_is_a_flag_of_train():
+    shown = _run("train", "--help").stdout
+    for field in settings_fields():
+        assert f"--{field.name.replace('_', '-')}" in shown
+
+
+# -- training: a process of its own, where signals and time matter -----------------------------------------------------
+
+
+LONG = ("--steps=25", "--dropout=0.1", "--checkpoint-steps=7")
+
+
+@pytest.fixture(scope="module")
+def stopped_twice(tmp_path_factory, llama_folder, chats):
+    """A run stopped by SIGTERM, gone on with, and stopped by Ctrl-C: its folder, and what was seen each time."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    process = _start(*_training(llama_folder, chats, out, *LONG))
+    stood = _until((out / "config.yaml").exists)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    _until(lambda: len(read_metrics(out / "metrics.jsonl")) > 3)
+    process.send_signal(signal.SIGTERM)
+    output, talk = process.communicate(timeout=60)
+    first = {"stood": stood, "config": config, "code": process.returncode, "output": output, "talk": talk}
+
+    def press_ctrl_c(lines):
+        _until(lambda: len(read_metrics(out / "metrics.jsonl")) > lines + 3)
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # while it trains, and not later
+            os.kill(os.getpid(), signal.SIGINT)
+
+    finger = threading.Thread(target=press_ctrl_c, args=[len(read_metrics(out / "metrics.jsonl"))])
+    finger.start()
+    again = _run("train", "--resume", out)
+    finger.join()
+    return out, [first, {"code": again.exit_code, "output": again.stdout, "talk": again.stderr}]
+
+
+def test_the_run_folder_stands_within_a_second_with_absolute_paths(stopped_twice, llama_folder, chats):
+    _, (first, _) = stopped_twice
+    assert first["stood"] < 1.0
+    assert first["config"]["data"]["value"] == [str(chats)] and Path(chats).is_absolute()
+    assert first["config"]["model"]["value"] == str(llama_folder) and first["config"]["lr"]["source"] == "given"
+
+
+def test_signals_end_a_run_with_their_exit_code_and_say_how_to_go_on(stopped_twice):
+    out, (first, second) = stopped_twice
+    assert (first["code"], second["code"]) == (143, 130)
+    assert "Stopping; the state will be saved" in first["talk"]
+    for seen in (first, second):
+        assert seen["output"] == "" and ESCAPE not in seen["talk"] and "Traceback" not in seen["talk"]
+        assert seen["talk"].splitlines()[-1].endswith(f"Go on with: deltaw train --resume {out}")
+    assert open_run(out).read_summary()["status"] == "interrupted" and list_checkpoints(out / "checkpoints")
+
+
+def test_a_run_stopped_twice_ends_as_one_that_never_was(stopped_twice, llama_folder, chats, tmp_path):
+    out, _ = stopped_twice
+    resumed = _run("train", "--resume", out, "--quiet")
+    straight = _run(*_training(llama_folder, chats, tmp_path / "run", *LONG))
+    assert (resumed.exit_code, straight.exit_code) == (0, 0)
+    assert resumed.stderr == "" and "status                done" in resumed.stdout
+    for folder in ("adapter", "last"):
+        for file in (out / folder).iterdir():
+            assert file.read_bytes() == (tmp_path / "run" / folder / file.name).read_bytes()
+    timeless = [
+        [{k: v for k, v in line.items() if k not in ("seconds", "peak_bytes", "eval_seconds")} for line in lines]
+        for lines in (read_metrics(out / "metrics.jsonl"), read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) > 25
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(tmp_path, llama_folder, chats):
+    out = tmp_path / "run"
+    process = _start(*_training(llama_folder, chats, out, "--steps=2"))
+    _until((out / "config.yaml").exists)
+    process.send_signal(signal.SIGTERM)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in talk
+    resumed = _run("train", "--resume", out)
+    assert resumed.exit_code == 0 and "No checkpoint yet: starting from step 0." in resumed.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error(tiny_run, monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "stdout", pipe)
+        cli.main(["inspect", str(tiny_run.folder)])
+    assert ended.value.code == 141 and capfd.readouterr() == ("", "")
+
+
+# -- training, in this process -----------------------------------------------------------------------------------------
+
+
+def test_metrics_have_exactly_these_keys(tiny_run):
+    lines = read_metrics(tiny_run.metrics)
+    assert {tuple(line) for line in lines} == {tuple(STEP_KEYS), tuple(EVALUATION_KEYS)}
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    for line in lines:
+        assert all(isinstance(value, int | float) and value >= 0 for value in line.values())
+        assert line.get("computed_tokens") == line.get("tokens")
+
+
+def test_recipe_and_flags_together_and_targets_with_commas(tmp_path, llama_folder, chats):
+    (tmp_path / "chats.jsonl").write_bytes(chats.read_bytes())
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {llama_folder}\ndata: chats.jsonl\nrank: 2\nsteps: 9\nbatch-tokens: 256\n")
+    done = _run("train", recipe, "--steps", 1, "--targets", "q_proj,v_proj", "--out", tmp_path / "run", "--json")
+    assert done.exit_code == 0
+    summary = json.loads(done.stdout)
+    assert (summary["steps"], summary["status"]) == (1, "done")
+    assert {target["name"].rsplit(".")[-1] for target in summary["targets"]} == {"q_proj", "v_proj"}
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored["rank"] == {"value": 2, "source": "recipe"} and stored["steps"] == {"value": 1, "source": "given"}
+    assert stored["data"]["value"] == [str(tmp_path / "chats.jsonl")]
+    assert "validation loss" in done.stderr, "talk goes on beside --json"
+
+
+def test_results_go_to_stdout_and_talk_to_stderr_without_escape_codes(tmp_path, llama_folder, chats):
+    done = _run(*_training(llama_folder, chats, tmp_path / "run", "--steps=1"))
+    assert done.exit_code == 0 and ESCAPE not in done.stdout + done.stderr
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [
+        "status", "best validation loss", "adapter", "report", "next",
+    ]  # fmt: skip
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["base", "adapter", "data", "run", "step", "step"]
+    again = _run("train", "--resume", tmp_path / "run")
+    assert again.exit_code == 0 and "has ended already; nothing is left to do" in again.stderr
+
+
+# -- exit codes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--no-such-flag"], 2, "No such option"),
+        (["--steps=3", "--epochs=1"], 2, "steps and epochs are given"),
+        (["--rank=0"], 2, "rank = 0: must be above 0"),
+        (["--lr=nan"], 2, "lr = 'nan': must be a finite number"),
+        (["--memory=4GB"], 2, "--memory is not built yet"),
+        (["--targets=no_such_layer"], 1, "'no_such_layer' matches nothing"),
+        (["--adapter=absent"], 1, "absent is not an adapter folder"),
+        (["--lr=1e38", "--steps=3"], 4, "not finite"),
+    ],
+)
+def test_train_ends_with_the_exit_code_of_its_fault(tmp_path, llama_folder, chats, arguments, code, message):
+    done = _run(*_training(llama_folder, chats, tmp_path / "run"), *arguments)
+    assert done.exit_code == code and message in done.stderr and done.stdout == ""
+
+
+def test_bad_data_existing_folders_and_full_disks_have_their_exit_codes(tmp_path, llama_folder, chats):
+    bad, file = tmp_path / "bad.jsonl", tmp_path / "file"
+    bad.write_text('{"messages": []}\n')
+    file.write_text("")
+    cases = [
+        (_training(llama_folder, bad, tmp_path / "a"), 1, "bad.jsonl, row 1"),
+        (_training(llama_folder, tmp_path / "absent.jsonl", tmp_path / "b"), 1, "No such data file"),
+        (_training(llama_folder, chats, tmp_path), 2, "never overwritten"),
+        (_training(llama_folder, chats, file / "run"), 5, "Could not make"),
+        (("train", "--resume", tmp_path), 2, "not a run folder"),
+        (("train", "--resume", tmp_path, "--steps=3"), 2, "leave out steps"),
+        (("train", "--model", llama_folder), 2, "No training data"),
+        (("generate", tmp_path), 2, "either --prompt TEXT or --data FILE"),
+        (("generate", tmp_path, "--prompt=x", "--max-new-tokens=0"), 2, "not in the range"),
+        (("inspect", tmp_path), 1, "not an adapter folder"),
+    ]
+    for arguments, code, message in cases:
+        done = _run(*arguments)
+        assert done.exit_code == code, (arguments, done.stderr)
+        assert message in done.stderr and "Traceback" not in done.stderr
+
+
+# -- the other verbs ---------------------------------------------------------------------------------------------------
+
+
+def test_eval_prints_a_table_or_one_json_document(tiny_run, chats):
+    shown = _run("eval", tiny_run.folder, "--data", chats, "--device=cpu")
+    assert shown.exit_code == 0
+    names = [line.split("  ")[0] for line in shown.stdout.splitlines()]
+    assert names == ["loss", "perplexity", "exact match", "rows", "tokens"]
+    numbers = json.loads(_run("eval", tiny_run.folder, "--data", chats, "--device=cpu", "--json").stdout)
+    assert f"{numbers['loss']:.4f}" in shown.stdout and numbers["rows"] == 60
+
+
+def test_eval_warns_of_another_base_even_beside_json(tiny_run, chats, tmp_path):
+    other = save_base(tmp_path / "other", seed=1)
+    done = _run("eval", tiny_run.folder, "--data", chats, "--model", other, "--json")
+    assert done.stderr.startswith("WARNING: the weights of this base") and json.loads(done.stdout)["rows"] == 60
+
+
+def test_generate_answers_a_prompt_or_every_row(tiny_run, chats, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(chats.read_text().splitlines(keepends=True)[:3]))
+    common = (tiny_run.folder, "--max-new-tokens=3", "--device=cpu")
+    answer = _run("generate", *common, "--prompt", "w1").stdout
+    as_json = json.loads(_run("generate", *common, "--prompt", "w1", "--json").stdout)
+    assert as_json == {"prompt": "w1", "answer": answer.removesuffix("\n")}
+    lines = [json.loads(line) for line in _run("generate", *common, "--data", rows).stdout.splitlines()]
+    assert [line["row"] for line in lines] == [1, 2, 3] and all(line["reference"] for line in lines)
+    assert json.loads(_run("generate", *common, "--data", rows, "--json").stdout) == lines
+
+
+def test_inspect_and_merge_and_doctor_print_one_json_document(tiny_run, tmp_path):
+    facts = json.loads(_run("inspect", tiny_run.folder, "--json").stdout)
+    assert facts["rank"] == 4 and facts == json.loads(json.dumps(api.inspect(tiny_run.folder)))
+    shown = _run("inspect", tiny_run.folder).stdout
+    assert all(layer["name"] in shown for layer in facts["layers"])
+    merged = _run("merge", tiny_run.folder, "--out", tmp_path / "merged", "--device=cpu", "--dtype=float32", "--json")
+    record = json.loads(merged.stdout)
+    assert record["same_next_tokens"] and record["folder"] == str(tmp_path / "merged")
+    assert merged.stderr.splitlines() == ["Writing the merged model.", "Reading it back."]
+    machine = json.loads(_run("doctor", "--json").stdout)
+    assert machine["advice"] and all(rate > 0 for rate in machine["gemm_gflops"].values())
+    again = _run("merge", tiny_run.folder, "--out", tmp_path / "merged")
+    assert again.exit_code == 2 and "never overwritten" in again.stderr
+
+
+def test_chat_follows_its_commands(tiny_run):
+    said = [
+        "w1",
+        "/base",
+        "w1",
+        "/scale 0.5",
+        "/scale nan",
+        "/adapter",
+        "w1",
+        "/scale",
+        "/nonsense",
+        "/new",
+        "",
+        "/both",
+    ]
+    done = _run("chat", tiny_run.folder, "--device=cpu", "--dtype=float32", input="\n".join([*said, "/quit", "w9"]))
+    assert done.exit_code == 0
+    speakers = re.findall(r"^(?:> )*(base|adapter): ", done.stdout, re.MULTILINE)
+    assert speakers == ["base", "adapter", "base", "adapter"]
+    assert "The adapter acts at 0.5 of its strength." in done.stdout
+    assert done.stdout.count("Say it like: /scale 0.5") == 2 and done.stdout.count("Commands: /base") == 2
+
+
+def test_chat_ends_with_its_input_and_survives_a_prompt_that_is_too_long(tiny_run):
+    done = _run("chat", tiny_run.folder, "--device=cpu", input="/adapter\n" + "w" * 300 + "\n")
+    assert done.exit_code == 0 and "this base was made for 256" in done.stdout
+
+
+# -- terminals ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _screen(monkeypatch, no_color=""):
+    """A real terminal as stderr; what it was sent stands in the list that this gives, once the block has ended."""
+    for name, value in (("NO_COLOR", no_color), ("TERM", "xterm"), ("COLUMNS", "110")):
+        monkeypatch.setenv(name, value)
+    far, near = pty.openpty()
+    pieces, shown = [], []
+
+    def read():
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while piece := os.read(far, 10_000):
+                pieces.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(near, "w") as screen, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", screen)
+        yield shown
+    reader.join()
+    os.close(far)
+    shown.append(b"".join(pieces).decode())
+
+
+@pytest.mark.parametrize(("no_color", "plain"), [("", False), ("1", True)])
+def test_a_terminal_gets_a_bar_unless_no_color_is_set(monkeypatch, no_color, plain):
+    with _screen(monkeypatch, no_color) as shown:
+        watcher = terminal.TerminalWatcher(terminal.make_console(stderr=True))
+        assert watcher.live is not plain
+        watcher.say("Measuring.")
+        watcher.measured(1, 2)
+        watcher.measured(2, 2)
+    (text,) = shown
+    assert "Measuring." in text and ("2/2 rows" in text) is not plain
+    assert not plain or ESCAPE not in text
+
+
+def test_a_live_run_keeps_its_bar_and_its_lines_apart(monkeypatch, tmp_path, llama_folder, chats):
+    given = {"rank": 2, "steps": 3, "batch_tokens": 256, "device": "cpu", "out": tmp_path / "run"}
+    with _screen(monkeypatch) as shown:
+        watcher = terminal.TerminalWatcher(terminal.make_console(stderr=True))
+        api.train(model=llama_folder, data=chats, watcher=watcher, **given)
+    (text,) = shown
+    lines = [line.split("\r")[-1].split("\x1b[2K")[-1].strip() for line in text.splitlines()]
+    assert sum(line.startswith("step ") and "validation loss" in line for line in lines) == 3
+    assert any(line.startswith("training") and "step 3/3" in line for line in lines)
+    assert text.rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (98e6, "98.0 MB"), (4.2e8, "420 MB"), (2e9, "2.0 GB")],
+)
+def test_sizes_are_decimal(number, text):
+    assert terminal.human_bytes(number) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-1, "0:00"), (59.9, "0:59"), (245, "4:05"), (3723, "1:02:03")])
+def test_times_are_minutes_or_hours(seconds, text):
+    assert terminal.human_seconds(seconds) == text
