@@ -25,7 +25,7 @@ _HOME = {
     "evaluate": "deltaw.api",
     "merge": "deltaw.api",
     "inspect": "deltaw.api",
-    "demo": "deltaw.api",
+    "demo": "deltaw.demonstration",
     "DeltawError": "deltaw.errors",
 }
 __all__ = [*_HOME, "__version__"]

@@ -7,12 +7,14 @@ layer over these names.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
+import shutil
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,21 @@ from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN, cache_folder
 from deltaw.base.forward import plain_attention
 from deltaw.base.save import require_new, write_merged
-from deltaw.config import Settings, make_settings
-from deltaw.data.chat import Encoder, Example
-from deltaw.data.check import DataSet, prepare
+from deltaw.config import DEFAULT_MAX_LENGTH, Settings, make_settings
+from deltaw.data.chat import Encoder
+from deltaw.data.example import Example
+from deltaw.data.formats import Row, parse_sources, read_rows
 from deltaw.data.pack import flat_batch
-from deltaw.data.source import Fault, Row, find_files, read_rows
+from deltaw.data.prepare import DataSet, prepare
+from deltaw.data.source import Fault
 from deltaw.disk import write_text
 from deltaw.engine import train as engine
 from deltaw.engine.evaluate import evaluate as run_evaluation
 from deltaw.engine.generate import generate, render_prompt
 from deltaw.engine.run import Run, adapter_folder, create_run, open_run, run_of
-from deltaw.engine.train import Trainer, Watcher
-from deltaw.errors import AdapterError, DataError, Interrupted, UsageError
+from deltaw.engine.train import Trainer
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError, does_not_fit
 from deltaw.report import write_report
 
 EVALUATION_TOKENS = 2048
@@ -79,9 +84,9 @@ class Model:
     ) -> dict[str, Any]:
         """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with intervals."""
         with tempfile.TemporaryDirectory() as folder:
-            encoder = Encoder(self.base.tokenizer, min(self.base.context_tokens, engine.DEFAULT_MAX_LENGTH))
-            files = find_files([str(path) for path in data])
-            prepared = prepare(files, encoder, Path(folder) / "eval", allow_lost=allow_lost, keep_rows=True)
+            encoder = Encoder(self.base.tokenizer, min(self.base.context_tokens, DEFAULT_MAX_LENGTH))
+            sources = parse_sources(map(str, data))
+            prepared = prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
             return evaluate_set(self.base, prepared, progress)
 
 
@@ -95,7 +100,10 @@ def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None 
 def load(name: str | Path, adapter: str | Path | None = None, **options: Any) -> Model:
     """Opens a base, and an adapter or run folder over it. Options: device, dtype, revision, threads."""
     value = None if adapter is None else read_adapter(adapter_folder(adapter))
-    return _over(base_load.load(name, **options), value)
+    base = base_load.load(name, **options)
+    for line in [] if value is None else engine.origin_warnings(value, base):
+        warnings.warn(line, stacklevel=2)
+    return _over(base, value)
 
 
 def _over(base: base_load.Base, adapter: Adapter | None) -> Model:
@@ -110,11 +118,11 @@ def open_adapter(
     `say` hears about a base or template that is not the one the adapter saw.
     """
     adapter = read_adapter(adapter_folder(path))
+    if model is None and options.get("revision") is None and "revision" in adapter.origin:
+        options = {**options, "revision": adapter.origin["revision"]}
     base = base_load.load(model or _base_of(Path(path), adapter), **options)
-    for key, now in (("base_digest", base.digest), ("template_digest", base.template_digest)):
-        if key in adapter.origin and adapter.origin[key] != now:
-            what = "weights" if key == "base_digest" else "tokenizer or chat template"
-            say(f"WARNING: the {what} of this base are not those the adapter was trained with; expect worse answers.")
+    for line in engine.origin_warnings(adapter, base):
+        say(line)
     return _over(base, adapter)
 
 
@@ -146,10 +154,12 @@ def train(
     """
     watcher = watcher or Watcher()
     if resume is not None:
+        if given or settings is not None:
+            raise UsageError("A resumed run keeps its own settings; give `resume` alone.")
         return _resume(open_run(Path(resume)), watcher)
     settings = settings or make_settings(_listed(given))
     run = run or create_run(settings)
-    _train(run, settings, watcher, "train")
+    train_run(run, settings, watcher, "train")
     return run
 
 
@@ -158,9 +168,9 @@ def _resume(run: Run, watcher: Watcher) -> Run:
     if known.get("status") in ("done", "stopped early"):
         watcher.say(f"{run.folder} has ended already; nothing is left to do.")
     elif known.get("verb") == "demo":
-        _train_demo(run, run.settings(), watcher, resume=True)
+        importlib.import_module("deltaw.demonstration").train_demo(run, run.settings(), watcher, resume=True)
     else:
-        _train(run, run.settings(), watcher, "train", resume=True)
+        train_run(run, run.settings(), watcher, "train", resume=True)
     return run
 
 
@@ -169,7 +179,7 @@ def _listed(given: dict[str, Any]) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
-def _train(
+def train_run(
     run: Run,
     settings: Settings,
     watcher: Watcher,
@@ -180,16 +190,23 @@ def _train(
     after: Callable[[Trainer], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Runs the engine and, whatever happens, leaves a summary and a report."""
+    run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
     try:
         trainer = engine.train(run, settings, watcher, resume=resume, before=before)
         status = "stopped early" if trainer.stopped_early else "done"
         summary = {"status": status, "verb": verb, **_summary(trainer), **(after(trainer) if after else {})}
     except BaseException as error:
+        known = does_not_fit(error) or error
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
         # What went wrong first is what the user must hear, so nothing that fails here may take its place.
         with contextlib.suppress(Exception):
-            run.write_summary({"status": status, "verb": verb, "message": str(error)})
-            write_report(run.folder)
+            if isinstance(known, DeltawError) and not resume and not run.has_steps():
+                shutil.rmtree(run.folder)  # nothing is lost, and the corrected command may use the name
+            else:
+                run.write_summary({"status": status, "verb": verb, "message": str(known)})
+                write_report(run.folder)
+        if known is not error:
+            raise known from error
         raise
     run.write_summary(summary)
     write_report(run.folder)
@@ -221,84 +238,9 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         },
         "targets": [{key: getattr(target, key) for key in shown} for target in ready.targets],
         "origin": read_adapter(trainer.run.adapter).origin,
-        "data": {name: summary.as_dict() for name, summary in ready.summaries.items()},
+        "data": {name: part.as_dict() for name, part in ready.data.items()},
+        "findings": ready.data["train"].report.findings.as_list(),
     }
-
-
-# -- demo --------------------------------------------------------------------------------------------------------------
-
-DEMO_SETTINGS: dict[str, Any] = {"rank": 16, "batch_tokens": 1024, "steps": 120, "eval_rows": 150}
-DEMO_SAMPLES = 6
-
-
-def snippets(split: str) -> Path:
-    """The shipped demo data: "train", "validation" or "test"."""
-    return Path(str(resources.files("deltaw") / "data" / "snippets" / f"{split}.jsonl.gz"))
-
-
-def demo(
-    watcher: Watcher | None = None, run: Run | None = None, settings: Settings | None = None, **given: Any
-) -> dict[str, Any]:
-    """Trains the built-in base on the shipped reviews and tweets and measures it before and after on the test split.
-
-    Returns the run's summary with `results` (base, VADER rules, adapter), `samples` and `run` (its folder).
-    """
-    watcher = watcher or Watcher()
-    settings = settings or demo_settings(given)
-    run = run or create_run(settings)
-    return {**_train_demo(run, settings, watcher), "run": str(run.folder)}
-
-
-def _train_demo(run: Run, settings: Settings, watcher: Watcher, *, resume: bool = False) -> dict[str, Any]:
-    before: dict[str, Any] = {}
-    return _train(
-        run, settings, watcher, "demo", resume=resume,
-        before=lambda trainer: before.update(_measure_demo(trainer, watcher, adapted=False)),
-        after=lambda trainer: _compare_demo(before, _measure_demo(trainer, watcher, adapted=True)),
-    )  # fmt: skip
-
-
-def demo_settings(given: dict[str, Any]) -> Settings:
-    """The demo's settings, with what the caller gave on top."""
-    length = (
-        {} if any(given.get(name) for name in ("steps", "minutes", "epochs")) else {"steps": DEMO_SETTINGS["steps"]}
-    )
-    chosen = {name: value for name, value in given.items() if value is not None}
-    fixed = {name: value for name, value in DEMO_SETTINGS.items() if name != "steps"}
-    data = {"data": [str(snippets("train"))], "eval_data": [str(snippets("validation"))]}
-    return make_settings(chosen, {**fixed, **length, **data})
-
-
-def _measure_demo(trainer: Trainer, watcher: Watcher, *, adapted: bool) -> dict[str, Any]:
-    base, injection = trainer.ready.base, trainer.injection
-    injection.eject()
-    watcher.say(f"Measuring the {'adapter' if adapted else 'base'} on the test split.")
-    encoder = Encoder(base.tokenizer, int(trainer.settings.max_length))
-    test = prepare([snippets("test")], encoder, trainer.run.tokens / "test", keep_rows=True)
-    using = inject(base.model, read_adapter(trainer.run.adapter), dtype=base.dtype) if adapted else None
-    result = evaluate_set(base, test, getattr(watcher, "measured", None))
-    rows = test.prompts[:: len(test.prompts) // DEMO_SAMPLES][:DEMO_SAMPLES]
-    answers = [generate(base, row.messages[:-1], max_new_tokens=24) for row in rows]
-    if using is not None:
-        using.eject()
-    injection.reapply()
-    return {"result": result, "rows": rows, "answers": answers}
-
-
-def _compare_demo(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    vader = json.loads((snippets("test").parent / "vader.json").read_text("utf-8"))
-    rules = vader["settings"][vader["best"]]
-    low, high = rules["accuracy_95"]
-    samples = [
-        {"prompt": row.messages[-2]["content"], "reference": row.answer, "before": old, "after": new}
-        for row, old, new in zip(before["rows"], before["answers"], after["answers"], strict=True)
-    ]
-    results = [
-        {"label": "base model", **before["result"]},
-        {"label": "VADER rules", "accuracy": rules["accuracy"], "low": low, "high": high, "rows": vader["num_rows"]},
-        {"label": "adapter", **after["result"]},
-    ]
-    return {"results": results, "samples": samples}
 
 
 # -- after training ----------------------------------------------------------------------------------------------------
@@ -309,6 +251,8 @@ def evaluate(path: str | Path, data: Sequence[str | Path], model: str | None = N
     return open_adapter(path, model, **options).evaluate(data)
 
 
+# What rounding may change in a logit, as a share of the largest one: weights and activations round in each layer.
+MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 MERGE_PROMPTS = ("The capital of France is", "def add(a, b):", "I loved this film because", "2 + 2 =")
 
 
@@ -328,22 +272,32 @@ def merge(
     base, injection = opened.base, opened.injection
     assert injection is not None
     wanted = _logits(base)
-    adapter = injection.adapters[0]
+    adapter, device, dtype = injection.adapters[0], str(base.device), base.dtype
     injection.eject()
     say("Writing the merged model.")
     write_merged(base, adapter, Path(out))
+    del opened, base, injection  # two models at once may be too many
     say("Reading it back.")
-    merged = base_load.load(Path(out), device=str(base.device), dtype=str(base.dtype).removeprefix("torch."))
-    got = _logits(merged)
-    record = {
+    got = _logits(base_load.load(Path(out), device=device, dtype=str(dtype).removeprefix("torch.")))
+    same = got.argmax(-1) == wanted.argmax(-1)
+    record: dict[str, Any] = {
         "max_logit_difference": float((got - wanted).abs().max()),
         "max_logit": float(wanted.abs().max()),
-        "same_next_tokens": bool((got.argmax(-1) == wanted.argmax(-1)).all()),
+        "same_next_tokens": bool(same.all()),
         "positions": len(got),
+        "positions_with_same_next_token": int(same.sum()),
+        "computed_in": str(dtype).removeprefix("torch."),
         "dtype_of_files": _stored_dtype(Path(out)),
         "origin": adapter.origin,
     }
     write_text(Path(out) / "merge.json", json.dumps(record, indent=2) + "\n")
+    bound = MERGE_TOLERANCE[dtype] * record["max_logit"]
+    if not record["max_logit_difference"] <= bound:
+        raise AdapterError(
+            f"The merged model in {out} does not compute what base and adapter do: its logits differ by "
+            f"{record['max_logit_difference']:.2e}, more than rounding to {record['computed_in']} explains "
+            f"({bound:.2e}). Do not use it."
+        )
     return {**record, "folder": str(out)}
 
 
@@ -387,7 +341,8 @@ def _layer_kinds(adapter: Adapter) -> list[dict[str, Any]]:
     """Layers of the same last name, rank, scale and shapes as one line each."""
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, factors in adapter.factors.items():
-        rank, scale = adapter.spec.rank_of(name), adapter.spec.scale_of(name)
+        known = adapter.pattern_name(name)
+        rank, scale = adapter.spec.rank_of(known), adapter.spec.scale_of(known)
         groups[name.rsplit(".", 1)[-1], rank, scale, tuple(factors.A.shape), tuple(factors.B.shape)].append(name)
     return [
         {
@@ -406,7 +361,7 @@ def _layer_kinds(adapter: Adapter) -> list[dict[str, Any]]:
 
 def _update_norm(adapter: Adapter, name: str) -> float:
     """‖s·B·A‖_F from the factors alone: trace((BᵀB)(AAᵀ)), no dense ΔW."""
-    factors, s = adapter.factors[name], adapter.spec.scale_of(name)
+    factors, s = adapter.factors[name], adapter.spec.scale_of(adapter.pattern_name(name))
     stacked = name in adapter.parameter_names and factors.A.ndim == 3
     A = (factors.A if stacked else factors.A.flatten(1)).double()
     B = (factors.B if stacked else factors.B.flatten(1)).double()
@@ -422,7 +377,7 @@ def answers(model: Model, prompt: str | None, data: Sequence[str | Path], **opti
     """
     if prompt is not None:
         yield {"prompt": prompt, "answer": model.generate(prompt, **options)}
-    for row in read_rows(find_files([str(path) for path in data])):
+    for row in read_rows(parse_sources(map(str, data))):
         where = {"file": row.file, "row": row.number}
         yield {**where, "error": row.reason} if isinstance(row, Fault) else {**where, **_answer(model, row, options)}
 

@@ -19,7 +19,7 @@ import click
 
 from deltaw import __version__
 from deltaw.config import Settings, make_settings, read_recipe, settings_fields
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, UsageError
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, UsageError, does_not_fit
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, "
@@ -44,6 +44,12 @@ class _Group(click.Group):
         except (DeltawError, Interrupted) as error:
             click.echo(f"{'' if isinstance(error, Interrupted) else 'Error: '}{error}", err=True)
             ctx.exit(error.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            known = does_not_fit(error)
+            if known is None:
+                raise
+            click.echo(f"Error: {known}", err=True)
+            ctx.exit(known.exit_code)
         except KeyboardInterrupt:
             click.echo("Stopped.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
@@ -89,14 +95,21 @@ def main() -> None:
     """
 
 
-def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One option per setting, in the order of deltaw/config.py."""
-    for field in reversed(settings_fields()):
-        function = _option(field)(function)
-    return function
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _option(field: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _settings_options(*names: str) -> Decorator:
+    """One option for each of these settings, or for all, in the order of deltaw/config.py."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for field in reversed([field for field in settings_fields() if not names or field.name in names]):
+            function = _option(field)(function)
+        return function
+
+    return decorate
+
+
+def _option(field: Any) -> Decorator:
     name = "--" + field.name.replace("_", "-")
     shown = field.default if field.default not in (None, (), False) else None
     text = field.metadata["help"] + (
@@ -123,38 +136,28 @@ quiet_option = click.option("--quiet", is_flag=True, help="No talk on stderr, on
 model_option = click.option("--model", metavar="TEXT", help="The base, where the adapter does not say where it lies.")
 
 
-def _machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    wanted = ("device", "dtype", "threads", "revision")
-    for field in reversed([field for field in settings_fields() if field.name in wanted]):
-        function = _option(field)(function)
-    return function
+_machine_options = _settings_options("device", "dtype", "threads", "revision")
 
 
 def _machine(options: dict[str, Any]) -> dict[str, Any]:
     """device, dtype, revision, threads as `load` takes them."""
-    given = _given(options)
-    return {**given, **({"threads": int(given["threads"])} if "threads" in given else {})}
+    return {name: getattr(make_settings({name: value}), name) for name, value in _given(options).items()}
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
 
 
 @main.command()
-@click.option("--minutes", type=float, metavar="X", help="Train for this long instead of 120 steps.")
-@click.option("--out", metavar="TEXT", help="Run folder to make; default: a dated folder under runs/.")
-@click.option("--steps", type=int, metavar="N", help="Train for this many steps.  [default: 120]")
-@click.option("--lr", type=float, metavar="X", help="Peak learning rate, or auto.")
-@click.option("--seed", type=int, metavar="N", help="Seed of the start and the order of the data.")
-@_machine_options
+@_settings_options("minutes", "steps", "out", "rank", "lr", "seed", "device", "dtype", "threads")
 @quiet_option
 @json_option
 def demo(as_json: bool, quiet: bool, **options: Any) -> None:
-    """Train SmolLM2-135M on real reviews and tweets, and see what changed."""
-    from deltaw import api
+    """Train SmolLM2-135M on real reviews and tweets, and see what changed. Without a length, 120 steps."""
+    from deltaw.demonstration import demo as run_demo
     from deltaw.terminal import TerminalWatcher, make_console, show_json
 
     watcher = TerminalWatcher(make_console(stderr=True), quiet)
-    summary = api.demo(watcher, **_given(options))
+    summary = run_demo(watcher, **_given(options))
     if as_json:
         show_json(summary)
     else:
@@ -189,7 +192,7 @@ def _show_demo(summary: dict[str, Any]) -> None:
 
 @main.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@_settings_options
+@_settings_options()
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
@@ -327,11 +330,12 @@ def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options:
     if as_json:
         show_json(record)
         return
-    largest = f"(largest logit {record['max_logit']:.1f}, files in {record['dtype_of_files']})"
+    about = f"largest logit {record['max_logit']:.1f}, computed in {record['computed_in']}"
+    same = f"{record['positions_with_same_next_token']} of {record['positions']} positions"
     pairs(make_console(), {
-        "merged model": record["folder"],
-        "largest logit difference": f"{record['max_logit_difference']:.2e} {largest}",
-        "same next token everywhere": "yes" if record["same_next_tokens"] else "NO",
+        "merged model": f"{record['folder']} (files in {record['dtype_of_files']})",
+        "largest logit difference": f"{record['max_logit_difference']:.2e} ({about})",
+        "same next token": same,
     })  # fmt: skip
 
 
@@ -381,6 +385,64 @@ def chat(adapter: Path, model: str | None, **options: Any) -> None:
 
     opened = api.open_adapter(adapter, model, _say, **_machine(options))
     chat_loop(make_console(), opened, sys.stdin)
+
+
+@main.group()
+def data() -> None:
+    """See and check training data as a model reads it."""
+
+
+_data_options = _settings_options(
+    "model", "eval_data", "columns", "train_on", "max_length", "allow", "date", "revision"
+)
+
+
+@data.command("check")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@_data_options
+@quiet_option
+@json_option
+def check_data(files: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """One page on a whole data set. Exits 1 on any error that is not allowed, 0 on warnings."""
+    from deltaw.datasets import check_data as check
+    from deltaw.terminal import TerminalWatcher, check_page, make_console, show_json
+
+    watcher = TerminalWatcher(make_console(stderr=True), quiet)
+    page = check(make_settings({**_given(options), "data": files}), watcher.reading)
+    if as_json:
+        show_json(page)
+    else:
+        check_page(make_console(), page)
+    if not page["ok"]:
+        click.get_current_context().exit(1)
+
+
+@data.command("show")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@_data_options
+@click.option("--row", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="The row to begin with.")
+@click.option("--rows", type=click.IntRange(1), metavar="N", help="How many rows.  [default: all, in a pager; else 3]")
+@click.option("--ids", is_flag=True, help="Each token with its id.")
+@json_option
+def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_json: bool, **options: Any) -> None:
+    """Conversations as the model sees them, with what is trained marked by colour and by brackets."""
+    from itertools import islice
+
+    from deltaw.datasets import show_data as show
+    from deltaw.terminal import make_console, show_json, shown_row
+
+    console = make_console()
+    paged = console.is_terminal and rows is None
+    shown = islice(show(make_settings({**_given(options), "data": files}), row), rows or (None if paged else 3))
+    if as_json:
+        show_json(list(shown))
+        return
+    texts = (shown_row(console, each, ids) for each in shown)
+    if paged:
+        click.echo_via_pager(texts, color=True)
+    else:
+        for text in texts:
+            click.echo(text, nl=False)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import math
 import re
@@ -21,6 +22,7 @@ import yaml
 from deltaw.errors import UsageError, bullet_list
 
 AUTO = "auto"
+HUB = "hub:"  # how the name of a data set of the hub begins, where a file might stand
 
 
 def setting(
@@ -46,7 +48,13 @@ class Settings:
     """The settings of a training run. `auto` and None are replaced by rules, see `resolve_rules`."""
 
     model: str = setting("smollm2-135m", "Base: built-in name, folder, GGUF file or hub id.", group="what", path=True)
-    data: tuple[str, ...] = setting((), "Training file or glob; may be repeated.", many=True, group="what", path=True)
+    data: tuple[str, ...] = setting(
+        (),
+        "Training file, glob, Arrow folder or hub:NAME, with options as in FILE::weight=2,cap=500; may be repeated.",
+        many=True,
+        group="what",
+        path=True,
+    )
     eval_data: tuple[str, ...] = setting(
         (),
         "Validation file; without it 5 % of the rows (at most 500) are held out.",
@@ -54,6 +62,24 @@ class Settings:
         group="what",
         path=True,
     )
+    columns: tuple[str, ...] = setting(
+        (), "How columns are named in the data: canonical=yours, such as prompt=question.", many=True, group="data"
+    )
+    train_on: str = setting(
+        "assistant",
+        "Which tokens are trained: every answer, the last one, the completion, or all.",
+        choices=("assistant", "last", "completion", "all"),
+        group="data",
+    )
+    max_length: int | str = setting(AUTO, "Longest document in tokens, or auto.", kind=int, group="data")
+    allow: tuple[str, ...] = setting(
+        (), "Findings of `deltaw data check` that shall not stop the run, by name.", many=True, group="data"
+    )
+    allow_lost: float = setting(
+        0.01, "Share of rows that may be unusable before the run refuses.", kind=float, group="data"
+    )
+    date: str = setting(AUTO, "Day that chat templates print which ask for one, as 2026-01-31.", group="data")
+
     out: str | None = setting(None, "Run folder to make; default: a dated folder under runs/.", group="what")
     adapter: str | None = setting(None, "Start from the factors of this adapter folder.", group="what", path=True)
     revision: str | None = setting(None, "Revision of a hub base.", group="what")
@@ -68,6 +94,12 @@ class Settings:
     )
     exclude: tuple[str, ...] = setting((), "Suffixes of module names to leave out.", many=True, group="adapter")
     layers: str | None = setting(None, "Block numbers to adapt, such as 0-11,20.", group="adapter")
+    rank_pattern: tuple[str, ...] = setting(
+        (), "Another rank for modules by suffix, such as v_proj=4.", many=True, group="adapter"
+    )
+    alpha_pattern: tuple[str, ...] = setting(
+        (), "Another alpha for modules by suffix, such as v_proj=16.", many=True, group="adapter"
+    )
     dropout: float = setting(0.0, "Dropout on the input of the low-rank branch.", kind=float, group="adapter")
     rslora: bool = setting(False, "Scale by alpha/√r instead of alpha/r.", kind=bool, group="adapter")
     dora: bool = setting(False, "Train magnitudes too (DoRA).", kind=bool, group="adapter")
@@ -83,7 +115,6 @@ class Settings:
     micro_tokens: int | str = setting(
         AUTO, "Tokens per forward pass, or auto; changes memory, not results.", kind=int, group="length"
     )
-    max_length: int | str = setting(AUTO, "Longest document in tokens, or auto.", kind=int, group="length")
 
     lr: float | str = setting(AUTO, "Peak learning rate, or auto.", kind=float, group="optimiser")
     lora_plus: float = setting(1.0, "Rate of B divided by rate of A (LoRA+).", kind=float, group="optimiser")
@@ -113,9 +144,6 @@ class Settings:
         AUTO, "Steps between checkpoints, or auto (as often as evaluations).", kind=int, group="watching"
     )
     keep_checkpoints: int = setting(2, "Checkpoints kept.", kind=int, group="watching")
-    allow_lost: float = setting(
-        0.01, "Share of rows that may be unusable before the run refuses.", kind=float, group="watching"
-    )
     track: tuple[str, ...] = setting(
         (),
         "Also log to tensorboard, wandb or trackio.",
@@ -134,6 +162,11 @@ class Settings:
         """Sets a value and remembers where it came from."""
         setattr(self, name, value)
         self.sources[name] = source
+
+    def without_places(self) -> dict[str, Any]:
+        """Every setting that says how something is trained, and none that says where things lie."""
+        places = ("model", "data", "eval_data", "out", "adapter", "track", "threads")
+        return {f.name: _plain(getattr(self, f.name)) for f in settings_fields() if f.name not in places}
 
     def resolved(self) -> dict[str, dict[str, Any]]:
         """{name: {value, source}} of every setting, for the run folder."""
@@ -199,12 +232,24 @@ def _convert(field: dataclasses.Field[Any], raw: Any) -> Any:
 
 
 def _items(raw: Any, *, commas: bool) -> list[str]:
-    items = [raw] if isinstance(raw, str | Path) else raw
+    items = [raw] if isinstance(raw, str | Path | Mapping) else raw
+    if isinstance(items, list | tuple):
+        items = [_source_text(item) if isinstance(item, Mapping) and not commas else item for item in items]
+    if commas and isinstance(raw, Mapping):  # patterns, as a recipe spells them
+        items = [f"{key}={value}" for key, value in raw.items()]
     if not isinstance(items, list | tuple) or not all(isinstance(item, str | Path | int) for item in items):
         raise ValueError("must be text or a list of texts")
     texts = [str(item) for item in items]
     parts = [part.strip() for text in texts for part in text.split(",")] if commas else texts
     return [part for part in parts if part]
+
+
+def _source_text(source: Mapping[str, Any]) -> str:
+    """A data source that a recipe spells as `{path: FILE, weight: 2}`, as FILE::weight=2."""
+    options = [f"{key}={value}" for key, value in source.items() if key != "path"]
+    if "path" not in source:
+        raise ValueError(f"{dict(source)} has no path")
+    return f"{source['path']}::{','.join(options)}" if options else str(source["path"])
 
 
 def _number(kind: type, raw: Any) -> int | float:
@@ -262,6 +307,16 @@ def _contradictions(settings: Settings) -> list[str]:
     for name in ("dropout", "warmup", "allow_lost"):
         if not 0 <= getattr(settings, name) <= 1:
             faults.append(f"{name} = {getattr(settings, name)}: must be between 0 and 1")
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        try:
+            parse_pattern(getattr(settings, name), kind)
+        except ValueError as error:
+            faults.append(f"{name} = {', '.join(getattr(settings, name))}: {error}")
+    if settings.date != AUTO:
+        try:
+            datetime.date.fromisoformat(settings.date)
+        except ValueError:
+            faults.append(f"date = {settings.date!r}: must look like 2026-01-31")
     if settings.dropout == 1:
         faults.append("dropout = 1: would drop everything")
     if settings.max_length == 1:
@@ -272,6 +327,20 @@ def _contradictions(settings: Settings) -> list[str]:
         except ValueError as error:
             faults.append(f"layers = {settings.layers!r}: {error}")
     return faults
+
+
+def parse_pattern(entries: tuple[str, ...], kind: type) -> dict[str, Any]:
+    """{"v_proj": 4} from ("v_proj=4",); ValueError when an entry is no such pair, or its number has no meaning."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        suffix, equals, value = (part.strip() for part in entry.partition("="))
+        if not suffix or not equals:
+            raise ValueError("must look like v_proj=4")
+        number = _number(kind, value)
+        if number <= 0:
+            raise ValueError(f"{entry} must be above 0")
+        found[suffix] = number
+    return found
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -308,9 +377,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def _beside(folder: Path, value: Any, name: str) -> Any:
     """A path of a recipe, or each of several, seen from the recipe's folder; what is no text is left for the checks."""
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": _beside(folder, value["path"], name)}
     if isinstance(value, list):
         return [_beside(folder, item, name) for item in value]
     if not isinstance(value, str):
+        return value
+    if value.startswith(HUB):
         return value
     path = folder / Path(value).expanduser()
     return value if name == "model" and not path.exists() else str(path)
@@ -318,6 +391,7 @@ def _beside(folder: Path, value: Any, name: str) -> Any:
 
 # -- rules: defaults that depend on the model and the data -------------------------------------------------------------
 
+DEFAULT_MAX_LENGTH = 2048
 MOST_PARAMETERS = 45_000_000
 MOST_SHARE = 0.04
 

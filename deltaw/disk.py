@@ -96,3 +96,24 @@ def sha256_file(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_KNOWN: dict[tuple[str, int, int], str] = {}
+
+
+def remembered_digest(path: Path, memory: Path | None = None) -> str:
+    """The sha256 of a file, computed once for a path, size and time of change; `memory` is a folder to keep it in."""
+    status = path.stat()
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _KNOWN:
+        kept = None if memory is None else memory / hashlib.sha256(repr(key).encode()).hexdigest()
+        if kept is not None:
+            with contextlib.suppress(OSError):
+                _KNOWN[key] = kept.read_text("utf-8")
+        if key not in _KNOWN:
+            _KNOWN[key] = sha256_file(path)
+            if kept is not None:
+                with contextlib.suppress(OSError, DiskError):  # a memory that cannot be written only costs time
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(kept, _KNOWN[key])
+    return _KNOWN[key]

@@ -69,6 +69,21 @@ class Interrupted(BaseException):
         self.exit_code = exit_code
 
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+
+
+def does_not_fit(error: BaseException) -> DoesNotFitError | None:
+    """The error for the user when this one says that memory ran out, in Python, in torch or on a GPU; else None."""
+    if not (isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)):
+        return None
+    if isinstance(error, DeltawError):
+        return None
+    return DoesNotFitError(
+        f"The memory does not suffice ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). "
+        "Smaller --micro-tokens, a shorter --max-length or --dtype bfloat16 need less, and so does a smaller base."
+    )
+
+
 def bullet_list(faults: list[str], limit: int = 20) -> str:
     """The faults one per line, at most `limit` of them, with a count of those left out."""
     shown = [f"  - {fault}" for fault in faults[:limit]]

@@ -13,17 +13,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from deltaw.engine.loop import Length
-from deltaw.engine.loop import Progress as RunProgress
-from deltaw.engine.train import Trainer, Watcher
+from deltaw.engine.watcher import Watcher
 from deltaw.errors import DeltawError
+
+if TYPE_CHECKING:
+    from deltaw.engine.loop import Length
+    from deltaw.engine.loop import Progress as RunProgress
+    from deltaw.engine.train import Trainer
 
 PLAIN_LINE_SECONDS = 15.0
 PLAIN_WIDTH = 120
@@ -84,6 +87,11 @@ class TerminalWatcher(Watcher):
         if not self.quiet:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def reading(self, rows: int) -> None:
+        if self.live and time.monotonic() - self.measured_at > 0.2:
+            self.measured_at = time.monotonic()
+            self.console.print(f"  {rows:,} rows read", end="\r", highlight=False)
+
     def start(self, trainer: Trainer) -> None:
         for line in _opening(trainer):
             self.say(line)
@@ -128,16 +136,18 @@ class TerminalWatcher(Watcher):
 
 
 def _opening(trainer: Trainer) -> Iterator[str]:
-    """What is about to happen, in four lines."""
-    ready, settings, data = trainer.ready, trainer.settings, trainer.ready.summaries["train"]
+    """What is about to happen, in a few lines."""
+    ready, settings = trainer.ready, trainer.settings
     base, adapter = ready.base, ready.adapter
     share = adapter.parameters / base.parameters
     length = f"{trainer.length.steps} steps" if trainer.length.steps else f"{settings.minutes:g} minutes"
     yield f"base      {base.name}, {base.parameters / 1e6:.1f}M parameters, computing in {base.dtype} on {base.device}"
     size = f"{adapter.parameters / 1e6:.2f}M parameters ({share:.2%} of the base)"
     yield f"adapter   rank {settings.rank}, alpha {settings.alpha:g}, {len(ready.targets)} layers, {size}"
-    yield f"data      {data.used:,} documents, {data.tokens:,} tokens, {data.trained_tokens:,} of them trained"
-    step = f"about {settings.batch_tokens:,} tokens, rate {settings.lr:g}"
+    for number, line in enumerate(ready.data_lines):
+        yield f"{'' if number else 'data':<10}{line}"
+    why = settings.sources.get("batch_tokens", "default")
+    step = f"about {settings.batch_tokens:,} tokens ({why}), rate {settings.lr:g}"
     yield f"run       {length} of {step}, into {trainer.run.folder}"
 
 
@@ -213,7 +223,7 @@ def working(console: Console, text: str) -> Iterator[None]:
 def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
     """One line per kind of adapted layer."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("layer", "count", "rank", "scale", "A", "B", "parameters", "mean ‖ΔW‖"):
+    for heading in ("layer", "count", "rank", "scale", "A", "B", "parameters", "mean ‖s·B·A‖"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in layers:
         shapes = ("×".join(map(str, row[part])) for part in ("A", "B"))
@@ -228,6 +238,98 @@ def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
             norm,
         )
     console.print(table)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+SEVERITY_STYLES = {"error": "bold red", "error of the set": "bold red", "warning": "yellow"}
+BAR_WIDTH = 40
+
+
+def check_page(console: Console, page: dict[str, Any]) -> None:
+    """The page of `deltaw data check`."""
+    for file, counts in page["formats"].items():
+        _print(console, f"{file}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    left_out = f"{page['lost']:,} left out"
+    skipped = f", {page['skipped']:,} not meant to be trained" if page["skipped"] else ""
+    _print(console, f"{page['rows']:,} rows: {page['used']:,} used, {left_out}{skipped}")
+    for finding in page["findings"]:
+        _finding(console, finding)
+    if page["statistics"]:
+        console.print()
+        _statistics(console, page["statistics"])
+    console.print()
+    verdict = "No errors." if page["ok"] else "Errors were found."
+    console.print(f"{verdict} {page['errors']} kinds of errors, {page['warnings']} of warnings.", style="bold")
+
+
+def _finding(console: Console, finding: dict[str, Any]) -> None:
+    console.print()
+    allowed = ", allowed" if finding["allowed"] else ""
+    head = Text(f"{finding['severity'].upper()}{allowed} ", style=SEVERITY_STYLES[finding["severity"]])
+    where = "" if finding["set"] == "train" else f" ({finding['set']} data)"
+    head.append(f"{finding['count']:,} {finding['title']}{where}  [{finding['code']}]", style="default")
+    console.print(head, soft_wrap=True)
+    for example in finding["examples"][:3]:
+        _print(console, f"  {example}")
+    if finding["count"] > 3:
+        _print(console, f"  … and {finding['count'] - 3:,} more; --json lists all rows")
+    _print(console, f"  → {finding['advice']}")
+
+
+def _statistics(console: Console, numbers: dict[str, Any]) -> None:
+    length, counts = numbers["length"], numbers["histogram"]["counts"]
+    tokens = f"{numbers['tokens']:,} an epoch, {numbers['trained_tokens']:,} of them trained"
+    pairs(console, {
+        "documents": f"{numbers['documents']:,}",
+        "tokens": f"{tokens} ({percent(numbers['trained_share'])})",
+        "length": f"median {length['median']:.0f}, mean {length['mean']:.0f}, "
+        f"90 % {length['p90']:.0f}, 99 % {length['p99']:.0f}, longest {length['max']:,}",
+        "longest": ", ".join(f"{row['file']} row {row['row']} ({row['tokens']:,})" for row in numbers["longest"][:3]),
+    })  # fmt: skip
+    edges = numbers["histogram"]["edges"]
+    for first, last, count in zip(edges, [edge - 1 for edge in edges[1:]], counts, strict=False):
+        bar = "█" * max(1, round(BAR_WIDTH * count / max(counts))) if count else ""
+        _print(console, f"  {first:>6,} – {last:<6,} {bar} {count:,}")
+
+
+def shown_row(console: Console, row: dict[str, Any], ids: bool) -> str:
+    """One row of `deltaw data show` as text, with colour where the console has it.
+
+    Trained text stands in ⟦ ⟧ (with its weight where that is not 1), so that it shows without colour too.
+    """
+    head = f"{row['file']}, row {row['row']}" + (f" ({row['format']})" if "format" in row else "")
+    text = Text(f"── {head} ", style="bold")
+    text.append("─" * max(4, 70 - len(head)) + "\n")
+    if "error" in row:
+        text.append(f"left out: {row['error']}  [{row['code']}]\n", style="red")
+    if "skipped" in row:
+        text.append(f"not trained: {row['skipped']}\n", style="yellow")
+    for number, document in enumerate(row.get("documents", []), 1):
+        if number > 1:
+            text.append(f"· piece {number}\n", style="dim")
+        _document(text, document, ids)
+        tokens = sum(len(stretch.tokens) for stretch in document)
+        trained = sum(len(stretch.tokens) for stretch in document if stretch.weight)
+        text.append(f"\n{tokens:,} tokens, {trained:,} trained\n", style="dim")
+    for note in row.get("notes", []):
+        text.append(f"note: {note['what']}  [{note['code']}]\n", style="yellow")
+    with console.capture() as captured:
+        console.print(text, soft_wrap=True)
+    return captured.get()
+
+
+def _document(text: Text, document: list[Any], ids: bool) -> None:
+    weight = 0.0
+    for stretch in [*document, None]:
+        now = 0.0 if stretch is None else stretch.weight
+        if now != weight:
+            text.append("⟧" if weight else "", style="bold green")
+            text.append(("" if now == 1 else f"{now:g}·") + "⟦" if now else "", style="bold green")
+            weight = now
+        if stretch is not None:
+            shown = stretch.text + (f"{{{' '.join(map(str, stretch.tokens))}}}" if ids else "")
+            text.append(shown, style=("bold green" if now else "dim") + (" italic" if stretch.control else ""))
 
 
 CHAT_HELP = (

@@ -6,6 +6,7 @@ Usage: python dev/reference.py FOLDER
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ import deltaw
 from deltaw import errors
 from deltaw.cli import main as command
 from deltaw.config import settings_fields
+from deltaw.data.findings import CATALOGUE
 
 HEADER = "<!-- Written by `make docs` from the code; change the code instead. -->\n\n"
 
@@ -21,12 +23,22 @@ HEADER = "<!-- Written by `make docs` from the code; change the code instead. --
 def cli_page() -> str:
     """The help of every verb."""
     parts = [HEADER + "# Command line\n", _help(command, "deltaw")]
-    parts += [f"\n## deltaw {name}\n\n{_help(verb, f'deltaw {name}')}" for name, verb in command.commands.items()]
+    parts += [f"\n## deltaw {name}\n\n{_help(verb, f'deltaw {name}')}" for name, verb in _verbs(command)]
     return "\n".join(parts)
 
 
+def _verbs(group: click.Group) -> Iterator[tuple[str, click.Command]]:
+    """Every verb, those of groups under the group's name."""
+    for name, verb in group.commands.items():
+        yield name, verb
+        if isinstance(verb, click.Group):
+            yield from ((f"{name} {inner}", command) for inner, command in _verbs(verb))
+
+
 def _help(verb: click.Command, name: str) -> str:
-    context = click.Context(verb, info_name=name, terminal_width=110, max_content_width=110)
+    context = click.Context(
+        verb, info_name=name, terminal_width=110, max_content_width=110, help_option_names=["-h", "--help"]
+    )
     return "```text\n" + verb.get_help(context).rstrip() + "\n```\n"
 
 
@@ -34,10 +46,6 @@ def settings_page() -> str:
     """Every setting of a run with its default."""
     lines = [
         HEADER + "# Settings\n",
-        "A flag `--batch-tokens`, a recipe key `batch_tokens` (or `batch-tokens`) and a keyword of",
-        "",
-    ]
-    lines[1:] = [
         "A setting is a flag (`--batch-tokens`), a recipe key (`batch_tokens`) and a keyword of `deltaw.train`.",
         "",
     ]
@@ -49,6 +57,17 @@ def settings_page() -> str:
         default = field.default if field.default not in (None, ()) else "–"
         shown = ", ".join(default) if isinstance(default, tuple) else default
         lines.append(f"| `{field.name}` | {shown} | {field.metadata['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+def findings_page() -> str:
+    """Everything that `deltaw data check` can find."""
+    lines = [
+        HEADER + "# Findings of `deltaw data check`\n",
+        "| name | severity | what was found | what to do |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| `{code}` | {kind.severity} | {kind.title} | {kind.advice} |" for code, kind in CATALOGUE.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -73,7 +92,13 @@ def python_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"cli.md": cli_page, "settings.md": settings_page, "errors.md": errors_page, "python.md": python_page}
+PAGES = {
+    "cli.md": cli_page,
+    "settings.md": settings_page,
+    "errors.md": errors_page,
+    "python.md": python_page,
+    "findings.md": findings_page,
+}
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

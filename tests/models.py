@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from deltaw.base import forward
 from deltaw.base.load import Base
 from deltaw.data.chat import Encoder
-from deltaw.data.pack import TokenStore
-from deltaw.data.source import Row
+from deltaw.data.formats import Row
+from deltaw.data.store import TokenStore
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

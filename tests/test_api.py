@@ -15,7 +15,7 @@ import yaml
 from models import byte_tokenizer, save_base, small_model
 
 import deltaw
-from deltaw import api
+from deltaw import api, demonstration
 from deltaw.adapter import read_adapter
 from deltaw.cli import _show_demo
 from deltaw.config import make_settings
@@ -42,7 +42,7 @@ def _loss(model, data):
 def test_a_run_leaves_everything_that_it_promises(tiny_run):
     names = {path.name for path in tiny_run.folder.iterdir()}
     assert names == {
-        "adapter", "checkpoints", "config.yaml", "last", "metrics.jsonl", "report.html", "summary.json", "tokens",
+        "adapter", "checkpoints", "config.yaml", "last", "metrics.jsonl", "report.html", "summary.json",
     }  # fmt: skip
     summary = tiny_run.read_summary()
     assert (summary["status"], summary["verb"], summary["steps"]) == ("done", "train", 4)
@@ -127,7 +127,12 @@ def test_another_base_of_the_same_shape_is_said(tiny_run, tmp_path):
     tokenizer.chat_template += " "
     tokenizer.save_pretrained(other)
     api.open_adapter(tiny_run.folder, str(other), said.append, device="cpu", dtype="float32")
-    assert "tokenizer or chat template" in said[-1]
+    assert said[-1].startswith("WARNING: conversations are rendered differently from training")
+    assert "was 'im_start|>assistant\\n' and is 'im_start|>assistant\\n '" in said[-1]
+    tokenizer.chat_template = "{# the same #}" + byte_tokenizer().chat_template
+    tokenizer.save_pretrained(other)
+    api.open_adapter(tiny_run.folder, str(other), said.append, device="cpu", dtype="float32")
+    assert said[-1].endswith("but renders the adapter's three examples alike.")
 
 
 def test_training_goes_on_from_an_adapter(tiny_run, llama_folder, chats, tmp_path):
@@ -150,8 +155,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny_run, chats, tmp_path):
         AdapterError, match=r"does not fit the model(.|\n)*has shape \[4, 32\], the model needs \[4, 64\]"
     ):
         api.train(model=tmp_path / "wide", data=chats, out=tmp_path / "run", adapter=tiny_run.adapter, **given)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed" and "does not fit" in summary["message"]
+    assert not (tmp_path / "run").exists()  # nothing was trained, and the corrected command may use the name
 
 
 def test_evaluating_a_run_agrees_with_its_own_evaluation(tiny_run, chats):
@@ -238,11 +242,10 @@ def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path, lla
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_that_is_not_there_leaves_a_summary_that_says_so(tmp_path, chats):
+def test_a_base_that_is_not_there_leaves_the_name_of_the_run_free(tmp_path, chats):
     with pytest.raises(BaseError, match="There is no base"):
         api.train(model="./absent", data=chats, out=tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed" and "There is no base" in summary["message"]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -255,8 +258,8 @@ def small_snippets(tmp_path, monkeypatch):
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     rules = {"best": "a", "num_rows": 18, "settings": {"a": {"accuracy": 0.5, "accuracy_95": [0.3, 0.7]}}}
     (tmp_path / "vader.json").write_text(json.dumps(rules))
-    monkeypatch.setattr(api, "DEMO_SAMPLES", 2)
-    monkeypatch.setattr(api, "snippets", lambda split: tmp_path / f"{split}.jsonl.gz")
+    monkeypatch.setattr(demonstration, "DEMO_SAMPLES", 2)
+    monkeypatch.setattr(demonstration, "snippets", lambda split: tmp_path / f"{split}.jsonl.gz")
 
 
 class Stopping(Listener):
@@ -271,12 +274,12 @@ def test_the_demo_measures_before_and_after_also_when_it_was_interrupted(
     small_snippets, llama_folder, tmp_path, capsys
 ):
     given = {"model": str(llama_folder), "steps": 3, "device": "cpu", "dtype": "float32", "lr": 1e-2}
-    straight = api.demo(out=str(tmp_path / "straight"), **given)
+    straight = demonstration.demo(out=str(tmp_path / "straight"), **given)
     assert [row["label"] for row in straight["results"]] == ["base model", "VADER rules", "adapter"]
     assert straight["results"][2]["loss"] < straight["results"][0]["loss"] and len(straight["samples"]) == 2
     assert straight["verb"] == "demo" and straight["results"][0]["labels"] == ["Positive", "negative", "neutral"]
     with pytest.raises(Interrupted):
-        api.demo(Stopping(), out=str(tmp_path / "stopped"), **given)
+        demonstration.demo(Stopping(), out=str(tmp_path / "stopped"), **given)
     resumed = api.train(resume=tmp_path / "stopped").read_summary()
     for before, after in zip(straight["results"], resumed["results"], strict=True):
         assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}

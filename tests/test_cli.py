@@ -83,7 +83,7 @@ def test_help_is_there_in_less_than_a_third_of_a_second():
 
 
 def test_every_verb_has_help_and_every_option_of_it_a_sentence():
-    assert [*cli.main.commands] == ["demo", "train", "eval", "generate", "merge", "inspect", "doctor", "chat"]
+    assert [*cli.main.commands] == ["demo", "train", "eval", "generate", "merge", "inspect", "doctor", "chat", "data"]
     for name, verb in cli.main.commands.items():
         shown = _run(name, "--help")
         assert shown.exit_code == 0 and verb.help and verb.help.splitlines()[0] in " ".join(shown.stdout.split())
@@ -213,7 +213,8 @@ def test_results_go_to_stdout_and_talk_to_stderr_without_escape_codes(tmp_path, 
     assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [
         "status", "best validation loss", "adapter", "report", "next",
     ]  # fmt: skip
-    assert [line.split()[0] for line in done.stderr.splitlines()] == ["base", "adapter", "data", "run", "step", "step"]
+    first_words = [line.split()[0] for line in done.stderr.splitlines()]
+    assert first_words == ["base", "adapter", "data", "60", "3,287", "3", "run", "step", "step"]
     again = _run("train", "--resume", tmp_path / "run")
     assert again.exit_code == 0 and "has ended already; nothing is left to do" in again.stderr
 
@@ -229,8 +230,11 @@ def test_results_go_to_stdout_and_talk_to_stderr_without_escape_codes(tmp_path, 
         (["--rank=0"], 2, "rank = 0: must be above 0"),
         (["--lr=nan"], 2, "lr = 'nan': must be a finite number"),
         (["--memory=4GB"], 2, "--memory is not built yet"),
-        (["--targets=no_such_layer"], 1, "'no_such_layer' matches nothing"),
-        (["--adapter=absent"], 1, "absent is not an adapter folder"),
+        (["--rank=2000"], 2, "between 1 and 1024"),
+        (["--targets=no_such_layer"], 2, "'no_such_layer' matches nothing"),
+        (["--rank-pattern=no_such_layer=2"], 2, "'no_such_layer' matches nothing"),
+        (["--adapter=absent"], 2, "--adapter brings its own rank"),
+        (["--allow=nonsense"], 2, "No such finding: nonsense"),
         (["--lr=1e38", "--steps=3"], 4, "not finite"),
     ],
 )

@@ -25,6 +25,12 @@ VALUES = {
     "model": ("org/model", "org/model"),
     "data": (["a,b.jsonl", Path("c.jsonl")], ("a,b.jsonl", "c.jsonl")),
     "eval_data": ("e.jsonl", ("e.jsonl",)),
+    "columns": ("prompt=question", ("prompt=question",)),
+    "train_on": ("last", "last"),
+    "max_length": ("300", 300),
+    "allow": ("duplicate, too-long", ("duplicate", "too-long")),
+    "allow_lost": ("0.5", 0.5),
+    "date": ("2026-01-31", "2026-01-31"),
     "out": (Path("runs/one"), "runs/one"),
     "adapter": ("runs/zero", "runs/zero"),
     "revision": ("main", "main"),
@@ -33,6 +39,8 @@ VALUES = {
     "targets": ("q_proj, v_proj", ("q_proj", "v_proj")),
     "exclude": (["lm_head", "k_proj,o_proj"], ("lm_head", "k_proj", "o_proj")),
     "layers": (3, "3"),
+    "rank_pattern": ({"v_proj": 4, "mlp.up_proj": 2}, ("v_proj=4", "mlp.up_proj=2")),
+    "alpha_pattern": ("v_proj=16", ("v_proj=16",)),
     "dropout": ("0.1", 0.1),
     "rslora": (True, True),
     "dora": (True, True),
@@ -41,7 +49,6 @@ VALUES = {
     "minutes": (None, None),
     "batch_tokens": ("2048", 2048),
     "micro_tokens": (512, 512),
-    "max_length": ("300", 300),
     "lr": ("1e-4", 1e-4),
     "lora_plus": (4, 4.0),
     "schedule": ("cosine", "cosine"),
@@ -54,7 +61,6 @@ VALUES = {
     "patience": ("3", 3),
     "checkpoint_steps": (7, 7),
     "keep_checkpoints": (1, 1),
-    "allow_lost": ("0.5", 0.5),
     "track": ("wandb,tensorboard", ("wandb", "tensorboard")),
     "device": ("cpu", "cpu"),
     "dtype": ("float32", "float32"),
@@ -145,7 +151,11 @@ def test_all_faults_are_listed_at_once_with_the_nearest_name():
         ("model", ["a"], "must be text"),
         ("dtype", True, "must be text"),
         ("data", 5, "text or a list of texts"),
-        ("data", {"a": 1}, "text or a list of texts"),
+        ("data", {"a": 1}, "has no path"),
+        ("rank_pattern", "v_proj", "must look like v_proj=4"),
+        ("rank_pattern", "v_proj=1.5", "a whole number"),
+        ("alpha_pattern", "v_proj=-1", "above 0"),
+        ("date", "tomorrow", "must look like 2026-01-31"),
         ("data", [["a"]], "text or a list of texts"),
         ("track", "wandb,nothing", "one of tensorboard, wandb, trackio"),
         ("schedule", "step", "one of linear, cosine, constant"),
@@ -201,7 +211,7 @@ def recipe(tmp_path, text):
 
 
 def test_paths_in_a_recipe_are_relative_to_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "own"))
     (tmp_path / "base").mkdir()
     path = recipe(
         tmp_path,
@@ -211,7 +221,7 @@ def test_paths_in_a_recipe_are_relative_to_it(tmp_path, monkeypatch):
     here = path.parent
     settings = make_settings({}, read_recipe(path))
     assert settings.model == str(here / "../base")
-    assert settings.data == (f"{here}/a.jsonl", f"{here}/../*.jsonl", "/abs/b.jsonl", f"{tmp_path}/home/c.jsonl")
+    assert settings.data == (f"{here}/a.jsonl", f"{here}/../*.jsonl", "/abs/b.jsonl", f"{tmp_path}/own/c.jsonl")
     assert settings.eval_data == (f"{here}/d,e.jsonl",) and settings.adapter == f"{here}/../old"
     assert settings.out == "runs/new" and settings.lr == 1e-4
 

@@ -195,8 +195,8 @@ def _unsuitable(candidate: Candidate, spec: LoraSpec) -> list[str]:
             faults.append(f"{name}: a convolution with {', '.join(odd)} has no place in the adapter format; exclude it")
     if kind.startswith("parameter") and spec.dora:
         faults.append(f"{name}: DoRA is not defined for stacked or fused parameters; exclude it or turn DoRA off")
-    if kind in ("parameter", "parameter_transposed") and spec.dropout:
-        faults.append(f"{name}: dropout cannot act on stacked parameters; exclude it or set dropout 0")
+    if kind.startswith("parameter") and spec.dropout:
+        faults.append(f"{name}: dropout cannot act on stacked or fused parameters; exclude it or set dropout 0")
     if kind == "embedding" and spec.dropout:
         faults.append(f"{name}: dropout has no meaning for token ids; set dropout 0")
     if kind == "embedding" and getattr(layer, "max_norm", None) is not None:

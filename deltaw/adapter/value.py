@@ -62,6 +62,12 @@ class Adapter:
         """How many numbers are trained."""
         return sum(factors.parameters for factors in self.factors.values())
 
+    def pattern_name(self, name: str) -> str:
+        """The name that patterns and targets know this one by: nn.MultiheadAttention is selected whole."""
+        if name in self.parameter_names and self.factors[name].A.ndim == 2:
+            return name.removesuffix(".in_proj_weight").removesuffix(".out_proj.weight")
+        return name
+
     def with_factors(self, factors: dict[str, Factors]) -> Adapter:
         """The same adapter with other numbers."""
         return replace(self, factors=factors, origin=dict(self.origin))

@@ -70,6 +70,16 @@ def cache_folder() -> Path:
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "deltaw"
 
 
+def token_cache(otherwise: Path) -> Path:
+    """Where token files lie: in the cache, or in `otherwise` where the cache cannot be written."""
+    folder = cache_folder() / "tokens"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return otherwise
+    return folder if os.access(folder, os.W_OK) else otherwise
+
+
 def base_path(name: str) -> Path:
     """The folder of a built-in model, as transformers opens it; made on the first call, found on every later one.
 

@@ -7,7 +7,6 @@ opened without touching a socket.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,20 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from deltaw.base import forward
-from deltaw.base.builtin import BUILTIN, base_path, cache_folder
-from deltaw.base.gguf import convert_gguf
-from deltaw.disk import sha256_file, write_text
-from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
+from deltaw.base.builtin import cache_folder
+from deltaw.base.locate import locate, open_tokenizer, public_name
+from deltaw.disk import remembered_digest
+from deltaw.errors import BaseError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, look, set_threads
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_HUB_LEFT = ["*/*", "consolidated*"]  # the same weights once more, in other formats
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
 @dataclass
@@ -134,52 +131,7 @@ def load(
         raise BaseError(
             f"The base in {folder} reads in both directions, so it cannot learn to write. Use a causal one."
         )
-    return Base(public_name(name), folder, model, _open_tokenizer(folder), reason, revision)
-
-
-def public_name(name: str | Path) -> str:
-    """The name under which others can find the base: what was asked for, or a folder's own name instead of its path."""
-    if str(name) in BUILTIN or not Path(name).expanduser().exists():
-        return str(name)
-    return Path(name).expanduser().resolve().name
-
-
-def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a base, fetched or converted into the cache if it is not there yet."""
-    text = str(name)
-    path = Path(text).expanduser()
-    if text in BUILTIN:
-        return base_path(text)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        return _from_gguf(path)
-    if path.is_absolute() or text.startswith(".") or text.count("/") != 1:
-        known = ", ".join(sorted(BUILTIN))
-        raise BaseError(f"There is no base {text!r}: no such folder or GGUF file, and not a built-in name ({known}).")
-    return _from_hub(text, revision)
-
-
-def _from_gguf(path: Path) -> Path:
-    if path.suffix != ".gguf":
-        raise BaseError(f"{path} is a file, but not a .gguf; give a transformers folder or a GGUF file.")
-    folder = cache_folder() / "gguf" / f"{path.stem}-{sha256_file(path)[:16]}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        convert_gguf(path, folder)
-    return folder
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT))
-    except Exception as error:  # the hub's client raises a wide family; its own sentence is the useful part
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BaseError(
-            f"Could not fetch {name!r} from the hub: {first_line} Give a local folder if you have the files already."
-        ) from error
+    return Base(public_name(name), folder, model, open_tokenizer(folder), reason, revision)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -238,13 +190,6 @@ def _open_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _open_tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise BaseError(f"The tokenizer in {folder} cannot be opened: {error}") from error
-
-
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return compute_dtype(device, look())
@@ -257,14 +202,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def weight_digest(folder: Path) -> str:
-    """sha256 over the folder's weight files, remembered in the cache by path, size and time of change."""
-    files = sorted(folder.glob("*.safetensors"))
-    key = json.dumps([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
-    memory = cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
-    with contextlib.suppress(OSError):
-        return memory.read_text("utf-8")
-    digest = hashlib.sha256("".join(f.name + sha256_file(f) for f in files).encode()).hexdigest()
-    with contextlib.suppress(OSError, DiskError):  # a cache that cannot be written only costs time
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_text(memory, digest)
-    return digest
+    """sha256 over the folder's weight files, each remembered in the cache by path, size and time of change."""
+    memory = cache_folder() / "digests"
+    digests = (file.name + remembered_digest(file, memory) for file in sorted(folder.glob("*.safetensors")))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

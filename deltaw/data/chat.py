@@ -1,218 +1,473 @@
-"""Conversations → Examples: token ids, and one weight per token (1 trained, 0 context).
+"""Rows → Examples: token ids, and one weight per token (1 trained, 0 context).
 
-Which tokens are trained is found out from the template itself. Where it marks generations, its marks are used. Else a
-conversation is rendered up to each answer and behind it; what the longer text adds is the answer. Either way it is
-trained up to and with its last special token (the end of turn). No marker text of any model is known here.
+Where the answers lie is found out from the template itself (deltaw/data/answers.py). An answer is trained up to and
+with its last control token (the end of turn). No marker text of any model is known here.
 
 Text before an answer is tokenised as it will be when the model has to go on from there: where the tokens of the whole
 do not begin with those of the part, the parts are tokenised one by one.
+
+Rows are taken many at a time, because the tokenizer then works on all cores.
 """
 
 from __future__ import annotations
 
+import datetime
+import hashlib
+import json
+import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from deltaw.data.source import Fault, Row
+from deltaw.data.answers import Located, Locator, join_marks
+from deltaw.data.encoding import MASKS, encoding_digest
+from deltaw.data.example import Example
+from deltaw.data.formats import Row, Weight
+from deltaw.data.source import Fault
+from deltaw.data.template import Renderer, Span
+
+CHUNK_ROWS = 256
+# Words that only control tokens look like: <|im_end|>, <｜User｜>, <start_of_turn>, <eos>.
+_CONTROL_WORD = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|</?(?:start|end)_of_turn>|<(?:bos|eos|eot)>")
 
 
 @dataclass(frozen=True)
-class Example:
-    """One document: `tokens` (int32) and `weights` (float32, 0 = context), both [T]. `row` is its row number.
+class Encoded:
+    """What became of a row: its examples, one or several where a long text is cut into pieces, and what was noticed."""
 
-    `cut` says that its row was longer and lost its end.
-    """
-
-    tokens: np.ndarray
-    weights: np.ndarray
-    row: int = 0
-    cut: bool = False
+    row: Row
+    examples: list[Example]
+    notes: tuple[tuple[str, str], ...] = ()
 
 
-Span = tuple[int, int]
-Encoded = tuple[list[int], list[Span]]
+@dataclass
+class _Draft:
+    """A row on its way: its text, the spans of it that are trained with their weights, and the answers among them."""
+
+    row: Row
+    text: str
+    spans: list[tuple[Span, float]]
+    answers: list[Span]
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+
+class _Refused(ValueError):
+    """A row that cannot be encoded; the message is the reason."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class Encoder:
-    """Turns rows into examples with one tokenizer and its chat template; a row that cannot be used becomes a Fault."""
+    """Turns rows into examples with one tokenizer and its chat template; a row that cannot be used becomes a Fault.
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    `train_on` is "assistant" (every answer), "last" (the last one), "completion" (the completion; of a chat, the last
+    answer) or "all" (every token); weights of single messages and parts go before it. Findings in `allow` do not make a
+    row a Fault where it can be used all the same. `today` is the day that a template prints; `tokenizer_digest` names
+    the tokenizer with its template where the caller knows it from their files.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        train_on: str = "assistant",
+        allow: Iterable[str] = (),
+        today: datetime.date | None = None,
+        tokenizer_digest: str | None = None,
+    ) -> None:
         assert max_length > 1, "a document of one token predicts nothing"
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.added = set(tokenizer.added_tokens_decoder)
-        self.special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.special |= set(tokenizer.all_special_ids)
-        self.marked = marks_generations(tokenizer.chat_template)
+        assert train_on in MASKS, train_on
+        self.tokenizer, self.max_length, self.train_on, self.allow = tokenizer, max_length, train_on, frozenset(allow)
+        self.today = today
+        self.tokenizer_digest = tokenizer_digest or _digest_of(tokenizer)
+        self.renderer = None if tokenizer.chat_template is None else Renderer(tokenizer, today)
+        self.marked = self.renderer is not None and self.renderer.marked
+        decoder = tokenizer.added_tokens_decoder
+        self.added = set(decoder)
+        self.special = {token_id for token_id, token in decoder.items() if token.special} | set(
+            tokenizer.all_special_ids
+        )
+        self.ends = self.special | self.added
+        texts = sorted(
+            (tokenizer.convert_ids_to_tokens(i) for i in self.special if i is not None), key=len, reverse=True
+        )
+        self._control = re.compile("|".join(map(re.escape, filter(None, texts)))) if texts else None
+        self._bos = tokenizer.bos_token_id if self._puts_bos_first() else None
+
+    def _puts_bos_first(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
+
+    @property
+    def digest(self) -> str:
+        """The name of what decides which tokens a row gives."""
+        prints_day = self.renderer is not None and self.renderer.prints_the_day()
+        day = self.today if prints_day else None
+        return encoding_digest(self.tokenizer_digest, self.max_length, self.train_on, self.allow, day)
+
+    def ready(self) -> Encoder:
+        """Itself: an encoder that stands already (see LazyEncoder)."""
+        return self
+
+    def foreign_words(self) -> list[str]:
+        """Control words that the template prints and the tokenizer does not know as one token each."""
+        if self.renderer is None:
+            return []
+        probe = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        try:
+            printed = self.renderer.text(probe) + self.renderer.text(probe[:1], answer_follows=True)
+        except Exception:  # a template that refuses the probe is heard row by row
+            return []
+        known = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        return sorted(set(_CONTROL_WORD.findall(printed)) - known)
 
     def encode(self, row: Row) -> list[Example] | Fault:
-        """The row's examples: one, or several where a long text is cut into pieces."""
-        encoded = self._encode_text(row) if row.text is not None else self._encode_chat(row)
-        return Fault(row.file, row.number, encoded) if isinstance(encoded, str) else encoded
+        """The row's examples, or why it has none."""
+        (found,) = self.encode_many([row])
+        return found if isinstance(found, Fault) else found.examples
 
-    def _encode_text(self, row: Row) -> list[Example] | str:
-        """All of the text, and its end. Pieces overlap by one token: each token but the first is predicted once."""
-        tokens = self.tokenizer(row.text, add_special_tokens=True)["input_ids"]
-        if self.tokenizer.eos_token_id is not None and tokens[-1:] != [self.tokenizer.eos_token_id]:
-            tokens = [*tokens, self.tokenizer.eos_token_id]
-        if len(tokens) < 2:
-            return "it has a single token, so there is nothing to predict"
-        starts = range(0, len(tokens) - 1, self.max_length - 1)
-        return [_example(tokens[s : s + self.max_length], [(0, self.max_length)], row.number) for s in starts]
+    def encode_many(self, rows: Iterable[Row | Fault]) -> Iterator[Encoded | Fault]:
+        """What became of each row, in order; faults among them are handed on."""
+        rows = iter(rows)
+        while chunk := list(islice(rows, CHUNK_ROWS)):
+            drafts: list[_Draft | Encoded | Fault] = [
+                row if isinstance(row, Fault) else self._guard(self._draft, row) for row in chunk
+            ]
+            tokenised = self._tokenise([draft for draft in drafts if isinstance(draft, _Draft)])
+            for draft in drafts:
+                yield (
+                    self._guard(self._finish, draft.row, draft, next(tokenised)) if isinstance(draft, _Draft) else draft
+                )
 
-    def _encode_chat(self, row: Row) -> list[Example] | str:
-        encoded = self._tokens_and_answers(row)
-        if isinstance(encoded, str):
-            return encoded
-        tokens, answers = encoded
-        whole = _example(tokens, answers, row.number)
-        if not whole.weights[1:].any():
-            return "the chat template leaves nothing of its answers to train"
-        if len(tokens) <= self.max_length:
-            return [whole]
-        part = Example(whole.tokens[: self.max_length], whole.weights[: self.max_length], row.number, cut=True)
-        if not part.weights[1:].any():
-            return f"no trained token is left within max-length {self.max_length}"
-        return [part]
-
-    def _tokens_and_answers(self, row: Row) -> Encoded | str:
-        if self.tokenizer.chat_template is None:
-            return self._without_template(row)
-        if row.messages[0]["role"] == "assistant":
-            return "its first message is an answer to nothing"
+    def _guard(self, step: Any, row: Row, *arguments: Any) -> Any:
         try:
-            found = self._by_marks(row) if self.marked else self._by_prefixes(row)
-        except Exception as error:  # a template is a program and fails in any way it likes
-            return f"the chat template refuses it ({str(error) or type(error).__name__})"
-        return found if isinstance(found, str) else self._tokenise(*found)
+            return step(*arguments) if arguments else step(row)
+        except _Refused as refused:
+            return Fault(row.file, row.number, str(refused), refused.code)
 
-    def _without_template(self, row: Row) -> Encoded | str:
+    # -- rows → drafts -------------------------------------------------------------------------------------------------
+
+    def _draft(self, row: Row) -> _Draft | Encoded:
+        if row.skip is not None:
+            return Encoded(row, [])
+        if row.tokens:
+            return self._from_tokens(row)
+        self._refuse_control_tokens(row)
+        if row.text is not None:
+            return self._draft_text(row)
+        if self.renderer is None:
+            return self._draft_without_template(row)
+        if row.messages[0]["role"] == "assistant":
+            raise _Refused("wrong-shape", "its first message is an answer to nothing")
+        try:
+            located = self._answers(row)
+        except _Refused:
+            raise
+        except Exception as error:  # a template is a program and fails in any way it likes
+            raise _Refused(
+                "template-refuses", f"the chat template refuses it ({str(error) or type(error).__name__})"
+            ) from error
+        spans = self._weighted(row, located.text, list(located.spans.items()))
+        return _Draft(row, located.text, spans, list(located.spans.values()), [*_repeated(row), *located.notes])
+
+    def _refuse_control_tokens(self, row: Row) -> None:
+        """A control token spelt out in a text would end or fake a turn."""
+        if self._control is None or "control-tokens" in self.allow:
+            return
+        for position, message in enumerate(row.messages, 1):
+            for text in _texts_of(message):
+                if found := self._control.search(text):
+                    raise _Refused("control-tokens", f"message {position} ({message['role']}) contains {found[0]!r}")
+        if row.text is not None and (found := self._control.search(row.text)):
+            raise _Refused("control-tokens", f"the text contains {found[0]!r}")
+
+    def _draft_text(self, row: Row) -> _Draft:
+        """All of the text, and its end."""
+        assert row.text is not None
+        return _Draft(row, row.text, [], [])
+
+    def _draft_without_template(self, row: Row) -> _Draft:
         """prompt + completion + end of text, for bases that have no chat format."""
         if [message["role"] for message in row.messages] != ["user", "assistant"]:
-            return "the base has no chat template, so only prompt and completion, or text, can be used"
-        begins = self.tokenizer("", add_special_tokens=True)["input_ids"][:1] == [self.tokenizer.bos_token_id]
-        prompt = (self.tokenizer.bos_token if begins else "") + row.messages[0]["content"]
+            raise _Refused(
+                "template-refuses", "the base has no chat template, so only prompt and completion, or text, can be used"
+            )
+        prompt = (self.tokenizer.bos_token if self._bos is not None else "") + row.messages[0]["content"]
         whole = prompt + row.messages[1]["content"] + (self.tokenizer.eos_token or "")
-        return self._tokenise(whole, [(len(prompt), len(whole))])
+        span = (len(prompt), len(whole))
+        return _Draft(row, whole, self._weighted(row, whole, [(1, span)]), [span])
 
-    def _by_marks(self, row: Row) -> tuple[str, list[Span]]:
-        """The conversation and where the template marks generations in it."""
-        tools = list(row.tools) or None
-        rendered: Any = render_jinja_template(
-            conversations=[list(row.messages)],
-            tools=tools,
-            chat_template=self.tokenizer.get_chat_template(tools=tools),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        (text,), (marks,) = rendered
-        return text, [(start, stop) for start, stop in marks if stop > start]
+    def _answers(self, row: Row) -> Located:
+        """The conversation, and where each answer lies in it, by the number of its message."""
+        assert self.renderer is not None
+        messages = self._as_the_template_takes_them(row)
+        located = Locator(self.renderer, messages, row.tools, self._control).locate()
+        if self.marked:
+            located = join_marks(located, messages, *self.renderer.text_and_marks(messages, row.tools))
+        wanted = self._wanted(row)
+        faults = [fault for position, fault in located.faults.items() if position in wanted]
+        if faults:
+            raise _Refused(*faults[0])
+        return located
 
-    def _by_prefixes(self, row: Row) -> tuple[str, list[Span]] | str:
-        """The conversation and what each of its answers adds to it."""
-        whole = self.render(row.messages, row.tools)
-        spans: list[Span] = []
-        for position, message in enumerate(row.messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.render(row.messages[:position], row.tools, answer_follows=True)
-            behind = self.render(row.messages[: position + 1], row.tools)
-            if not (whole.startswith(before) and whole.startswith(behind) and len(behind) > len(before)):
-                return (
-                    f"the template renders message {position + 1} differently in its context, "
-                    "so its tokens cannot be told apart"
-                )
-            spans.append((len(before), len(behind)))
-        return whole, spans
+    def _as_the_template_takes_them(self, row: Row) -> tuple[dict[str, Any], ...]:
+        """`developer` is `system` to a template that has not heard of it."""
+        template = self.tokenizer.chat_template
+        texts = template.values() if isinstance(template, dict) else [template]
+        if any("developer" in text for text in texts):
+            return row.messages
+        return tuple({**m, "role": "system"} if m["role"] == "developer" else m for m in row.messages)
+
+    def _wanted(self, row: Row) -> set[int]:
+        """The numbers of the messages that are trained at all."""
+        positions = [position for position, message in enumerate(row.messages) if message["role"] == "assistant"]
+        given = row.weights or (None,) * len(row.messages)
+        if self.train_on == "last" or (self.train_on == "completion" and not row.weights):
+            positions = positions[-1:]
+        return {position for position in positions if given[position] != 0}
+
+    def _weighted(self, row: Row, text: str, answers: list[tuple[int, Span]]) -> list[tuple[Span, float]]:
+        """The trained spans of a conversation with their weights."""
+        if self.train_on == "all":
+            return [((0, len(text)), 1.0)]
+        wanted = self._wanted(row)
+        given: Sequence[Weight] = row.weights or (None,) * len(row.messages)
+        spans: list[tuple[Span, float]] = []
+        for position, span in answers:
+            if position in wanted:
+                weight = given[position]
+                if isinstance(weight, tuple):
+                    spans += _part_spans(text, span, weight, position)
+                else:
+                    spans.append((span, 1.0 if weight is None else weight))
+        if not any(weight for _, weight in spans):
+            raise _Refused("nothing-trained", "none of its answers is to be trained")
+        return spans
 
     def render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = (), *, answer_follows: bool = False
     ) -> str:
         """The conversation as the model reads it; with `answer_follows`, up to where its next answer begins."""
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=answer_follows
+        assert self.renderer is not None
+        taken = self._as_the_template_takes_them(Row("", 0, tuple(messages)))
+        return self.renderer.text(taken, tools, answer_follows=answer_follows)
+
+    # -- drafts → tokens -----------------------------------------------------------------------------------------------
+
+    def _tokenise(self, drafts: list[_Draft]) -> Iterator[tuple[list[int], list[int | None]]]:
+        """(tokens, number of tokens before each border of its spans) of each draft; a border is None within a token."""
+        if not drafts:
+            return
+        chats = [draft for draft in drafts if draft.row.text is None]
+        encoded = self._ids_and_starts([draft.text for draft in chats])
+        heads: list[str] = []
+        asked: list[list[tuple[int, int] | None]] = []
+        for draft, (tokens, starts) in zip(chats, encoded, strict=True):
+            asked.append(self._ask(draft, tokens, starts, heads))
+        head_ids = self._ids(heads)
+        places = iter(
+            [
+                (tokens, [self._place(tokens, request, head_ids) for request in requests])
+                for (tokens, _), requests in zip(encoded, asked, strict=True)
+            ]
         )
-        return text
+        for draft in drafts:
+            yield (self._text_ids(draft.text), [0, None]) if draft.row.text is not None else next(places)
 
-    def _tokenise(self, text: str, spans: list[Span]) -> Encoded | str:
-        """Tokens of `text`, and where among them the spans lie, each up to its last special token."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
-        tokens, offsets = encoded["input_ids"], encoded.get("offset_mapping", [])
-        added = [(start, index) for index, (start, _) in enumerate(offsets) if tokens[index] in self.added]
-        places = [self._place(text, tokens, added, border) for span in spans for border in span]
-        found = [place for place in places if place is not None]
-        if len(found) < len(places):
-            return self._tokenise_piecewise(text, spans)
-        return tokens, [self._up_to_end_of_turn(tokens, *span) for span in _pairs(found)]
+    def _ask(
+        self, draft: _Draft, tokens: list[int], starts: list[int], heads: list[str]
+    ) -> list[tuple[int, int] | None]:
+        """For each border: (number of the token to begin at, number of its head in `heads`), None at the text's end.
 
-    def _place(self, text: str, tokens: list[int], added: list[Span], border: int) -> int | None:
-        """The number of tokens before the border; None where the text before it, by itself, has other tokens.
-
-        That text is tokenised from its last added token on: these tokens are cut out of a text first, so that nothing
-        before one depends on what follows it. `added` lists their characters and numbers.
+        The text before a border is tokenised from its last added token on: these tokens are cut out of a text first, so
+        that nothing before one depends on what follows it.
         """
-        if border == len(text):
+        added = [(start, index) for index, start in enumerate(starts) if tokens[index] in self.added]
+        requests: list[tuple[int, int] | None] = []
+        for span in _borders(draft):
+            for border in span:
+                if border == len(draft.text):
+                    requests.append(None)
+                    continue
+                last = bisect_left(added, (border, 0))
+                start, index = added[last - 1] if last else (0, 0)
+                requests.append((index, len(heads)))
+                heads.append(draft.text[start:border])
+        return requests
+
+    def _place(self, tokens: list[int], request: tuple[int, int] | None, heads: list[list[int]]) -> int | None:
+        """The number of tokens before a border; None where the text before it, by itself, has other tokens."""
+        if request is None:
             return len(tokens)
-        last = bisect_left(added, (border, 0))
-        start, index = added[last - 1] if last else (0, 0)
-        head = self._ids(text[start:border])
+        index, head = request[0], heads[request[1]]
         return index + len(head) if tokens[index : index + len(head)] == head else None
 
-    def _tokenise_piecewise(self, text: str, spans: list[Span]) -> Encoded | str:
-        """The same with every span, and what lies between them, tokenised by itself."""
-        tokens: list[int] = []
-        places = []
-        borders = [0, *(border for span in spans for border in span), len(text)]
-        for start, stop in pairwise(borders):
-            places.append(len(tokens))
-            tokens += self._ids(text[start:stop])
-        if self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
-            return "an answer begins or ends within a token, and cutting there changes the text"
-        return tokens, [self._up_to_end_of_turn(tokens, *span) for span in _pairs(places[1:])]
+    def _ids_and_starts(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """(token ids, first character of each) of every text."""
+        if not texts:
+            return []
+        if not self.tokenizer.is_fast:
+            return [(ids, []) for ids in self._ids(texts)]
+        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            (ids, [start for start, _ in offsets])
+            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+        ]
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         return ids
 
-    def _up_to_end_of_turn(self, tokens: Sequence[int], start: int, stop: int) -> Span:
-        ends = [place for place in range(start, stop) if tokens[place] in self.special]
-        return start, ends[-1] + 1 if ends else stop
+    def _text_ids(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        if self.tokenizer.eos_token_id is not None and tokens[-1:] != [self.tokenizer.eos_token_id]:
+            tokens = [*tokens, self.tokenizer.eos_token_id]
+        return tokens
+
+    # -- tokens → examples ---------------------------------------------------------------------------------------------
+
+    def _finish(self, draft: _Draft, tokenised: tuple[list[int], list[int | None]]) -> Encoded:
+        tokens, places = tokenised
+        if draft.row.text is not None:
+            return Encoded(draft.row, self._pieces(tokens, draft.row.number), tuple(self._noticed(draft, tokens)))
+        if None in places:
+            tokens, places = self._piecewise(draft)
+        spans = self._trained(draft, tokens, places)
+        weights = np.zeros(len(tokens), np.float32)
+        for (start, stop), (_, weight) in zip(spans, draft.spans, strict=True):
+            weights[start:stop] = weight
+        return self._fit(draft.row, np.asarray(tokens, np.int32), weights, self._noticed(draft, tokens, spans))
+
+    def _fit(self, row: Row, tokens: np.ndarray, weights: np.ndarray, notes: list[tuple[str, str]]) -> Encoded:
+        """One example of at most `max_length` tokens."""
+        if not weights[1:].any():
+            raise _Refused("nothing-trained", "the chat template leaves nothing of its answers to train")
+        if len(tokens) <= self.max_length:
+            return Encoded(row, [Example(tokens, weights, row.number)], tuple(notes))
+        lost = np.count_nonzero(weights[self.max_length :])
+        part = Example(tokens[: self.max_length], weights[: self.max_length], row.number, cut=True)
+        if not part.weights[1:].any():
+            raise _Refused(
+                "too-long",
+                f"it has {len(tokens):,} tokens, and no trained token is left within max-length {self.max_length}",
+            )
+        if lost:
+            notes = [*notes, ("answer-cut", f"{lost:,} trained tokens of {len(tokens):,} lie behind max-length")]
+        return Encoded(row, [part], tuple(notes))
+
+    def _piecewise(self, draft: _Draft) -> tuple[list[int], list[int | None]]:
+        """The tokens and borders with every span, and what lies between them, tokenised by itself."""
+        tokens: list[int] = []
+        places: list[int | None] = []
+        borders = [0, *(border for span in _borders(draft) for border in span), len(draft.text)]
+        for ids in self._ids([draft.text[start:stop] for start, stop in pairwise(borders)]):
+            places.append(len(tokens))
+            tokens += ids
+        if self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False) != draft.text:
+            raise _Refused(
+                "mask-unclear", "an answer begins or ends within a token, and cutting there changes the text"
+            )
+        return tokens, places[1:]
+
+    def _trained(self, draft: _Draft, tokens: Sequence[int], places: Sequence[int | None]) -> list[Span]:
+        """The spans in tokens; an answer ends with its last control token, not with what stands behind that."""
+        answer_ends = {stop for _, stop in draft.answers}
+        found: list[Span] = []
+        for ((_, stop), _), first, last in zip(draft.spans, places[::2], places[1::2], strict=True):
+            assert first is not None and last is not None
+            ends = (
+                [place for place in range(first, last) if tokens[place] in self.special] if stop in answer_ends else []
+            )
+            found.append((first, ends[-1] + 1 if ends and self.train_on != "all" else last))
+        return found
+
+    def _noticed(self, draft: _Draft, tokens: Sequence[int], spans: Sequence[Span] = ()) -> list[tuple[str, str]]:
+        """What is worth saying about a row that can be used."""
+        notes = list(draft.notes)
+        if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in tokens:
+            notes.append(
+                ("unknown-tokens", f"{list(tokens).count(self.tokenizer.unk_token_id)} of {len(tokens)} tokens")
+            )
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and list(tokens[:2]) == [bos, bos]:
+            notes.append(("double-bos", "the template and the text each begin with it"))
+        elif self._bos is not None and tokens[0] != self._bos:
+            notes.append(("missing-bos", f"it begins with token {tokens[0]}"))
+        answer_ends = {stop for _, stop in draft.answers}
+        for ((_, border), weight), (first, stop) in zip(draft.spans, spans, strict=True):
+            if border in answer_ends and weight and stop > first and tokens[stop - 1] not in self.ends:
+                notes.append(("end-of-turn", f"an answer ends in {self.tokenizer.decode(tokens[stop - 1 : stop])!r}"))
+                break
+        return notes
+
+    def _pieces(self, tokens: list[int], row: int) -> list[Example]:
+        """A text in pieces that overlap by one token: each token but the first is predicted once."""
+        if len(tokens) < 2:
+            raise _Refused("nothing-trained", "it has a single token, so there is nothing to predict")
+        all_tokens = np.asarray(tokens, np.int32)
+        starts = range(0, len(tokens) - 1, self.max_length - 1)
+        pieces = [all_tokens[start : start + self.max_length] for start in starts]
+        return [Example(piece, np.ones(len(piece), np.float32), row) for piece in pieces]
+
+    def _from_tokens(self, row: Row) -> Encoded:
+        """A row that was tokenised elsewhere."""
+        most = len(self.tokenizer)
+        if wrong := [token for token in row.tokens if not 0 <= token < most]:
+            raise _Refused("wrong-shape", f"token {wrong[0]} is outside the vocabulary of {most:,}")
+        weights = np.asarray([label != -100 for label in row.labels], np.float32)
+        tokens = np.asarray(row.tokens, np.int32)
+        if not weights[1:].any():
+            raise _Refused("nothing-trained", "all of its labels are -100")
+        notes = self._noticed(_Draft(row, "", [], []), tokens.tolist())
+        return self._fit(row, tokens, weights, notes)
 
 
-def marks_generations(template: str | dict[str, str] | None) -> bool:
-    """Whether a chat template (or each of several) has a `{% generation %}` block, however it is spaced."""
-    if isinstance(template, dict):
-        return all(map(marks_generations, template.values()))
-    try:
-        tokens = [(kind, text) for _, kind, text in Environment().lex(template or "") if kind != "whitespace"]
-    except TemplateSyntaxError:  # rendering says so, row by row
-        return False
-    return any(a[0] == "block_begin" and b == ("name", "generation") for a, b in pairwise(tokens))
+def _borders(draft: _Draft) -> list[Span]:
+    return [span for span, _ in draft.spans]
 
 
-def _pairs(places: Sequence[int]) -> list[Span]:
-    return list(zip(places[::2], places[1::2], strict=True))
+def _part_spans(
+    text: str, span: Span, parts: Sequence[tuple[str, float | None]], position: int
+) -> list[tuple[Span, float]]:
+    """The parts of one answer with their weights; what the template adds behind them belongs to the last part."""
+    content = "".join(part for part, _ in parts)
+    start = text.find(content, *span)
+    if start < 0 or text.find(content, start + 1, span[1]) >= 0:
+        raise _Refused(
+            "mask-unclear", f"message {position + 1} has weights for its parts, but the template changes its text"
+        )
+    spans: list[tuple[Span, float]] = []
+    for number, (part, weight) in enumerate(parts):
+        first = span[0] if number == 0 else start
+        start = (start if number else text.find(content, *span)) + len(part)
+        last = span[1] if number == len(parts) - 1 else start
+        spans.append(((first, last), 1.0 if weight is None else weight))
+    return spans
 
 
-def _example(tokens: Sequence[int], trained: Sequence[Span], row: int) -> Example:
-    weights = np.zeros(len(tokens), np.float32)
-    for start, stop in trained:
-        weights[start:stop] = 1
-    return Example(np.asarray(tokens, np.int32), weights, row)
+def _texts_of(message: dict[str, Any]) -> Iterator[str]:
+    if isinstance(message.get("content"), str):
+        yield message["content"]
+    if message.get("tool_calls"):
+        yield json.dumps(message["tool_calls"], ensure_ascii=False)
 
 
-def encode_rows(encoder: Encoder, rows: Iterator[Row | Fault]) -> Iterator[tuple[Row, Example] | Fault]:
-    """Every example of the rows with its row, and every fault, in order."""
-    for row in rows:
-        encoded = row if isinstance(row, Fault) else encoder.encode(row)
-        if isinstance(encoded, Fault):
-            yield encoded
-        else:
-            assert isinstance(row, Row)
-            yield from ((row, example) for example in encoded)
+def _repeated(row: Row) -> list[tuple[str, str]]:
+    for number, (first, second) in enumerate(pairwise(row.messages), 1):
+        if first["role"] == second["role"] and first["role"] in ("user", "assistant"):
+            return [("repeated-role", f"messages {number} and {number + 1} are both of the {first['role']}")]
+    return []
+
+
+def _digest_of(tokenizer: Any) -> str:
+    """sha256 over a tokenizer that is in no folder, and its template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = repr(tokenizer) if backend is None else backend.to_str()
+    parts = [tokenizer.chat_template, tokenizer.special_tokens_map, text]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()

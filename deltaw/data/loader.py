@@ -7,13 +7,16 @@ so that any position of any epoch is found at once, for any n.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from deltaw.data.pack import Batch, TokenStore
+from deltaw.data.pack import Batch, batch_of
+from deltaw.data.store import TokenStore
 
 _ROUNDS = 4
 
@@ -57,17 +60,59 @@ class Step:
     next_position: int
 
 
-class Loader:
-    """Cuts a store into optimiser steps of about `batch_tokens` tokens, in the order of (seed, epoch, position)."""
+class _Part(NamedTuple):
+    """One source: so many `documents` from `first` on, which fill `drawn` places of an epoch from `place` on."""
 
-    def __init__(self, store: TokenStore, batch_tokens: int, micro_tokens: int, seed: int) -> None:
+    first: int
+    documents: int
+    place: int
+    drawn: int
+
+
+def _parts(mix: Sequence[tuple[int, float]]) -> list[_Part]:
+    parts: list[_Part] = []
+    first = place = 0
+    for count, weight in mix:
+        drawn = max(1, round(count * weight)) if count else 0
+        if drawn:
+            parts.append(_Part(first, count, place, drawn))
+        first, place = first + count, place + drawn
+    return parts
+
+
+class Loader:
+    """Cuts a store into optimiser steps of about `batch_tokens` tokens, in the order of (seed, epoch, position).
+
+    `mix` is (documents, weight) for each source, in the order in which the store holds them: a document of a source
+    with weight 2 appears twice in an epoch, one with weight 0.5 in every second one.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        batch_tokens: int,
+        micro_tokens: int,
+        seed: int,
+        mix: Sequence[tuple[int, float]] = (),
+    ) -> None:
         self.store, self.batch_tokens, self.micro_tokens, self.seed = store, batch_tokens, micro_tokens, seed
         self.lengths = store.lengths
+        self._parts = _parts(mix or [(len(store), 1.0)])
+        self.epoch_documents = sum(part.drawn for part in self._parts)
 
     def document(self, position: int) -> int:
-        """The document at a position counted over all epochs."""
-        epoch, index = divmod(position, len(self.store))
-        return shuffled(index, len(self.store), self.seed, epoch)
+        """The document at a position counted over all epochs.
+
+        The places of an epoch are shuffled over all sources. A source that fills `drawn` of them goes through its own
+        documents in shuffled rounds, each round whole before the next begins, over the ends of epochs.
+        """
+        epoch, index = divmod(position, self.epoch_documents)
+        place = shuffled(index, self.epoch_documents, self.seed, epoch)
+        part = self._parts[bisect_right(self._parts, place, key=lambda part: part.place) - 1]
+        if part.drawn == part.documents:
+            return part.first + place - part.place
+        turn, within = divmod(epoch * part.drawn + place - part.place, part.documents)
+        return part.first + shuffled(within, part.documents, self.seed + 1 + part.first, turn)
 
     def step(self, position: int, stop: int | None = None) -> Step:
         """The step that begins at `position`: whole documents until the next would pass `batch_tokens`, at least one.
@@ -99,7 +144,7 @@ class Loader:
 
     def batches(self, step: Step) -> list[Batch]:
         """The step's micro-batches, read from the store."""
-        return [self.store.batch(documents) for documents in step.micro_batches]
+        return [batch_of(self.store, documents) for documents in step.micro_batches]
 
     def steps_until(self, stop: int) -> int:
         """How many steps take the documents up to position `stop`."""

@@ -1,20 +1,19 @@
-"""Examples → one mapped file of tokens with offsets → flat ragged batches. No padding exists.
+"""Examples → flat ragged batches. No padding exists.
 
 Legend: T tokens of one batch, laid end to end; `bounds` holds each document's first token and, last, T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deltaw.data.chat import Example
-from deltaw.disk import disk_errors
+from deltaw.data.example import Example
+from deltaw.data.store import TokenStore
 
 
 @dataclass(frozen=True)
@@ -65,63 +64,6 @@ def flat_batch(examples: Sequence[Example], documents: Sequence[int] = ()) -> Ba
     )
 
 
-class TokenStore:
-    """All examples of one split in mapped files: `.tokens` int32, `.weights` float32, `.offsets` and `.rows` int64.
-
-    Reading touches only the pages of the documents asked for, so a store may be larger than memory.
-    """
-
-    def __init__(self, stem: Path) -> None:
-        self.stem = stem
-        self.offsets = np.fromfile(_file(stem, "offsets"), np.int64)
-        self.rows = np.fromfile(_file(stem, "rows"), np.int64)
-        empty = self.offsets[-1] == 0
-        self._tokens = np.zeros(0, np.int32) if empty else np.memmap(_file(stem, "tokens"), np.int32, "r")
-        self._weights = np.zeros(0, np.float32) if empty else np.memmap(_file(stem, "weights"), np.float32, "r")
-
-    @classmethod
-    def write(cls, stem: Path, examples: Iterable[Example]) -> TokenStore:
-        """Writes the examples one by one, whatever their number, and opens the result. Raises DiskError."""
-        offsets, rows = [0], []
-        with disk_errors("write", stem):
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            with _file(stem, "tokens").open("wb") as tokens, _file(stem, "weights").open("wb") as weights:
-                for example in examples:
-                    tokens.write(example.tokens.astype(np.int32).tobytes())
-                    weights.write(example.weights.astype(np.float32).tobytes())
-                    offsets.append(offsets[-1] + len(example.tokens))
-                    rows.append(example.row)
-            np.asarray(offsets, np.int64).tofile(_file(stem, "offsets"))
-            np.asarray(rows, np.int64).tofile(_file(stem, "rows"))
-        return cls(stem)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, document: int) -> Example:
-        part = slice(self.offsets[document], self.offsets[document + 1])
-        return Example(np.asarray(self._tokens[part]), np.asarray(self._weights[part]), int(self.rows[document]))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each document."""
-        return np.diff(self.offsets)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in all documents."""
-        return int(self.offsets[-1])
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of tokens that carry loss; a document's first token never does, nothing predicts it."""
-        trained = int(np.count_nonzero(self._weights))
-        return trained - int(np.count_nonzero(self._weights[self.offsets[:-1]])) if len(self) else 0
-
-    def batch(self, documents: Sequence[int]) -> Batch:
-        """These documents as one flat batch."""
-        return flat_batch([self[document] for document in documents], documents)
-
-
-def _file(stem: Path, kind: str) -> Path:
-    return stem.with_name(f"{stem.name}.{kind}")
+def batch_of(store: TokenStore, documents: Sequence[int]) -> Batch:
+    """These documents of a store as one flat batch."""
+    return flat_batch([store[document] for document in documents], documents)

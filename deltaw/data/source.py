@@ -1,153 +1,336 @@
-"""Files → conversations, row by row, without guessing types: what a row holds is what the file says.
+"""Files → records, without guessing types: what a record holds is what the file says.
 
-Reads JSON lines (`messages`, `prompt`/`completion`, or `text`), the same gzipped, and plain text files. A row that
-cannot be used becomes a Fault that names file and row; it never ends the reading and is never dropped silently.
+Containers: JSON lines, a JSON array, CSV and TSV, Parquet, Arrow files and folders, plain text; the text ones also
+gzipped or as .zst; data sets of the hub. Rows are numbered from 1. What cannot be read becomes a Fault that names file
+and row; it never ends the reading and is never dropped silently. What a record means is deltaw/data/formats.py.
 """
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
+import importlib
+import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from deltaw.errors import DataError
+from deltaw.config import HUB
+from deltaw.errors import DataError, bullet_list
 
-ROLES = ("system", "user", "assistant", "tool")
 TEXT_ENDINGS = (".txt", ".md")
+LINE_ENDINGS = (".jsonl", ".ndjson", ".json")
+TABLE_ENDINGS = {".csv": ",", ".tsv": "\t"}
+ARROW_ENDINGS = (".parquet", ".arrow")
+PACKED_ENDINGS = (".gz", ".zst")
+KNOWN = "Give .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt, the text ones also as .gz or .zst; or hub:NAME."
+_DAMAGE = (OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One usable row: `messages` for a chat, or `text`; `file` and `number` (from 1) say where it stood."""
+class Record:
+    """One row as the file has it; `typed` says that an Arrow schema may have added keys with nothing in them."""
 
     file: str
     number: int
-    messages: tuple[dict[str, Any], ...] = ()
-    text: str | None = None
-    tools: tuple[Any, ...] = field(default=())
-
-    @property
-    def answer(self) -> str | None:
-        """The text of the last assistant turn, where there is one."""
-        return next((m.get("content") for m in reversed(self.messages) if m["role"] == "assistant"), None)
+    value: Any
+    typed: bool = False
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One row that cannot be used, with the reason."""
+    """One row that cannot be used: the reason, and the name of the finding that it is (deltaw/data/findings.py)."""
 
     file: str
     number: int
     reason: str
+    code: str = "unreadable"
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.number}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Source:
+    """One entry of `data`: files (or a data set of the hub) with what is to be done with them.
+
+    Each of its rows appears `weight` times an epoch; no more than `cap` rows are taken; `columns` renames, canonical
+    name → name in the file. Written FILE or FILE::weight=2,cap=1000,prompt=question.
+    """
+
+    name: str
+    weight: float = 1.0
+    cap: int | None = None
+    split: str = "train"
+    config: str | None = None
+    columns: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def files(self) -> list[Path]:
+        """The files it stands for, in order; empty for a data set of the hub. Raises DataError."""
+        return [] if self.name.startswith(HUB) else find_files([self.name])
+
+
+def parse_source(text: str, columns: Iterable[tuple[str, str]] = (), known: Iterable[str] = ()) -> Source:
+    """A Source from its text; `columns` are renamings for all sources. Raises DataError naming what is wrong.
+
+    `known` are the canonical names of columns.
+    """
+    name, _, options = text.partition("::")
+    values: dict[str, Any] = {}
+    renamed = dict(columns)
+    faults = []
+    for option in filter(None, options.split(",")):
+        key, equals, value = (part.strip() for part in option.partition("="))
+        try:
+            if not equals or not value:
+                raise ValueError("must look like key=value")
+            if key in known:
+                renamed[key] = value
+            else:
+                values[key] = _OPTIONS[key](value)
+        except KeyError:
+            faults.append(f"{key!r} is none of {', '.join([*_OPTIONS, *known])}")
+        except ValueError as error:
+            faults.append(f"{option!r}: {error}")
+    if faults:
+        raise DataError(f"The data source {text!r} cannot be understood:\n" + bullet_list(faults))
+    return Source(name, columns=tuple(sorted(renamed.items())), **values)
+
+
+def _positive(value: str) -> float:
+    number = float(value)
+    if not 0 < number < 1e6:
+        raise ValueError("must be above 0")
+    return number
+
+
+def _count(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise ValueError("must be a whole number above 0")
+    return number
+
+
+_OPTIONS: dict[str, Any] = {"weight": _positive, "cap": _count, "split": str, "config": str}
+
+
 def find_files(patterns: list[str]) -> list[Path]:
-    """The files that names and globs stand for, in order; DataError names every one that stands for nothing."""
+    """The files and Arrow folders that names and globs stand for, in order; DataError names all that stand for none."""
     found: list[Path] = []
     missing = []
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())
-        matches = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207 - patterns may be absolute
-        files = [expanded] if Path(expanded).is_file() else [match for match in matches if Path(match).is_file()]
+        matches = [expanded] if Path(expanded).exists() else sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207
+        files = [Path(match) for match in matches if Path(match).is_file() or _is_arrow_folder(Path(match))]
         missing += [] if files else [pattern]
-        found += [Path(file).resolve() for file in files]
+        found += [file.resolve() for file in files]
     if missing:
-        raise DataError("No such data file: " + ", ".join(missing) + ". Give a .jsonl, .jsonl.gz or .txt file.")
+        raise DataError("No such data file: " + ", ".join(missing) + ". " + KNOWN)
     return found
 
 
-def read_rows(files: list[Path]) -> Iterator[Row | Fault]:
-    """Every row of the files in order, usable or not. Raises DataError for a file that cannot be opened at all."""
-    for file in files:
-        name = file.name.lower()
-        if name.endswith(TEXT_ENDINGS):
-            yield _read_text(file)
-        elif name.endswith((".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz")):
-            yield from _read_json_lines(file)
-        else:
-            raise DataError(f"{file}: unknown kind of file. Give .jsonl, .jsonl.gz or .txt.")
+def _is_arrow_folder(path: Path) -> bool:
+    """Whether `datasets` saved a data set, or one with several splits, into this folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _read_text(file: Path) -> Row | Fault:
+def content_files(source: Source) -> list[Path]:
+    """Every file whose content decides what a source says: those of Arrow folders too."""
+    files: list[Path] = []
+    for path in source.files:
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return files
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_source(source: Source) -> Iterator[Record | Fault]:
+    """Every record of a source in order, up to its cap. Raises DataError for what cannot be opened at all."""
+    if source.name.startswith(HUB):
+        records = _read_hub(source)
+    else:
+        records = (record for file in source.files for record in read_file(file, source.split))
+    for taken, record in enumerate(records):
+        if source.cap is not None and taken >= source.cap:
+            return
+        yield record
+
+
+def read_file(file: Path, split: str = "train") -> Iterator[Record | Fault]:
+    """Every record of a file, readable or not. Raises DataError for a file that cannot be opened at all."""
+    if file.is_dir():
+        yield from _read_arrow_folder(file, split)
+        return
+    name = file.name.lower()
+    plain = name.removesuffix(next((ending for ending in PACKED_ENDINGS if name.endswith(ending)), ""))
+    ending = Path(plain).suffix
+    if ending in TEXT_ENDINGS:
+        yield _read_text(file)
+    elif ending in LINE_ENDINGS:
+        yield from _read_json(file, ending)
+    elif ending in TABLE_ENDINGS:
+        yield from _read_table(file, TABLE_ENDINGS[ending])
+    elif ending in ARROW_ENDINGS and plain == name:
+        yield from _read_arrow(file, [file])
+    else:
+        raise DataError(f"{file}: unknown kind of file. {KNOWN}")
+
+
+def _open(file: Path) -> AbstractContextManager[BinaryIO]:
+    """The bytes of a file, unpacked."""
+    name = file.name.lower()
+    if name.endswith(".gz"):
+        return gzip.open(file, "rb")  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        return _arrow(file).input_stream(str(file), compression="zstd")
+    return file.open("rb")
+
+
+def _arrow(file: Path) -> Any:
     try:
-        text = file.read_text("utf-8-sig")
+        return importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise DataError(f"Reading {file.name} needs pyarrow: pip install 'deltaw[data]'") from error
+
+
+def _read_text(file: Path) -> Record | Fault:
+    try:
+        with _open(file) as content:
+            text = content.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         return Fault(file.name, 1, f"not valid UTF-8 ({error})")
-    except OSError as error:
+    except _DAMAGE as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    return Row(file.name, 1, text=text) if text.strip() else Fault(file.name, 1, "the file is empty")
+    return Record(file.name, 1, {"text": text}) if text.strip() else Fault(file.name, 1, "the file is empty")
 
 
-def _read_json_lines(file: Path) -> Iterator[Row | Fault]:
-    opener = gzip.open if file.name.lower().endswith(".gz") else open
+def _read_json(file: Path, ending: str) -> Iterator[Record | Fault]:
     number = 0
     try:
-        with opener(file, "rb") as lines:
+        with _open(file) as content:
+            lines: Any = content if hasattr(content, "peek") else io.BufferedReader(content)
+            if ending == ".json" and _begins_with_bracket(lines):
+                yield from _read_array(file, lines.read())
+                return
             for number, line in enumerate(lines, 1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    yield _parse(file.name, number, line)
-    except (OSError, EOFError, zlib.error) as error:
+                    yield _object(file.name, number, _parse(file.name, number, line))
+    except _DAMAGE as error:
         raise DataError(f"{file} cannot be read behind row {number}: {error}") from error
 
 
-def _parse(file: str, number: int, line: bytes) -> Row | Fault:
+def _begins_with_bracket(lines: Any) -> bool:
+    return lines.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _read_array(file: Path, content: bytes) -> Iterator[Record | Fault]:
+    whole = _parse(file.name, 1, content)
+    if isinstance(whole, Fault):
+        yield whole
+    else:
+        yield from (_object(file.name, number, value) for number, value in enumerate(whole, 1))
+
+
+def _parse(file: str, number: int, text: bytes) -> Any:
+    """The value of a JSON text, or the Fault that it is none."""
     try:
-        value = json.loads(line.decode("utf-8-sig"))
-        if b"\\u" in line:  # JSON may spell half of a surrogate pair, which no tokenizer takes
+        value = json.loads(text.decode("utf-8-sig"))
+        if b"\\u" in text:  # JSON may spell half of a surrogate pair, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         return Fault(file, number, f"not valid JSON ({error})")
-    if not isinstance(value, dict):
-        return Fault(file, number, f"a row must be an object, not {type(value).__name__}")
-    row = _to_row(file, number, value)
-    return row if isinstance(row, Row) else Fault(file, number, row)
+    return value
 
 
-def _to_row(file: str, number: int, value: dict[str, Any]) -> Row | str:
-    if "messages" in value:
-        fault = _message_fault(value["messages"]) or _tools_fault(value.get("tools"))
-        # A key without a value says nothing, and many templates would print it as "None".
-        filled = [{k: v for k, v in m.items() if v is not None} for m in value["messages"]] if fault is None else []
-        return fault or Row(file, number, tuple(filled), tools=tuple(value.get("tools") or ()))
-    if "prompt" in value and "completion" in value:
-        if not (isinstance(value["prompt"], str) and isinstance(value["completion"], str)):
-            return "prompt and completion must be strings"
-        messages = ({"role": "user", "content": value["prompt"]}, {"role": "assistant", "content": value["completion"]})
-        return _message_fault(list(messages)) or Row(file, number, messages)
-    if "text" in value:
-        if not isinstance(value["text"], str) or not value["text"].strip():
-            return "text must be a string that is not empty"
-        return Row(file, number, text=value["text"])
-    return f"it has none of messages, prompt and completion, text; its keys are {sorted(value)[:8]}"
+def _object(file: str, number: int, value: Any) -> Record | Fault:
+    if isinstance(value, Fault):
+        return value
+    if isinstance(value, dict):
+        return Record(file, number, value)
+    return Fault(file, number, f"a row must be an object, not {type(value).__name__}")
 
 
-def _message_fault(messages: Any) -> str | None:
-    """Why these messages cannot be trained on, or None."""
-    if not isinstance(messages, list) or not messages:
-        return "messages must be a list that is not empty"
-    for position, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            return f"message {position} has the role {role!r}; known are {', '.join(ROLES)}"
-        calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
-        if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
-            return f"message {position} ({message['role']}) has no text as its content"
-        if message["role"] == "assistant" and not calls and not message["content"].strip():
-            return f"message {position} (assistant) is empty"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "no message has the role assistant, so nothing would be trained"
-    return None
+def _read_table(file: Path, delimiter: str) -> Iterator[Record | Fault]:
+    """Rows of a CSV or TSV file with a header; an empty cell says nothing. Values are text, whatever they look like."""
+    csv.field_size_limit(1 << 27)
+    number = 0
+    try:
+        with _open(file) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as text:
+            rows = csv.reader(text, delimiter=delimiter, strict=True)
+            header = next(rows, None)
+            if not header or len(set(header)) < len(header) or not all(header):
+                raise DataError(f"{file} needs a first line that names its columns, each once; it has {header}.")
+            for number, cells in enumerate(rows, 1):
+                if len(cells) != len(header):
+                    yield Fault(file.name, number, f"it has {len(cells)} cells, the header {len(header)}")
+                else:
+                    filled = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+                    yield Record(file.name, number, filled, typed=True)
+    except (UnicodeDecodeError, csv.Error) as error:
+        yield Fault(file.name, number + 1, f"the table cannot be read from here on ({error})")
+    except _DAMAGE as error:
+        raise DataError(f"{file} cannot be read behind row {number}: {error}") from error
 
 
-def _tools_fault(tools: Any) -> str | None:
-    if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        return None
-    return "tools must be a list of objects"
+def _read_arrow_folder(folder: Path, split: str) -> Iterator[Record | Fault]:
+    """A data set as `datasets` saves it; of one with several splits, the one asked for."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.name for path in folder.iterdir() if (path / "state.json").is_file())
+        if split not in splits:
+            raise DataError(f"{folder} has no split {split!r}; give {folder}::split=… with one of {', '.join(splits)}.")
+        folder = folder / split
+    try:
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        shards = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no readable Arrow folder: {error}") from error
+    yield from _read_arrow(folder, shards)
+
+
+def _read_arrow(shown: Path, shards: list[Path]) -> Iterator[Record | Fault]:
+    arrow, number = _arrow(shown), 0
+    try:
+        for shard in shards:
+            for batch in _arrow_batches(arrow, shard):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Record(shown.name, number, value, typed=True)
+    except (arrow.ArrowException, *_DAMAGE, UnicodeDecodeError) as error:
+        raise DataError(f"{shown} cannot be read behind row {number}: {error}") from error
+
+
+def _arrow_batches(arrow: Any, shard: Path) -> Iterator[Any]:
+    if shard.suffix == ".parquet":
+        with importlib.import_module("pyarrow.parquet").ParquetFile(shard) as file:
+            yield from file.iter_batches(batch_size=1024)
+        return
+    with arrow.memory_map(str(shard)) as mapped:
+        try:
+            yield from arrow.ipc.open_stream(mapped)
+        except arrow.ArrowInvalid:
+            file = arrow.ipc.open_file(mapped)
+            yield from (file.get_batch(index) for index in range(file.num_record_batches))
+
+
+def _read_hub(source: Source) -> Iterator[Record | Fault]:
+    """Rows of a data set of the hub, or of a folder as the hub has it, streamed; no code of it is run."""
+    name = source.name.removeprefix(HUB)
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise DataError(f"Reading {source.name} needs datasets: pip install 'deltaw[hub]'") from error
+    try:
+        rows = datasets.load_dataset(name, source.config, split=source.split, streaming=True)
+        yield from (Record(name, number, value, typed=True) for number, value in enumerate(rows, 1))
+    except Exception as error:  # the library raises a wide family; its own sentence is the useful part
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"Could not read {source.name}: {first_line} Give a local file if you have it already."
+        ) from error

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from deltaw.base.load import Base
-from deltaw.data.check import DataSet, Labels
 from deltaw.data.loader import evaluation_batches
-from deltaw.data.pack import TokenStore, flat_batch
+from deltaw.data.pack import batch_of, flat_batch
+from deltaw.data.prepare import DataSet, Labels
+from deltaw.data.store import TokenStore
 from deltaw.engine.objective import score_batch
 from deltaw.errors import NotFiniteError
 
@@ -77,8 +78,8 @@ def held_out_loss(base: Base, store: TokenStore, batch_tokens: int, most_rows: i
     """(loss sum, trained tokens, seconds) over the first `most_rows` documents: what is watched during training."""
     started, loss_sum, tokens = time.monotonic(), 0.0, 0
     for documents in evaluation_batches(store, batch_tokens, most_rows):
-        losses_N = score_batch(base, store.batch(documents).to(base.device)).losses_N
-        loss_sum += float(losses_N.sum(dtype=torch.float64))
+        losses_N = score_batch(base, batch_of(store, documents).to(base.device)).losses_N
+        loss_sum += float(losses_N.cpu().sum(dtype=torch.float64))
         tokens += len(losses_N)
     return loss_sum, tokens, time.monotonic() - started
 
@@ -92,9 +93,9 @@ def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | 
     choices = np.full(len(store), -1)
     done = 0
     for documents in evaluation_batches(store, batch_tokens):
-        batch = store.batch(documents).to(base.device)
+        batch = batch_of(store, documents).to(base.device)
         scores = score_batch(base, batch, first_tokens or ())
-        result.loss_sum += float(scores.losses_N.sum(dtype=torch.float64))
+        result.loss_sum += float(scores.losses_N.cpu().sum(dtype=torch.float64))
         result.tokens += len(scores.losses_N)
         result.exact += _all_hit(scores.hits_N, scores.places_N, batch.bounds)
         if first_tokens is not None:

@@ -11,7 +11,8 @@ import torch
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base
 from deltaw.data.chat import Encoder
-from deltaw.data.source import Fault, Row
+from deltaw.data.formats import Row
+from deltaw.data.source import Fault
 from deltaw.errors import DataError
 
 Messages = Sequence[dict[str, Any]]

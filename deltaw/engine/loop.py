@@ -220,9 +220,10 @@ def _require_finite(step: int, result: StepResult, norm: float, track: Track) ->
     if math.isfinite(result.loss) and math.isfinite(norm):
         return
     documents = [document for batch in result.batches for document in batch.documents]
-    rows = sorted({int(track.loader.store.rows[document]) for document in documents})
+    places = sorted({track.loader.store.place(document) for document in documents})
+    rows = [f"{file}, row {row}" if file else f"row {row}" for file, row in places]
     raise NotFiniteError(
         f"Step {step}: the loss is {result.loss} and the gradient norm {norm}. Nothing was updated. "
-        f"The batch held rows {', '.join(map(str, rows[:20]))}{' …' if len(rows) > 20 else ''}. "
+        f"The batch held {'; '.join(rows[:20])}{' …' if len(rows) > 20 else ''}. "
         "A lower --lr usually helps; else look at these rows."
     )

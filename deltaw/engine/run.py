@@ -6,6 +6,7 @@ This module imports nothing heavy, so that the folder stands within a second of 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,12 +15,18 @@ from typing import Any
 import yaml
 
 from deltaw.base.builtin import BUILTIN
-from deltaw.config import Settings, make_settings
-from deltaw.data.source import find_files
+from deltaw.config import AUTO, HUB, Settings, make_settings
+from deltaw.data.findings import refuse_unknown
+from deltaw.data.formats import parse_sources
+from deltaw.data.source import Source
 from deltaw.disk import disk_errors, write_text
 from deltaw.errors import UsageError
 
 CONFIG = "config.yaml"
+HEADER = "# Settings of this run as resolved, and where each came from.\n"
+ADAPTER_SETTINGS = (
+    *("rank", "alpha", "targets", "exclude", "layers", "dropout", "rslora", "dora", "rank_pattern", "alpha_pattern"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def start(self) -> Path:
+        """A copy of the adapter that the run starts from, if it does."""
+        return self.folder / "start"
+
+    @property
     def tokens(self) -> Path:
         """Token files of the data."""
         return self.folder / "tokens"
@@ -68,10 +80,13 @@ class Run:
         """The page."""
         return self.folder / "report.html"
 
+    def has_steps(self) -> bool:
+        """Whether a step was ever taken."""
+        return self.metrics.is_file() and self.metrics.stat().st_size > 0
+
     def write_settings(self, settings: Settings) -> None:
         """Writes the settings as they are resolved now."""
-        header = "# Settings of this run as resolved, and where each came from.\n"
-        write_text(self.config, header + yaml.safe_dump(settings.resolved(), sort_keys=False, allow_unicode=True))
+        write_text(self.config, HEADER + yaml.safe_dump(settings.resolved(), sort_keys=False, allow_unicode=True))
 
     def settings(self) -> Settings:
         """The settings of this run, with their sources."""
@@ -97,13 +112,19 @@ def create_run(settings: Settings) -> Run:
     """
     folder = Path(settings.out) if settings.out else _dated_folder()
     if folder.exists():
-        hint = f"Go on with it by --resume {folder}," if (folder / CONFIG).is_file() else "Move it away,"
+        hint = f"Go on with it by --resume {folder}," if _is_run(folder) else "Move it away,"
         raise UsageError(f"{folder} exists already and is never overwritten. {hint} or choose another --out.")
     if not settings.data:
         raise UsageError("No training data: give --data FILE (or a recipe with `data:`).")
+    refuse_unknown(settings.allow)
+    _refuse_second_adapter(settings)
     _make_paths_absolute(settings)
+    if settings.date == AUTO:  # written down, so that a run resumed tomorrow renders the same
+        settings.put("date", datetime.now().date().isoformat(), "the day the run began")
     with disk_errors("make", folder):
         folder.mkdir(parents=True)
+        if settings.adapter is not None:
+            shutil.copytree(settings.adapter, folder / "start")
     settings.out = str(folder.resolve())
     run = Run(folder)
     run.write_settings(settings)
@@ -113,8 +134,8 @@ def create_run(settings: Settings) -> Run:
 def _make_paths_absolute(settings: Settings) -> None:
     for name in ("data", "eval_data"):
         if getattr(settings, name):
-            files = find_files(list(getattr(settings, name)))
-            settings.put(name, tuple(map(str, files)), settings.sources.get(name, "given"))
+            texts = [_absolute(*pair) for pair in zip(getattr(settings, name), _sources(settings, name), strict=True)]
+            settings.put(name, tuple(texts), settings.sources.get(name, "given"))
     for name in ("adapter", "model"):
         value = getattr(settings, name)
         if value is not None and value not in BUILTIN and Path(value).expanduser().exists():
@@ -123,16 +144,49 @@ def _make_paths_absolute(settings: Settings) -> None:
             settings.put(name, str(path), settings.sources.get(name, "given"))
 
 
+def _refuse_second_adapter(settings: Settings) -> None:
+    both = [name for name in ADAPTER_SETTINGS if settings.sources.get(name) in ("given", "recipe")]
+    if settings.adapter is not None and both:
+        raise UsageError(
+            f"--adapter brings its own {', '.join(both)}. Leave {'them' if len(both) > 1 else 'that'} out, or start a "
+            "new adapter without --adapter."
+        )
+
+
+def _sources(settings: Settings, name: str) -> list[Source]:
+    sources = parse_sources(getattr(settings, name), settings.columns)
+    for source in sources:
+        source.files  # noqa: B018 - raises when there are none
+    return sources
+
+
+def _absolute(text: str, source: Source) -> str:
+    """The source with its path, or glob, as it is found from anywhere."""
+    if source.name.startswith(HUB):
+        return text
+    _, separator, options = text.partition("::")
+    return f"{Path(source.name).expanduser().absolute()}{separator}{options}"
+
+
 def adapter_folder(path: str | Path) -> Path:
     """The adapter folder that a run or adapter folder stands for."""
     path = Path(path)
-    return path / "adapter" if (path / CONFIG).is_file() else path
+    return path / "adapter" if _is_run(path) else path
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run: other config.yaml files begin otherwise."""
+    try:
+        with (folder / CONFIG).open(encoding="utf-8") as file:
+            return file.readline() == HEADER
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def run_of(path: Path) -> Run | None:
     """The run that a folder is, or is the adapter of; None for an adapter that stands alone."""
     folders = (path, path.absolute().parent)
-    return next((Run(folder) for folder in folders if (folder / CONFIG).is_file()), None)
+    return next((Run(folder) for folder in folders if _is_run(folder)), None)
 
 
 def _dated_folder() -> Path:
@@ -143,6 +197,6 @@ def _dated_folder() -> Path:
 
 def open_run(folder: Path) -> Run:
     """An existing run folder; UsageError when it is none."""
-    if not (folder / CONFIG).is_file():
-        raise UsageError(f"{folder} is not a run folder: it has no {CONFIG}.")
+    if not _is_run(folder):
+        raise UsageError(f"{folder} is not a run folder: it has no {CONFIG} of a run.")
     return Run(folder)

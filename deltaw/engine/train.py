@@ -5,10 +5,12 @@ It owns no loop (deltaw/engine/loop.py) and draws nothing: what a person should 
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,46 +32,36 @@ from deltaw.adapter import (
     write_adapter,
 )
 from deltaw.adapter.layer import Target
+from deltaw.base.builtin import token_cache
 from deltaw.base.load import Base, load
-from deltaw.config import AUTO, Settings, default_batch_tokens, default_rank, default_rate, parse_layers
+from deltaw.base.locate import tokenizer_digest
+from deltaw.config import (
+    AUTO,
+    DEFAULT_MAX_LENGTH,
+    Settings,
+    default_batch_tokens,
+    default_rank,
+    default_rate,
+    parse_layers,
+    parse_pattern,
+)
+from deltaw.data.agreement import examples_of, template_warning
 from deltaw.data.chat import Encoder
-from deltaw.data.check import DataSet, DataSummary, held_out_share, prepare
+from deltaw.data.check import check, summary_lines
+from deltaw.data.formats import parse_sources
 from deltaw.data.loader import Loader
-from deltaw.data.pack import TokenStore
-from deltaw.data.source import find_files
+from deltaw.data.prepare import DataSet, held_out_share, prepare
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog, open_trackers
 from deltaw.engine.loop import Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors, OptimSettings
 from deltaw.engine.run import Run
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, NotFiniteError, UsageError
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, AdapterError, Interrupted, NotFiniteError, UsageError
 
 EVALUATIONS_PER_RUN = 6
 DEFAULT_MICRO_TOKENS = 1024
-DEFAULT_MAX_LENGTH = 2048
-
-
-class Watcher:
-    """What a run tells whoever watches; every method does nothing here. The command line draws, tests listen."""
-
-    def say(self, text: str) -> None:
-        """One line about what happens."""
-
-    def start(self, trainer: Trainer) -> None:
-        """Everything is ready; the first step follows."""
-
-    def step(self, line: dict[str, Any], progress: Progress, length: Length) -> None:
-        """A step has ended; `line` is its metrics line."""
-
-    def evaluation(self, line: dict[str, Any], best: bool) -> None:
-        """An evaluation has ended."""
-
-    def stopping(self) -> None:
-        """A signal asked to stop. Called inside the signal handler, so it may do nothing but write raw bytes."""
-
-    def stop(self) -> None:
-        """No step follows."""
 
 
 @dataclass
@@ -77,11 +69,15 @@ class Prepared:
     """What a run needs before its first step."""
 
     base: Base
-    train: TokenStore
-    held_out: TokenStore | None
-    summaries: dict[str, DataSummary]
+    data: dict[str, DataSet]
+    data_lines: list[str]
     adapter: Adapter
     targets: list[Target]
+
+    @property
+    def held_out(self) -> DataSet | None:
+        """What is measured during the run, if anything."""
+        return self.data.get("eval")
 
 
 class Trainer:
@@ -91,14 +87,26 @@ class Trainer:
         self.run, self.settings, self.ready, self.watcher = run, settings, ready, watcher
         self.injection: Injection = inject(ready.base.model, ready.adapter, trainable=True, dtype=ready.base.dtype)
         self.flat = FlatFactors(self.injection, [_optim_settings(settings)])
-        self.loader = Loader(ready.train, int(settings.batch_tokens), int(settings.micro_tokens), settings.seed)
+        train = ready.data["train"]
+        micro_tokens = int(settings.micro_tokens)
+        self.loader = Loader(train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix)
         self.length, stop = _length(settings, self.loader)
+        self._resolve_intervals()
         self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
         self.best_loss, self.best_step, self.bad_evaluations = math.inf, 0, 0
         self.best: Tensor | None = None
         self.metrics: MetricsLog | None = None
         self.stopped_early = False
         self.signal: int | None = None
+
+    def _resolve_intervals(self) -> None:
+        """Evaluations and checkpoints in steps, where the length of the run is known in steps."""
+        if self.length.steps is not None:
+            every = max(1, math.ceil(self.length.steps / EVALUATIONS_PER_RUN))
+            for name in ("eval_steps", "checkpoint_steps"):
+                if getattr(self.settings, name) == AUTO:
+                    self.settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
+            self.run.write_settings(self.settings)
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
@@ -111,6 +119,12 @@ class Trainer:
             return False
         tensors, state = found
         self._require_same(state)
+        if tensors["master"].shape != self.flat.master.shape:
+            raise UsageError(
+                f"The checkpoints hold {len(tensors['master']):,} trained numbers and these settings ask for "
+                f"{len(self.flat.master):,}: the adapter's settings in {self.run.config} changed since the run began. "
+                "Put them back, or start a new run."
+            )
         self.flat.load_state(tensors)
         self.progress.step, self.progress.seconds = state["step"], state["seconds"]
         track = self.progress.tracks[0]
@@ -131,7 +145,7 @@ class Trainer:
             )
 
     def _digests(self) -> dict[str, str]:
-        data = {("data" if name == "train" else f"{name} data"): s.digest for name, s in self.ready.summaries.items()}
+        data = {("data" if name == "train" else f"{name} data"): s.report.digest for name, s in self.ready.data.items()}
         return {"base": self.ready.base.digest, **data}
 
     def checkpoint(self) -> None:
@@ -194,15 +208,14 @@ class Trainer:
         if self.length.seconds is not None:
             interval = self.length.seconds / EVALUATIONS_PER_RUN
             return self.progress.seconds // interval > (self.progress.seconds - record.seconds) // interval
-        assert self.length.steps is not None
-        return record.step % max(1, math.ceil(self.length.steps / EVALUATIONS_PER_RUN)) == 0
+        raise AssertionError("intervals in steps are resolved before the first step")
 
     def evaluate(self) -> bool:
         """Measures the held-out loss and keeps the best adapter; False when patience has run out."""
         if self.ready.held_out is None:
             return True
         loss_sum, tokens, seconds = held_out_loss(
-            self.ready.base, self.ready.held_out, 2 * int(self.settings.micro_tokens), self.settings.eval_rows
+            self.ready.base, self.ready.held_out.store, 2 * int(self.settings.micro_tokens), self.settings.eval_rows
         )
         self.progress.away_seconds += seconds
         loss = loss_sum / max(1, tokens)
@@ -228,13 +241,11 @@ class Trainer:
 
     def _run_origin(self) -> dict[str, str]:
         return {
-            "data_digest": self.ready.summaries["train"].digest,
+            "data_digest": self.ready.data["train"].report.digest,
             "deltaw_version": __version__,
             "task_type": "CAUSAL_LM",
-            "rank": str(self.settings.rank),
-            "learning_rate": str(self.settings.lr),
-            "batch_tokens": str(self.settings.batch_tokens),
-            "seed": str(self.settings.seed),
+            "config": json.dumps(self.settings.without_places()),
+            "template_examples": examples_of(self.ready.base.tokenizer),
         }
 
     def finish(self) -> None:
@@ -280,7 +291,7 @@ def _length(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
         return Length(None, settings.minutes * 60), None
     if settings.steps is not None:
         return Length(settings.steps), None
-    stop = max(1, round((settings.epochs or 1.0) * len(loader.store)))
+    stop = max(1, round((settings.epochs or 1.0) * loader.epoch_documents))
     return Length(loader.steps_until(stop)), stop
 
 
@@ -305,45 +316,37 @@ def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
             min(base.context_tokens, DEFAULT_MAX_LENGTH),
             f"rule: the model's context, at most {DEFAULT_MAX_LENGTH}",
         )
-    train, held_out, summaries = _prepare_data(run, settings, base)
-    _say_losses(summaries, watcher)
-    adapter, targets = _prepare_adapter(settings, base)
-    _resolve_rules(settings, base, train)
+    data, lines = _prepare_data(run, settings, base, watcher)
+    adapter, targets = _prepare_adapter(run, settings, base, watcher)
+    _resolve_rules(settings, base, data["train"])
     run.write_settings(settings)
-    return Prepared(base, train, held_out, summaries, adapter, targets)
+    return Prepared(base, data, lines, adapter, targets)
 
 
-def _prepare_data(
-    run: Run, settings: Settings, base: Base
-) -> tuple[TokenStore, TokenStore | None, dict[str, DataSummary]]:
-    encoder = Encoder(base.tokenizer, int(settings.max_length))
-    files = find_files(list(settings.data))
-    split = None if settings.eval_data else held_out_share(files)
-
-    def part(name: str, sources: list[Path], held_out: tuple[float, bool] | None) -> DataSet:
-        return prepare(sources, encoder, run.tokens / name, allow_lost=settings.allow_lost, held_out=held_out)
-
-    train = part("train", files, None if split is None else (split, False))
-    summaries = {"train": train.summary}
-    if split == 0.0:
-        return train.store, None, summaries
-    held_out = part(
-        "eval",
-        find_files(list(settings.eval_data)) if settings.eval_data else files,
-        None if split is None else (split, True),
-    )
-    summaries["eval"] = held_out.summary
-    return train.store, held_out.store, summaries
+def make_encoder(base: Base, settings: Settings) -> Encoder:
+    """The encoder that these settings ask for."""
+    today = None if settings.date == AUTO else datetime.date.fromisoformat(settings.date)
+    known = tokenizer_digest(base.folder) if base.folder != Path() else None
+    return Encoder(base.tokenizer, int(settings.max_length), settings.train_on, settings.allow, today, known)
 
 
-def _say_losses(summaries: dict[str, DataSummary], watcher: Watcher) -> None:
-    for name, summary in summaries.items():
-        for fault in summary.faults[:5]:
-            watcher.say(f"Left out of {name}: {fault}.")
-        if summary.lost > 5:
-            watcher.say(f"… and {summary.lost - 5} more rows of {name}.")
-        if summary.cut:
-            watcher.say(f"{summary.cut} rows of {name} are longer than --max-length and were cut.")
+def _prepare_data(run: Run, settings: Settings, base: Base, watcher: Watcher) -> tuple[dict[str, DataSet], list[str]]:
+    """The data sets "train" and, if anything is held out, "eval"; and what the check says of them in a few lines."""
+    encoder, cache = make_encoder(base, settings), token_cache(run.tokens)
+
+    def part(texts: Sequence[str]) -> DataSet:
+        sources = parse_sources(texts, settings.columns)
+        return prepare(sources, encoder, cache, refuse_above=settings.allow_lost, progress=watcher.reading)
+
+    train = part(settings.data)
+    if settings.eval_data:
+        data = {"train": train, "eval": part(settings.eval_data)}
+        checked = check(train, data["eval"])
+    else:
+        below = held_out_share(train.row_shares)
+        checked = check(train)
+        data = dict(zip(("train", "eval"), train.split(below), strict=True)) if below else {"train": train}
+    return data, summary_lines(checked, settings.train_on, data)
 
 
 def spec_from(settings: Settings, rank: int) -> LoraSpec:
@@ -357,34 +360,71 @@ def spec_from(settings: Settings, rank: int) -> LoraSpec:
         dropout=settings.dropout,
         rslora=settings.rslora,
         dora=settings.dora,
+        rank_pattern=parse_pattern(settings.rank_pattern, int),
+        alpha_pattern=parse_pattern(settings.alpha_pattern, float),
     )
 
 
-def _prepare_adapter(settings: Settings, base: Base) -> tuple[Adapter, list[Target]]:
+def _prepare_adapter(run: Run, settings: Settings, base: Base, watcher: Watcher) -> tuple[Adapter, list[Target]]:
     if settings.adapter is not None:
-        adapter = read_adapter(Path(settings.adapter))
-        settings.put("rank", adapter.spec.rank, "the adapter it starts from")
-        settings.put("alpha", adapter.spec.alpha, "the adapter it starts from")
+        adapter = read_adapter(run.start)
+        for line in origin_warnings(adapter, base):
+            watcher.say(line)
+        for name, value in start_settings(adapter).items():
+            settings.put(name, value, "the adapter it starts from")
         return adapter, choose_for(base.model, adapter)
-    if settings.rank == AUTO:
-        per_rank = sum(target.parameters for target in choose(base.model, spec_from(settings, 1).with_(dora=False)))
-        settings.put("rank", *default_rank(per_rank, base.parameters))
-    spec = spec_from(settings, int(settings.rank))
-    targets = choose(base.model, spec)
+    try:
+        if settings.rank == AUTO:
+            per_rank = sum(target.parameters for target in choose(base.model, spec_from(settings, 1).with_(dora=False)))
+            settings.put("rank", *default_rank(per_rank, base.parameters))
+        spec = spec_from(settings, int(settings.rank))
+        targets = choose(base.model, spec)
+    except AdapterError as error:  # what was asked for does not suit the base
+        raise UsageError(str(error)) from error
     return new_adapter(targets, spec, settings.seed), targets
 
 
-def _resolve_rules(settings: Settings, base: Base, train: TokenStore) -> None:
+def start_settings(adapter: Adapter) -> dict[str, Any]:
+    """The settings that an adapter to start from decides."""
+    spec = adapter.spec
+    return {
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "targets": adapter.modules,
+        "rank_pattern": tuple(f"{key}={value}" for key, value in spec.rank_pattern.items()),
+        "alpha_pattern": tuple(f"{key}={value:g}" for key, value in spec.alpha_pattern.items()),
+        "dropout": spec.dropout,
+        "rslora": spec.rslora,
+        "dora": spec.dora,
+    }
+
+
+def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
+    """What to say of a base whose weights, tokenizer or template are not those that the adapter was trained with."""
+    origin, said = adapter.origin, []
+    if origin.get("base_digest", base.digest) != base.digest:
+        said.append("WARNING: the weights of this base are not those of the adapter's training; expect worse answers.")
+    if origin.get("template_digest", base.template_digest) != base.template_digest:
+        said.append(template_warning(origin.get("template_examples"), base.tokenizer))
+    return said
+
+
+def _resolve_rules(settings: Settings, base: Base, train: DataSet) -> None:
     config = base.model.config.get_text_config()
     if settings.lr == AUTO:
         settings.put("lr", *default_rate(int(config.hidden_size), str(config.model_type)))
     if settings.batch_tokens == AUTO:
-        settings.put("batch_tokens", *default_batch_tokens(train.tokens / max(1, len(train))))
+        settings.put("batch_tokens", *default_batch_tokens(float(train.store.lengths.mean())))
     if settings.micro_tokens == AUTO:
         micro = min(int(settings.batch_tokens), DEFAULT_MICRO_TOKENS)
         settings.put("micro_tokens", micro, f"rule: the batch, at most {DEFAULT_MICRO_TOKENS}")
     if settings.steps is None and settings.minutes is None and settings.epochs is None:
         settings.put("epochs", 1.0, "default")
+    for name, now in (("device", str(base.device)), ("dtype", str(base.dtype).removeprefix("torch."))):
+        if getattr(settings, name) == AUTO:
+            settings.put(name, now, "rule: the fastest that this machine has")
+    if settings.threads is None:
+        settings.put("threads", torch.get_num_threads(), "rule: the cores that this process may use")
 
 
 # -- running -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from models import CONFIGS, SMALL, VOCABULARY, byte_tokenizer
 
 from deltaw.base import forward
 from deltaw.base.load import load
-from deltaw.data.chat import Example
+from deltaw.data.example import Example
 from deltaw.data.pack import flat_batch
 from deltaw.engine.objective import batch_loss, score_batch
 from deltaw.kernels import token_losses

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from deltaw.base.builtin import base_path
-from deltaw.data.chat import Encoder, encode_rows, marks_generations
-from deltaw.data.source import Fault, Row
+from deltaw.data.chat import Encoder
+from deltaw.data.formats import Row
+from deltaw.data.source import Fault
+from deltaw.data.template import marks_generations
 from deltaw.engine.generate import render_prompt
 from deltaw.errors import BaseError
 
@@ -286,7 +288,7 @@ def test_rows_keep_their_order_and_their_faults():
         Row("t.txt", 4, text="abcde"),
         chat("c", roles=("assistant",)),
     ]
-    found = list(encode_rows(Encoder(tokenizer_for(CHAT_TEMPLATE), 4), iter(rows)))
+    found = list(Encoder(tokenizer_for(CHAT_TEMPLATE), 4).encode_many(rows))
     assert isinstance(found[0], Fault) and "max-length 4" in found[0].reason and found[1] is rows[1]
-    assert [item[0] for item in found[2:4]] == [rows[2], rows[2]] and [item[1].row for item in found[2:4]] == [4, 4]
-    assert isinstance(found[4], Fault)
+    assert found[2].row is rows[2] and [example.row for example in found[2].examples] == [4, 4]
+    assert isinstance(found[3], Fault)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from deltaw.data.chat import Example
+from deltaw.data.example import Example
 from deltaw.data.loader import Loader, evaluation_batches, shuffled
-from deltaw.data.pack import TokenStore
+from deltaw.data.store import TokenStore
 
 
 @pytest.fixture

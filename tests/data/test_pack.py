@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from deltaw.data import pack
-from deltaw.data.chat import Example
-from deltaw.data.pack import TokenStore, flat_batch
+from deltaw.data import store as pack
+from deltaw.data.example import Example
+from deltaw.data.pack import batch_of, flat_batch
+from deltaw.data.store import TokenStore
 from deltaw.errors import DiskError
 
 
@@ -64,7 +65,7 @@ def test_a_store_gives_back_what_was_written(tmp_path):
     assert store.trained_tokens == sum(int(e.weights[1:].sum()) for e in examples)
     assert store.trained_tokens == flat_batch(examples).trained_tokens
     expected = flat_batch([examples[5], examples[2]], [5, 2])
-    batch = store.batch([5, 2])
+    batch = batch_of(store, [5, 2])
     assert torch.equal(batch.tokens_T, expected.tokens_T) and batch.documents == (5, 2)
 
 
@@ -88,7 +89,7 @@ def test_a_store_reads_only_what_is_asked_for(tmp_path):
     store = TokenStore(tmp_path / "large")
     assert isinstance(store._tokens, np.memmap) and store._tokens.base is not None
     assert store[0].tokens.tolist() == [5, 6, 7] and store[2].tokens.tolist() == [0, 0, 0]
-    assert store.batch([0, 2]).tokens == 6 and store.tokens == 10**11 + 3
+    assert batch_of(store, [0, 2]).tokens == 6 and store.tokens == 10**11 + 3
 
 
 def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from deltaw.data.source import Fault, Row, find_files, read_rows
+from deltaw.data.formats import Row, read_rows
+from deltaw.data.source import Fault, find_files
 from deltaw.errors import DataError
 
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -66,21 +67,21 @@ FAULTS = {
     "1" * 5000: "not valid JSON",
     "[" * 100_000: "not valid JSON",
     '{"text": "\\ud800"}': "not valid JSON",
-    '{"chat": 1, "a": 2}': "none of messages, prompt and completion, text; its keys are ['a', 'chat']",
+    '{"chat": 1, "a": 2}': "none of messages; conversations; chosen and rejected; prompt and completion and label",
     '{"text": " "}': "text must be a string that is not empty",
     '{"text": 5}': "text must be a string",
-    '{"prompt": "a", "completion": 4}': "prompt and completion must be strings",
+    '{"prompt": "a", "completion": 4}': "prompt and completion must be strings or lists of messages",
     '{"prompt": "a", "completion": " "}': "message 2 (assistant) is empty",
     '{"messages": []}': "messages must be a list that is not empty",
     '{"messages": null}': "messages must be a list",
     '{"messages": ["hi"]}': "message 1 has the role 'hi'",
-    '{"messages": [{"role": "human", "content": "a"}]}': "message 1 has the role 'human'; known are system, user",
+    '{"messages": [{"role": "human", "content": "a"}]}': "message 1 has the role 'human'; known are system, developer, user",
     '{"messages": [{"role": [], "content": "a"}]}': "message 1 has the role []",
-    '{"messages": [{"role": "user", "content": ["a"]}]}': "message 1 (user) has no text as its content",
+    '{"messages": [{"role": "user", "content": 5}]}': "message 1 (user) has no text as its content",
     '{"messages": [{"role": "user", "content": "a"}]}': "nothing would be trained",
     '{"messages": [{"role": "assistant"}]}': "message 1 (assistant) has no text",
     json.dumps({"messages": CHAT, "tools": 5}): "tools must be a list of objects",
-    json.dumps({"messages": CHAT, "tools": "add"}): "tools must be a list of objects",
+    json.dumps({"messages": CHAT, "tools": "add"}): "tools are not valid JSON",
 }
 
 
@@ -128,5 +129,5 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"table\.csv.*\.jsonl"):
-        rows_of(tmp_path / "table.csv", "a,b")
+    with pytest.raises(DataError, match=r"table\.xlsx.*\.jsonl"):
+        rows_of(tmp_path / "table.xlsx", "a,b")

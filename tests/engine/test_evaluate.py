@@ -13,8 +13,8 @@ from models import small_base
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base.forward import plain_attention
 from deltaw.data.chat import Encoder
-from deltaw.data.check import prepare
 from deltaw.data.loader import Loader
+from deltaw.data.prepare import prepare
 from deltaw.engine.evaluate import evaluate, held_out_loss, wilson
 from deltaw.engine.generate import generate
 from deltaw.engine.loop import Length, Progress, Track, fit

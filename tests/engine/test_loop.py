@@ -130,8 +130,8 @@ def test_a_factor_that_is_not_finite_stops_the_run_and_names_the_rows(store):
     before = {name: tensor.clone() for name, tensor in flat.state().items()}
     track = progress.tracks[0]
     documents = [d for part in track.loader.step(track.position).micro_batches for d in part]
-    rows = ", ".join(map(str, sorted(int(store.rows[d]) for d in documents)))
-    with pytest.raises(NotFiniteError, match=rf"^Step 2: .*rows {rows}\."):
+    rows = "; ".join(f"row {row}" for row in sorted(int(store.rows[d]) for d in documents))
+    with pytest.raises(NotFiniteError, match=rf"^Step 2: .*held {rows}\."):
         _fit(base, flat, progress, 2)
     for name, tensor in flat.state().items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name

@@ -188,8 +188,10 @@ def test_a_run_killed_behind_its_last_checkpoint_only_saves_its_adapters(start, 
     _assert_same(run, straight)
 
 
-def test_a_run_that_had_lost_its_patience_does_not_train_on(start):
-    run, settings = start(lr=5.0, patience=1, eval_steps=1)
+def test_a_run_that_had_lost_its_patience_does_not_train_on(start, tmp_path):
+    never = tmp_path / "never.jsonl"  # answers that training makes ever less likely
+    never.write_text('{"prompt": "w1", "completion": "QQQ"}\n{"prompt": "w2", "completion": "ZZZ"}\n')
+    run, settings = start(patience=1, eval_steps=1, eval_data=[str(never)])
     first = train(run, settings, Watcher())
     assert first.stopped_early and first.progress.step < STEPS
     again = _go_on(run)

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 from models import byte_tokenizer
 
 from deltaw.data.chat import Encoder
-from deltaw.data.check import held_out_share, prepare, share_of
-from deltaw.data.source import Row, read_rows
+from deltaw.data.formats import Row, read_rows
+from deltaw.data.prepare import held_out_share, prepare, share_of
 from deltaw.errors import DataError
 
 
@@ -30,25 +31,29 @@ def texts(data, tokenizer):
 
 
 def split(files, encoder, tmp_path, **options):
-    share = held_out_share(files)
-    parts = (("train", False), ("eval", True))
-    return [prepare(files, encoder, tmp_path / name, held_out=(share, want), **options) for name, want in parts]
+    data = prepare(files, encoder, tmp_path / "cache", **options)
+    return data.split(held_out_share(data.row_shares))
 
 
-def test_a_summary_counts_rows_tokens_and_faults(tmp_path, encoder):
+def test_a_report_counts_rows_and_names_faults(tmp_path, encoder):
     files = [
         write(tmp_path / "a.jsonl", pair("one"), "{", pair("two", "x" * 50), pair("p" * 80), pair("three")),
         write(tmp_path / "b.txt", "t" * 200),
         write(tmp_path / "c.txt", "u" * 20),
     ]
-    data = prepare(files, encoder, tmp_path / "t", allow_lost=0.5)
-    summary = data.summary
-    assert (summary.rows, summary.used, summary.cut, summary.lost) == (7, 5, 1, 2)
-    assert [str(fault).split(":")[0] for fault in summary.faults] == ["a.jsonl, row 2", "a.jsonl, row 4"]
+    data = prepare(files, encoder, tmp_path / "t", refuse_above=0.5)
+    report = data.report
+    assert (report.rows, report.used, report.cut, report.lost) == (7, 5, 1, 2)
+    assert [found.code for found in report.findings] == ["unreadable", "too-long", "answer-cut"]
+    assert [found.rows for found in report.findings] == [[("a.jsonl", n)] for n in (2, 4, 3)]
     assert len(data.store) == 3 + 4 + 1  # a text of 202 tokens makes 4 pieces of at most 60, which overlap by one
-    assert summary.tokens == data.store.tokens and summary.longest_tokens == 60
-    assert summary.trained_tokens == data.store.trained_tokens
-    assert json.loads(json.dumps(summary.as_dict()))["faults"][0].startswith("a.jsonl, row 2: not valid JSON")
+    assert len(data.row_shares) == 5 and [data.store.place(d) for d in (2, 3, 6, 7)] == [
+        ("a.jsonl", 5), ("b.txt", 1), ("b.txt", 1), ("c.txt", 1),
+    ]  # fmt: skip
+    assert report.formats == {"a.jsonl": {"prompt and completion": 3}, "b.txt": {"text": 1}, "c.txt": {"text": 1}}
+    assert json.loads(json.dumps(report.as_dict()))["findings"][0]["examples"][0].startswith(
+        "a.jsonl, row 2: not valid"
+    )
 
 
 def test_the_stored_texts_are_the_rows_in_their_order(tmp_path, encoder):
@@ -64,14 +69,14 @@ def test_the_stored_texts_are_the_rows_in_their_order(tmp_path, encoder):
 
 def test_one_percent_of_the_rows_may_be_lost_and_not_one_more(tmp_path, encoder):
     good = [pair(f"question {number}") for number in range(198)]
-    assert prepare([write(tmp_path / "a.jsonl", *good, "{", "{")], encoder, tmp_path / "t").summary.lost == 2
+    assert prepare([write(tmp_path / "a.jsonl", *good, "{", "{")], encoder, tmp_path / "t").report.lost == 2
     bad = write(tmp_path / "b.jsonl", *good[:-1], "{", "{", "[]")
     with pytest.raises(DataError, match=r"3 of 200 rows \(1\.5%\)") as caught:
         prepare([bad], encoder, tmp_path / "t")
     assert "b.jsonl, row 200: a row must be an object" in str(caught.value) and "--allow-lost 0.015" in str(
         caught.value
     )
-    assert prepare([bad], encoder, tmp_path / "t", allow_lost=0.015).summary.used == 197
+    assert prepare([bad], encoder, tmp_path / "t", refuse_above=0.015).report.used == 197
 
 
 def test_the_advised_allowance_is_always_enough(tmp_path, encoder):
@@ -79,14 +84,14 @@ def test_the_advised_allowance_is_always_enough(tmp_path, encoder):
     with pytest.raises(DataError) as caught:
         prepare([file], encoder, tmp_path / "t")
     advised = float(str(caught.value).rsplit("--allow-lost ", 1)[1].rstrip("."))
-    assert prepare([file], encoder, tmp_path / "t", allow_lost=advised).summary.lost == 2
+    assert prepare([file], encoder, tmp_path / "t", refuse_above=advised).report.lost == 2
 
 
 def test_nothing_usable_is_refused_with_the_reasons(tmp_path, encoder):
     with pytest.raises(DataError, match="holds no rows"):
         prepare([write(tmp_path / "a.jsonl", "")], encoder, tmp_path / "t")
     with pytest.raises(DataError, match=r"None of the 2 rows can be used:\n.*row 1") as caught:
-        prepare([write(tmp_path / "a.jsonl", "{", "[]")], encoder, tmp_path / "t", allow_lost=1.0)
+        prepare([write(tmp_path / "a.jsonl", "{", "[]")], encoder, tmp_path / "t", refuse_above=1.0)
     assert "row 2" in str(caught.value)
 
 
@@ -97,14 +102,14 @@ def test_held_out_rows_are_a_twentieth_and_apart_from_the_rest(tmp_path, encoder
     a, b = (texts(part, encoder.tokenizer) for part in (train, held_out))
     assert len(b) == max(1, rows // 20) and len(a) == rows - len(b)
     assert not set(a) & set(b) and len(set(a) | set(b)) == rows
-    assert (train.summary.rows, held_out.summary.rows) == (len(a), len(b))
-    assert train.summary.digest != held_out.summary.digest
+    assert (len(train.row_shares), len(held_out.row_shares)) == (len(a), len(b))
+    assert train.report.digest != held_out.report.digest
 
 
 def test_at_most_five_hundred_rows_are_held_out(tmp_path):
     file = write(tmp_path / "a.jsonl", *[{"text": f"text {number}"} for number in range(12_000)])
-    share = held_out_share([file])
-    assert sum(share_of(row) < share for row in read_rows([file])) == 500
+    shares = np.asarray([share_of(row) for row in read_rows([file])])
+    assert (shares < held_out_share(shares)).sum() == 500
 
 
 def test_equal_texts_stay_together_whatever_row_they_stand_in(tmp_path, encoder):
@@ -116,10 +121,8 @@ def test_equal_texts_stay_together_whatever_row_they_stand_in(tmp_path, encoder)
         assert len(b) == copies  # a twentieth is one of 20 texts, with all its copies
 
 
-def test_nothing_is_held_out_where_all_rows_are_equal_or_there_is_one(tmp_path):
-    assert held_out_share([write(tmp_path / "a.jsonl", *[pair("same")] * 50)]) == 0
-    assert held_out_share([write(tmp_path / "a.jsonl", pair("one"))]) == 0
-    assert held_out_share([write(tmp_path / "a.jsonl")]) == 0
+def test_nothing_is_held_out_where_all_rows_are_equal_or_there_is_one():
+    assert held_out_share(np.full(50, 0.3)) == held_out_share(np.asarray([0.5])) == held_out_share(np.zeros(0)) == 0
 
 
 def test_a_rows_share_depends_on_what_it_says_and_not_on_where_it_stands():
@@ -138,33 +141,17 @@ def test_the_split_does_not_change_with_the_order_of_the_rows(tmp_path, encoder)
     assert set(texts(again, encoder.tokenizer)) == held_out
 
 
-def test_unreadable_rows_are_counted_once_and_do_not_weigh_more_in_the_small_split(tmp_path, encoder):
+def test_unreadable_rows_are_counted_once_for_the_whole_file(tmp_path, encoder):
     """One bad line in 200 is 0.5 % of the file, though it would be 9 % of the held-out rows."""
     rows = [pair(f"question {number}") for number in range(199)]
     train, held_out = split([write(tmp_path / "a.jsonl", *rows, "{")], encoder, tmp_path)
-    assert (train.summary.lost, held_out.summary.lost) == (1, 0)
-    assert train.summary.rows + held_out.summary.rows == 200
-
-
-def test_a_row_that_is_too_long_does_not_weigh_more_in_the_small_split(tmp_path, encoder):
-    many = write(tmp_path / "long.jsonl", *[pair(f"question {number}" + "!" * 60) for number in range(200)])
-    long = next(row for row in read_rows([many]) if share_of(row) < 0.01)
-    rows = [pair(f"question {number}") for number in range(199)]
-    file = write(tmp_path / "a.jsonl", *rows, {"messages": list(long.messages)})
-    train, held_out = split([file], encoder, tmp_path)
-    assert (train.summary.lost, held_out.summary.lost, held_out.summary.rows) == (0, 1, 10)
-
-
-def test_cut_rows_are_counted_in_the_split_they_are_in(tmp_path, encoder):
-    rows = [pair(f"q {number}", "x" * 60) for number in range(40)]
-    train, held_out = split([write(tmp_path / "a.jsonl", *rows)], encoder, tmp_path)
-    assert (train.summary.cut, held_out.summary.cut) == (38, 2)
-    assert prepare([write(tmp_path / "b.jsonl", pair("q"))], encoder, tmp_path / "b").summary.cut == 0
+    assert (train.report.rows, train.report.lost) == (200, 1)
+    assert len(train.store) + len(held_out.store) == 199
 
 
 def test_a_digest_is_that_of_the_tokens_and_their_weights(tmp_path, encoder):
     def digest(*rows):
-        return prepare([write(tmp_path / "a.jsonl", *rows)], encoder, tmp_path / "t").summary.digest
+        return prepare([write(tmp_path / "a.jsonl", *rows)], encoder, tmp_path / "t").report.digest
 
     first = digest(pair("one"), pair("two"))
     same = {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "yes"}]}
