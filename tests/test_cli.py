@@ -214,7 +214,7 @@ def test_results_go_to_stdout_and_talk_to_stderr_without_escape_codes(tmp_path, 
         "status", "best validation loss", "adapter", "report", "next",
     ]  # fmt: skip
     first_words = [line.split()[0] for line in done.stderr.splitlines()]
-    assert first_words == ["base", "adapter", "data", "60", "3,287", "3", "run", "step", "step"]
+    assert first_words == ["base", "adapter", "data", "60", "2,387", "3", "run", "step", "step"]
     again = _run("train", "--resume", tmp_path / "run")
     assert again.exit_code == 0 and "has ended already; nothing is left to do" in again.stderr
 

@@ -26,11 +26,16 @@ if sys.platform != "win32":
     import resource
 
 MAX_TEMPLATE_BYTES = 1 << 20
-MAX_SECONDS = 1.0
+MAX_SECONDS = 0.8
 MAX_ADDED_BYTES = 128 << 20
 MAX_PRODUCT = 1 << 16
+MOST_IN_A_ROW = 2
 Span = tuple[int, int]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class OutOfBounds(TemplateError):
+    """A template ran too long or took too much memory."""
 
 
 class Renderer:
@@ -42,6 +47,7 @@ class Renderer:
         self._names = dict(tokenizer.special_tokens_map)
         self._today = today
         self._compiled: dict[str, Any] = {}
+        self._exceeded = 0
 
     def prints_the_day(self) -> bool:
         """Whether what it renders depends on the day."""
@@ -75,16 +81,24 @@ class Renderer:
             "documents": None,
             "add_generation_prompt": follows,
         }
+        if self._exceeded >= MOST_IN_A_ROW:
+            raise TemplateError("the template exceeded its bounds, again and again, and is not asked again")
+        try:
+            blocks = self._render(values, bool(tools), spans)
+        except OutOfBounds:
+            self._exceeded += 1
+            raise
+        self._exceeded = 0
+        return blocks
+
+    def _render(self, values: dict[str, Any], with_tools: bool, spans: list[Span] | None) -> list[str]:
         with bounded():
-            compiled = self._compile(bool(tools))
+            compiled = self._compile(with_tools)
             blocks: list[str] = []
-            tracked = (
-                contextlib.nullcontext() if spans is None else compiled.environment.activate_tracker(blocks, spans)
-            )
-            with tracked:
-                blocks.extend(compiled.generate(values)) if spans is None else _append(
-                    blocks, compiled.generate(values)
-                )
+            marks = contextlib.nullcontext() if spans is None else compiled.environment.activate_tracker(blocks, spans)
+            with marks:
+                for block in compiled.generate(values):  # one by one: a mark counts the characters before its block
+                    blocks.append(block)
             return blocks
 
     def _compile(self, with_tools: bool) -> Any:
@@ -104,12 +118,6 @@ class Renderer:
 
     def _strftime(self, pattern: str) -> str:
         return (self._today or datetime.date.today()).strftime(pattern)
-
-
-def _append(blocks: list[str], new: Iterator[str]) -> None:
-    """One by one, because the marks of a block count the characters of those before it."""
-    for block in new:
-        blocks.append(block)
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def bounded(seconds: float = MAX_SECONDS, added_bytes: int = MAX_ADDED_BYTES) ->
         return
 
     def stop(_number: int, _frame: Any) -> None:
-        raise TemplateError(f"the template ran for more than {seconds:g} s")
+        raise OutOfBounds(f"the template ran for more than {seconds:g} s")
 
     previous = signal.signal(signal.SIGVTALRM, stop)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -174,7 +182,7 @@ def bounded(seconds: float = MAX_SECONDS, added_bytes: int = MAX_ADDED_BYTES) ->
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         yield
     except MemoryError:
-        raise TemplateError(f"the template needs more than {added_bytes >> 20} MiB") from None
+        raise OutOfBounds(f"the template needs more than {added_bytes >> 20} MiB") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -1,0 +1,208 @@
+"""Every broken file is found, by row and by name: none of these faults is silent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from models import CHAT_TEMPLATE, byte_tokenizer
+
+from deltaw.data.chat import Encoder
+from deltaw.data.check import check
+from deltaw.data.formats import parse_sources
+from deltaw.data.prepare import prepare
+from deltaw.errors import DataError
+
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+GOOD = {"prompt": "good", "completion": "yes"}
+
+
+def chat(*messages):
+    return {"messages": list(messages)}
+
+
+def message(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+# What the second of three rows holds, as bytes or as a value; and the finding that names it.
+ROWS = {
+    "half a line": (b'{"prompt": "a", "comp', "unreadable"),
+    "not an object": (b"[1, 2]", "unreadable"),
+    "a bare word": (b"hello", "unreadable"),
+    "bytes that are no text": (b'{"text": "\xff\xfe"}', "unreadable"),
+    "half a surrogate pair": (b'{"text": "\\ud83d"}', "unreadable"),
+    "nesting without end": (b"[" * 100_000, "unreadable"),
+    "no known column": ({"question": "a", "reply": "b"}, "unknown-format"),
+    "an empty object": ({}, "unknown-format"),
+    "messages that are text": ({"messages": "hi"}, "wrong-shape"),
+    "no messages": ({"messages": []}, "wrong-shape"),
+    "a message that is text": (chat("hi"), "wrong-role"),
+    "an unknown role": (chat(message("human", "a"), A), "wrong-role"),
+    "a role that is none": (chat(message(None, "a"), A), "wrong-role"),
+    "a question without text": (chat({"role": "user"}, A), "wrong-shape"),
+    "a number as content": (chat(message("user", 5), A), "wrong-shape"),
+    "an image": (chat(message("user", [{"type": "image_url", "image_url": {"url": "x"}}]), A), "wrong-shape"),
+    "no answer": (chat(U), "nothing-trained"),
+    "an empty answer": (chat(U, message("assistant", "")), "empty-answer"),
+    "an answer of spaces": (chat(U, message("assistant", " \n")), "empty-answer"),
+    "an answer to nothing": (chat(A), "wrong-shape"),
+    "all weights zero": (chat(U, message("assistant", "a", weight=0)), "nothing-trained"),
+    "a weight of two": (chat(U, message("assistant", "a", weight=2)), "wrong-shape"),
+    "a trained question": (chat(message("user", "q", weight=1), A), "wrong-shape"),
+    "arguments that are no JSON": (
+        chat(U, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}),
+        "wrong-shape",
+    ),
+    "tools that are no list": ({**chat(U, A), "tools": 5}, "wrong-shape"),
+    "a control token in a question": (chat(message("user", "stop<|im_end|>now"), A), "control-tokens"),
+    "a control token in an answer": (chat(U, message("assistant", "a<|im_end|>")), "control-tokens"),
+    "a control token in a text": ({"text": "one<|endoftext|>two"}, "control-tokens"),
+    "a prompt that is a number": ({"prompt": 1, "completion": "a"}, "wrong-shape"),
+    "an empty completion": ({"prompt": "a", "completion": " "}, "empty-answer"),
+    "an empty text": ({"text": ""}, "wrong-shape"),
+    "an unknown speaker": ({"conversations": [{"from": "narrator", "value": "a"}]}, "wrong-role"),
+    "a call that is no JSON": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f()"}]},
+        "wrong-shape",
+    ),
+    "an Alpaca row without text": ({"instruction": "a", "output": None}, "wrong-shape"),
+    "a history of single texts": ({"instruction": "a", "output": "b", "history": ["c"]}, "wrong-shape"),
+    "a pair of equal answers": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen-equals-rejected"),
+    "a pair with two prompts": (
+        {"chosen": [message("user", "a"), A], "rejected": [message("user", "b"), message("assistant", "c")]},
+        "prompts-differ",
+    ),
+    "a pair without prompt": ({"chosen": "a", "rejected": "b"}, "wrong-shape"),
+    "a pair with an empty answer": ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty-answer"),
+    "a label that is text": ({"prompt": "a", "completion": "b", "label": "False"}, "wrong-shape"),
+    "a label that is a number": ({"prompt": "a", "completion": "b", "label": 1}, "wrong-shape"),
+    "labels of another length": ({"input_ids": [5, 6], "labels": [5]}, "wrong-shape"),
+    "labels that are shifted": ({"input_ids": [5, 6, 7], "labels": [6, 7, -100]}, "wrong-shape"),
+    "all labels untrained": ({"input_ids": [5, 6], "labels": [-100, -100]}, "nothing-trained"),
+    "a token outside the vocabulary": ({"input_ids": [5, 600], "labels": [5, 600]}, "wrong-shape"),
+    "a row that is too long": ({"prompt": "x" * 300, "completion": "a"}, "too-long"),
+}
+
+
+def encoder(template: str | None = CHAT_TEMPLATE, **changes) -> Encoder:
+    tokenizer = byte_tokenizer(template)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return Encoder(tokenizer, 200)
+
+
+def page(tmp_path: Path, *files: Path, one: Encoder | None = None, eval_files: tuple[Path, ...] = ()) -> dict:
+    parts = [
+        prepare(parse_sources(map(str, some)), one or encoder(), tmp_path / "cache", refuse_above=None)
+        for some in (files, eval_files)
+        if some
+    ]
+    return check(*parts)
+
+
+def write(path: Path, *rows) -> Path:
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_broken_row_is_named_and_its_neighbours_are_used(tmp_path, name):
+    row, code = ROWS[name]
+    found = page(tmp_path, write(tmp_path / "rows.jsonl", GOOD, row, {**GOOD, "prompt": "other"}))
+    errors = [finding for finding in found["findings"] if finding["severity"] != "warning"]
+    assert [(finding["code"], finding["rows"]) for finding in errors] == [(code, [["rows.jsonl", 2]])]
+    assert errors[0]["examples"][0].startswith("rows.jsonl, row 2: ") and errors[0]["advice"]
+    assert (found["rows"], found["used"], found["lost"], found["ok"]) == (3, 2, 1, False)
+
+
+def codes(found: dict) -> dict[str, int]:
+    return {finding["code"]: finding["count"] for finding in found["findings"]}
+
+
+def test_rows_that_can_be_used_but_deserve_a_look_are_warnings(tmp_path):
+    rows = [GOOD, GOOD, chat(U, U, A), {"prompt": "p" * 100, "completion": "c" * 100}, {"text": "some text"}]
+    file = write(tmp_path / "rows.jsonl", *rows)
+    found = page(tmp_path, file, eval_files=(write(tmp_path / "eval.jsonl", GOOD, {**GOOD, "prompt": "new"}),))
+    assert codes(found) == {"duplicate": 1, "repeated-role": 1, "answer-cut": 1, "mixed-formats": 1, "overlap": 1}
+    places = {finding["code"]: finding["rows"] for finding in found["findings"]}
+    assert places == {
+        "duplicate": [["rows.jsonl", 2]], "repeated-role": [["rows.jsonl", 3]], "answer-cut": [["rows.jsonl", 4]],
+        "mixed-formats": [["rows.jsonl", 0]], "overlap": [["eval.jsonl", 1]],
+    }  # fmt: skip
+    assert found["ok"] and found["errors"] == 0 and found["warnings"] == 5
+
+
+FOREIGN = CHAT_TEMPLATE.replace("<|im_", "<|turn_")
+NO_END = CHAT_TEMPLATE.replace("'<|im_end|>' + ", "")
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        (lambda: encoder(FOREIGN), {"end-of-turn", "foreign-template"}),
+        (lambda: encoder(NO_END), {"end-of-turn"}),
+        (lambda: encoder("{{ bos_token }}" * 2 + CHAT_TEMPLATE), {"double-bos"}),
+    ],
+)
+def test_a_fault_of_the_template_is_an_error_of_the_set_and_stops_a_run_unless_allowed(tmp_path, one, expected):
+    file = write(tmp_path / "rows.jsonl", GOOD, {**GOOD, "prompt": "other"})
+    found = page(tmp_path, file, one=one())
+    assert {f["code"] for f in found["findings"] if f["severity"] == "error of the set"} == expected and not found["ok"]
+    with pytest.raises(DataError, match="would go wrong") as raised:
+        prepare([file], one(), tmp_path / "cache")
+    assert all(f"--allow {code}" in str(raised.value) for code in expected)
+    allowed = one()
+    allowed.allow = frozenset(expected)
+    assert prepare([file], allowed, tmp_path / "cache").report.used == 2
+
+
+def test_a_missing_bos_is_an_error_of_the_set(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(CHAT_TEMPLATE)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    found = page(tmp_path, write(tmp_path / "rows.jsonl", GOOD), one=Encoder(tokenizer, 200))
+    assert codes(found) == {"missing-bos": 1}
+
+
+def test_allowed_control_tokens_are_kept_and_one_that_cannot_be_used_is_not_counted_against_the_run(tmp_path):
+    file = write(tmp_path / "rows.jsonl", GOOD, chat(message("user", "a<|im_end|>"), A), b"{")
+    one = Encoder(byte_tokenizer(), 200, allow=("control-tokens", "unreadable"))
+    data = prepare([file], one, tmp_path / "cache", refuse_above=0.0)
+    assert (data.report.used, data.report.lost) == (2, 1)
+    errors = [f for f in check(data)["findings"] if f["severity"] == "error"]
+    assert check(data)["ok"] and [f["allowed"] for f in errors] == [True]
+
+
+def test_a_table_with_a_row_of_another_width_names_it(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,completion\ngood,yes\nonly one\n"two\nlines",fine\n')
+    found = page(tmp_path, file)
+    assert (
+        codes(found) == {"unreadable": 1} and found["findings"][0]["rows"] == [["rows.csv", 2]] and found["used"] == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", b"no gzip"),
+        ("a.parquet", b"PAR1 no"),
+        ("a.arrow", b"nothing"),
+        ("a.jsonl.zst", b"no zstd"),
+        ("a.csv", b""),
+    ],
+)
+def test_a_container_that_cannot_be_opened_is_an_error_with_its_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        page(tmp_path, tmp_path / name)
+
+
+def test_there_are_forty_broken_files_and_more():
+    assert len(ROWS) >= 40
