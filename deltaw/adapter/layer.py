@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaw.adapter import math
-from deltaw.adapter.product import finer_product
+from deltaw.adapter.product import finer_dora, finer_product
 from deltaw.adapter.weight import dense_weight, weight_shape
 from deltaw.errors import AdapterError
 
@@ -192,6 +192,10 @@ class AdaptedLayer:
             norm_O = math.row_norm(self.target.weight_matrix(), self.A.flatten(1), self.B.flatten(1), self.scale)
         gain_O = math.dora_gain(magnitude, norm_O)
         bias: Tensor | None = getattr(self.target.owner, "bias", None)
+        if self.branch == self._linear_branch and self.A.dtype.itemsize > out.dtype.itemsize and not x.is_nested:
+            x_TI, out_TO = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+            gained = gain_O[:, None] * self.B
+            return finer_dora(x_TI, out_TO, self.A, gained, self.scale, gain_O.to(self.A.dtype), bias).view_as(out)
         channel = (-1, *(1 for _ in self.target.shape[2:])) if self.target.kind == "conv" else (-1,)
         frozen = out if bias is None else out - bias.view(channel)
         moved = torch.addcmul(out, frozen, (gain_O - 1).to(out.dtype).view(channel))

@@ -181,9 +181,9 @@ def bf16_ratios(tmp_path: Path, spec: LoraSpec, factors: torch.dtype, seeds: int
     return ratios
 
 
-@pytest.mark.parametrize(("dora", "median", "largest"), [(False, 1.001, 1.05), (True, 1.1, 1.8)])
+@pytest.mark.parametrize(("dora", "median", "largest"), [(False, 1.001, 1.05), (True, 1.01, 1.5)])
 def test_in_bf16_gradients_of_fp32_factors_are_as_exact_as_those_of_peft(dora, median, largest, tmp_path):
-    """Measured over 5 seeds: LoRA 1.000 for each tensor; DoRA 1.05 (0.6 to 1.6): out is rounded once more."""
+    """What training uses. Measured over 5 seeds: LoRA 1.000 for each tensor; DoRA 0.9996, the worst tensor 1.33."""
     ratios = bf16_ratios(tmp_path, LoraSpec(rank=8, alpha=16, dora=dora), torch.float32, seeds=3)
     assert statistics.median(ratios) <= median
     assert max(ratios) <= largest
@@ -194,7 +194,7 @@ def test_in_bf16_gradients_of_a_bf16_working_copy_lose_a_stated_part(dora, media
     """Measured over 5 seeds: LoRA 1.15, DoRA 1.24 times PEFT's error (the median), which is 0.7 % of the gradient.
 
     Most of the excess is the rounding of the factors themselves: with the branch computed in fp32 from the same bf16
-    factors, 1.13 became 1.10 only. Where that matters, fp32 factors (the test above) cost no more time on a CPU.
+    factors, 1.13 became 1.10 only. So training takes fp32 factors (the test above); a bf16 copy is for generation.
     """
     ratios = bf16_ratios(tmp_path, LoraSpec(rank=8, alpha=16, dora=dora), torch.bfloat16, seeds=3)
     assert statistics.median(ratios) <= median
