@@ -10,6 +10,8 @@ import datetime
 import json
 from typing import Any
 
+from jinja2 import TemplateError
+
 from deltaw.data.template import Renderer
 
 DAY = datetime.date(2026, 1, 31)
@@ -33,7 +35,7 @@ def _example(tokenizer: Any, conversation: tuple[dict[str, Any], ...]) -> dict[s
         return {"text": text, "tokens": tokenizer(text)["input_ids"]}
     try:
         text = Renderer(tokenizer, DAY).text(conversation, answer_follows=True)
-    except Exception as error:  # a template that refuses system messages, say
+    except TemplateError as error:  # it refuses system messages, say
         return {"error": str(error)}
     return {"text": text, "tokens": tokenizer(text, add_special_tokens=False)["input_ids"]}
 

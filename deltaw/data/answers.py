@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
+
 from deltaw.data.template import Renderer, Span
 
 Code = tuple[str, str]
@@ -98,7 +100,7 @@ class Locator:
         """The first `count` messages printed; None where the template refuses to print so few."""
         try:
             return self.renderer.text(self.messages[:count], self.tools, answer_follows=answer_follows)
-        except Exception:  # it has printed the whole: what it says about a part is not the user's fault
+        except TemplateError:  # it has printed the whole: what it says about a part is not the user's fault
             return None
 
     def _by_substitution(self, position: int) -> Span | None:
@@ -111,7 +113,7 @@ class Locator:
         changed = [*self.messages[:position], {**message, "content": word}, *self.messages[position + 1 :]]
         try:
             other = self.renderer.text(changed, self.tools)
-        except Exception:  # as above
+        except TemplateError:  # as above
             return None
         start = _common(self.whole, other)
         shared = _common(self.whole[start:][::-1], other[start:][::-1])

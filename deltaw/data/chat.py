@@ -22,6 +22,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from deltaw.data.answers import Located, Locator, join_marks
 from deltaw.data.encoding import MASKS, encoding_digest
@@ -122,7 +123,7 @@ class Encoder:
         probe = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
         try:
             printed = self.renderer.text(probe) + self.renderer.text(probe[:1], answer_follows=True)
-        except Exception:  # a template that refuses the probe is heard row by row
+        except TemplateError:  # what it says is heard row by row
             return []
         known = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         return sorted(set(_CONTROL_WORD.findall(printed)) - known)
@@ -167,12 +168,8 @@ class Encoder:
             raise _Refused("wrong-shape", "its first message is an answer to nothing")
         try:
             located = self._answers(row)
-        except _Refused:
-            raise
-        except Exception as error:  # a template is a program and fails in any way it likes
-            raise _Refused(
-                "template-refuses", f"the chat template refuses it ({str(error) or type(error).__name__})"
-            ) from error
+        except TemplateError as error:
+            raise _Refused("template-refuses", f"the chat template refuses it ({error})") from error
         spans = self._weighted(row, located.text, list(located.spans.items()))
         return _Draft(row, located.text, spans, list(located.spans.values()), [*_repeated(row), *located.notes])
 
@@ -399,7 +396,7 @@ class Encoder:
             notes.append(("double-bos", "the template and the text each begin with it"))
         elif self._bos is not None and tokens[0] != self._bos:
             notes.append(("missing-bos", f"it begins with token {tokens[0]}"))
-        answer_ends = {stop for _, stop in draft.answers}
+        answer_ends = set() if self.train_on == "all" else {stop for _, stop in draft.answers}
         for ((_, border), weight), (first, stop) in zip(draft.spans, spans, strict=True):
             if border in answer_ends and weight and stop > first and tokens[stop - 1] not in self.ends:
                 notes.append(("end-of-turn", f"an answer ends in {self.tokenizer.decode(tokens[stop - 1 : stop])!r}"))

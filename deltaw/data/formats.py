@@ -234,7 +234,8 @@ def _joined(prompt: Any, completion: Any, value: Mapping[str, Any]) -> dict[str,
         raise _Unusable(
             "the completion holds no message of the assistant, so nothing would be trained", "nothing-trained"
         )
-    return {"messages": messages, "weights": (*(0.0 for _ in before), *weights[len(before) :]), "tools": _tools(value)}
+    answered = weights[len(before) :] or (None,) * len(behind)
+    return {"messages": messages, "weights": (*(0.0 for _ in before), *answered), "tools": _tools(value)}
 
 
 def _preference(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Renderer:
     ) -> str:
         """The conversation as the model reads it; with `answer_follows`, up to where its next answer begins.
 
-        Raises whatever the template raises, and TemplateError when it exceeds its bounds.
+        Raises TemplateError with the template's own words, also when it exceeds its bounds.
         """
         return "".join(self._blocks(messages, tools, answer_follows, None))
 
@@ -88,6 +88,8 @@ class Renderer:
         except OutOfBounds:
             self._exceeded += 1
             raise
+        except Exception as error:  # a template is a program and fails in any way it likes
+            raise TemplateError(str(error) or type(error).__name__) from error
         self._exceeded = 0
         return blocks
 

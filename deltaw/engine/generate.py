@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base
@@ -33,7 +34,7 @@ def render_prompt(base: Base, messages: Messages, tools: Sequence[Any] = ()) -> 
         encoder = Encoder(tokenizer, base.context_tokens)
         try:
             text = encoder.render(messages, tools, answer_follows=True)
-        except Exception as error:  # a template is a program and fails in any way it likes
+        except TemplateError as error:
             raise DataError(f"The chat template refuses this conversation: {error}") from error
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokens:
