@@ -51,10 +51,13 @@ Progress = Callable[[int, int], None]
 
 
 class Model:
-    """A base with at most one adapter: generate, evaluate, and turn the adapter's strength like a dial."""
+    """A base with at most one adapter: generate, evaluate, and turn the adapter's strength like a dial.
 
-    def __init__(self, base: base_load.Base, injection: Injection | None) -> None:
-        self.base, self.injection = base, injection
+    `train_on` says which tokens `evaluate` counts: those that the adapter was trained on.
+    """
+
+    def __init__(self, base: base_load.Base, injection: Injection | None, train_on: str = "assistant") -> None:
+        self.base, self.injection, self.train_on = base, injection, train_on
 
     @property
     def strength(self) -> float:
@@ -84,7 +87,8 @@ class Model:
     ) -> dict[str, Any]:
         """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with intervals."""
         with tempfile.TemporaryDirectory() as folder:
-            encoder = Encoder(self.base.tokenizer, min(self.base.context_tokens, DEFAULT_MAX_LENGTH))
+            max_length = min(self.base.context_tokens, DEFAULT_MAX_LENGTH)
+            encoder = Encoder(self.base.tokenizer, max_length, self.train_on)
             sources = parse_sources(map(str, data))
             prepared = prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
             return evaluate_set(self.base, prepared, progress)
@@ -107,7 +111,10 @@ def load(name: str | Path, adapter: str | Path | None = None, **options: Any) ->
 
 
 def _over(base: base_load.Base, adapter: Adapter | None) -> Model:
-    return Model(base, None if adapter is None else inject(base.model, adapter, dtype=base.dtype))
+    if adapter is None:
+        return Model(base, None)
+    trained_on = json.loads(adapter.origin.get("config", "{}")).get("train_on", "assistant")
+    return Model(base, inject(base.model, adapter, dtype=base.dtype), trained_on)
 
 
 def open_adapter(

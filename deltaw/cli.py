@@ -435,7 +435,7 @@ def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_
     paged = console.is_terminal and rows is None
     shown = islice(show(make_settings({**_given(options), "data": files}), row), rows or (None if paged else 3))
     if as_json:
-        show_json(list(shown))
+        show_json([_plain_row(each) for each in shown])
         return
     texts = (shown_row(console, each, ids) for each in shown)
     if paged:
@@ -443,6 +443,13 @@ def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_
     else:
         for text in texts:
             click.echo(text, nl=False)
+
+
+def _plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A shown row as JSON takes it."""
+    if "documents" not in row:
+        return row
+    return {**row, "documents": [[vars(stretch) for stretch in document] for document in row["documents"]]}
 
 
 if __name__ == "__main__":

@@ -400,3 +400,93 @@ def test_sizes_are_decimal(number, text):
 @pytest.mark.parametrize(("seconds", "text"), [(-1, "0:00"), (59.9, "0:59"), (245, "4:05"), (3723, "1:02:03")])
 def test_times_are_minutes_or_hours(seconds, text):
     assert terminal.human_seconds(seconds) == text
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Four good rows, the last a copy of the first, and one that is no JSON."""
+    path = tmp_path / "rows.jsonl"
+    good = [json.dumps({"prompt": f"q {n}", "completion": f"a {n}"}) for n in (1, 2, 3, 1)]
+    path.write_text("\n".join([*good[:2], "{", *good[2:]]) + "\n")
+    return path
+
+
+def test_data_check_is_one_page_and_exits_1_on_errors_and_0_on_warnings(rows, llama_folder):
+    done = _run("data", "check", rows, "--model", llama_folder)
+    assert done.exit_code == 1 and ESCAPE not in done.stdout and done.stderr == ""
+    for text in (
+        "rows.jsonl: 4 prompt and completion", "5 rows: 4 used, 1 left out", "ERROR 1 rows that cannot be read  [unreadable]",
+        "rows.jsonl, row 3: not valid JSON", "WARNING 1 rows that occur more than once  [duplicate]", "equal to rows.jsonl, row 1",
+        "Errors were found. 1 kinds of errors, 1 of warnings.", "length     median",
+    ):  # fmt: skip
+        assert text in done.stdout, text
+    allowed = _run("data", "check", rows, "--model", llama_folder, "--allow", "unreadable")
+    assert allowed.exit_code == 0 and "ERROR, allowed 1 rows" in allowed.stdout and "No errors." in allowed.stdout
+
+
+def test_data_check_prints_one_json_document_whatever_the_exit_code(rows, llama_folder, tmp_path):
+    other = tmp_path / "eval.jsonl"
+    other.write_text(json.dumps({"prompt": "q 2", "completion": "a 2"}) + "\n")
+    done = _run("data", "check", rows, "--model", llama_folder, "--eval-data", other, "--json")
+    page = json.loads(done.stdout)
+    assert done.exit_code == 1 and page["ok"] is False and (page["rows"], page["used"]) == (5, 4)
+    assert {(f["code"], f["set"], tuple(map(tuple, f["rows"]))) for f in page["findings"]} == {
+        ("unreadable", "train", (("rows.jsonl", 3),)),
+        ("duplicate", "train", (("rows.jsonl", 5),)),
+        ("overlap", "eval", (("eval.jsonl", 1),)),
+    }
+    assert sum(page["statistics"]["histogram"]["counts"]) == page["statistics"]["documents"] == 4
+    assert _run("data", "check", tmp_path / "absent.jsonl", "--model", llama_folder).exit_code == 1
+
+
+def test_data_show_prints_what_is_trained_in_brackets_and_ids_on_request(rows, llama_folder):
+    done = _run("data", "show", rows, "--model", llama_folder, "--rows", 3)
+    assert done.exit_code == 0 and ESCAPE not in done.stdout
+    assert "<|im_start|>user\nq 1<|im_end|>\n<|im_start|>assistant\n⟦a 1<|im_end|>⟧\n" in done.stdout
+    assert "rows.jsonl, row 3" in done.stdout and "left out: not valid JSON" in done.stdout
+    later = _run("data", "show", rows, "--model", llama_folder, "--row", 4, "--rows", 1, "--ids").stdout
+    assert "⟦a 3{" in later and "<|im_end|>{2}⟧" in later and "row 1" not in later
+    shown = json.loads(_run("data", "show", rows, "--model", llama_folder, "--json").stdout)
+    assert [row["row"] for row in shown] == [1, 2, 3] and shown[2]["code"] == "unreadable"
+    trained = [s["text"] for s in shown[0]["documents"][0] if s["weight"]]
+    assert "".join(trained) == "a 1<|im_end|>"
+
+
+def test_data_show_has_colour_and_pages_in_a_terminal(rows, llama_folder):
+    """A real terminal; the pager is cat."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "PAGER": "cat", "TERM": "xterm-256color"}
+    environment.pop("NO_COLOR", None)
+    arguments = _command("data", "show", rows, "--model", llama_folder)
+    process = subprocess.Popen(arguments, stdin=follower, stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    output = b""
+    with contextlib.suppress(OSError):
+        while piece := os.read(leader, 65536):
+            output += piece
+    process.wait(timeout=60)
+    os.close(leader)
+    text = output.decode()
+    assert process.returncode == 0 and ESCAPE in text and "row 5" in text
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert "⟦a 1<|im_end|>⟧" in plain
+
+
+def test_training_says_what_the_check_found_and_a_recipe_mixes_sources(tmp_path, llama_folder, chats, rows):
+    rows.write_text("".join(line + "\n" for line in rows.read_text().splitlines() if line != "{"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data:\n  - {{path: rows.jsonl, weight: 3}}\n  - {{path: {chats}, cap: 10, weight: 0.5}}\n"
+        f"model: {llama_folder}\nsteps: 2\nrank: 2\nbatch_tokens: 256\ndevice: cpu\ndtype: float32\n"
+    )
+    done = _run("train", recipe, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+    assert "4 prompt and completion, 10 chat in 2 files" in done.stderr
+    assert "found: 1 duplicate (such as rows.jsonl, row 4: equal to rows.jsonl, row 1)" in done.stderr
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["value"]
+    assert stored == [f"{rows}::weight=3", f"{chats}::cap=10,weight=0.5"]
+    again = _run("train", "--resume", tmp_path / "run")
+    assert again.exit_code == 0 and "has ended already" in again.stderr

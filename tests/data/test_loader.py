@@ -101,3 +101,40 @@ def test_evaluation_takes_the_first_rows_once_shortest_first(store):
     assert (np.diff(lengths) >= 0).all()
     assert all(store.lengths[batch].sum() <= 100 for batch in batches)
     assert sorted(d for batch in evaluation_batches(store, 100) for d in batch) == list(range(len(store)))
+
+
+# -- mixing ------------------------------------------------------------------------------------------------------------
+
+
+def drawn(loader, epochs):
+    """How often each document was drawn in so many epochs."""
+    positions = range(epochs * loader.epoch_documents)
+    return np.bincount([loader.document(position) for position in positions], minlength=98)
+
+
+def test_weights_say_how_often_a_document_of_a_source_appears(store):
+    loader = Loader(store, 100, 100, 3, mix=[(40, 1.0), (30, 2.0), (28, 0.5)])
+    assert loader.epoch_documents == 40 + 60 + 14
+    assert drawn(loader, 1)[:40].tolist() == [1] * 40 and drawn(loader, 1)[40:70].tolist() == [2] * 30
+    assert sorted(drawn(loader, 1)[70:].tolist()) == [0] * 14 + [1] * 14
+    assert drawn(loader, 4).tolist() == [4] * 40 + [8] * 30 + [2] * 28
+
+
+def test_a_source_with_an_odd_weight_is_gone_through_evenly(store):
+    loader = Loader(store, 100, 100, 3, mix=[(40, 0.7), (58, 1.35)])
+    counts = drawn(loader, 20)
+    assert counts[:40].max() - counts[:40].min() <= 1 and counts[40:].max() - counts[40:].min() <= 1
+    assert counts[:40].sum() == 20 * 28 and counts[40:].sum() == 20 * 78
+
+
+def test_sources_are_mixed_within_an_epoch_and_the_order_is_a_function_of_the_position(store):
+    loader, again = (Loader(store, 100, 100, 3, mix=[(49, 1.0), (49, 1.0)]) for _ in range(2))
+    order = [loader.document(position) for position in range(98)]
+    firsts = sum(document < 49 for document in order[:49])
+    assert 12 < firsts < 37 and [again.document(position) for position in (97, 5, 50)] == [
+        order[p] for p in (97, 5, 50)
+    ]
+
+
+def test_an_empty_source_takes_no_part(store):
+    assert Loader(store, 100, 100, 3, mix=[(0, 5.0), (98, 1.0)]).epoch_documents == 98

@@ -1,15 +1,21 @@
 """Every row is counted as used, cut or lost; too many losses stop the run; held-out rows are apart by their text."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from models import byte_tokenizer
 
 from deltaw.data.chat import Encoder
-from deltaw.data.formats import Row, read_rows
-from deltaw.data.prepare import held_out_share, prepare, share_of
-from deltaw.errors import DataError
+from deltaw.data.encoding import LazyEncoder
+from deltaw.data.formats import Row, parse_sources, read_rows
+from deltaw.data.prepare import cache_key, held_out_share, prepare, share_of
+from deltaw.errors import DataError, DiskError
 
 
 @pytest.fixture
@@ -171,3 +177,130 @@ def test_few_answers_are_labels_and_many_are_not(tmp_path, encoder):
     assert labels(["good"] * 9) is None
     assert labels([f"answer {number % 21}" for number in range(100)]) is None
     assert prepare([write(tmp_path / "b.txt", "some text")], encoder, tmp_path / "t", keep_rows=True).labels() is None
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+class Counting(Encoder):
+    """An encoder that counts the rows it was asked for."""
+
+    asked = 0
+
+    def encode_many(self, rows):
+        for found in super().encode_many(rows):
+            self.asked += 1
+            yield found
+
+
+def test_a_second_start_encodes_nothing_and_finds_the_same(tmp_path):
+    file = write(tmp_path / "a.jsonl", pair("one"), "{", pair("two"), pair("two"))
+    first, again = (Counting(byte_tokenizer(), 60) for _ in range(2))
+    data = prepare([file], first, tmp_path / "cache", refuse_above=None)
+    cached = prepare([file], again, tmp_path / "cache", refuse_above=None)
+    assert (first.asked, again.asked) == (4, 0)
+    assert cached.report.as_dict() == data.report.as_dict() and texts(cached, again.tokenizer) == texts(
+        data, again.tokenizer
+    )
+    assert [found.code for found in cached.report.findings] == ["unreadable", "duplicate"]
+
+
+def test_whatever_changes_the_tokens_changes_the_entry(tmp_path):
+    file = write(tmp_path / "a.jsonl", pair("one"), pair("two"))
+    other = write(tmp_path / "b.jsonl", pair("one"), pair("twp"))
+    template = byte_tokenizer()
+    template.chat_template = "{{ ' ' }}" + template.chat_template
+    special = byte_tokenizer()
+    special.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    plain = Encoder(byte_tokenizer(), 60)
+    keys = [cache_key(parse_sources([str(file)]), one) for one in (
+        plain, Encoder(template, 60), Encoder(special, 60), Encoder(byte_tokenizer(), 61),
+        Encoder(byte_tokenizer(), 60, "last"), Encoder(byte_tokenizer(), 60, allow=("control-tokens",)),
+    )]  # fmt: skip
+    keys += [cache_key(parse_sources([text]), plain) for text in (str(other), f"{file}::cap=1", f"{file}::text=prompt")]
+    assert len(set(keys)) == len(keys)
+    assert cache_key(parse_sources([str(file)]), Encoder(byte_tokenizer(), 60)) == keys[0]
+    assert cache_key(parse_sources([f"{file}::weight=3"]), plain) == keys[0], "a weight changes no token"
+
+
+def test_a_file_that_changes_in_place_is_seen(tmp_path, encoder):
+    file = write(tmp_path / "a.jsonl", pair("one"))
+    first = prepare([file], encoder, tmp_path / "cache").report.digest
+    write(file, pair("two"))
+    os.utime(file, ns=(1, 1))
+    assert prepare([file], encoder, tmp_path / "cache").report.digest != first
+
+
+def test_an_encoder_is_not_opened_where_the_entry_stands(tmp_path):
+    file = write(tmp_path / "a.jsonl", pair("one"))
+    real = Encoder(byte_tokenizer(), 60)
+    prepare([file], real, tmp_path / "cache")
+    lazy = LazyEncoder(lambda: pytest.fail("opened"), real.digest)
+    assert prepare([file], lazy, tmp_path / "cache").report.used == 1
+
+
+def test_a_write_that_fails_leaves_no_entry(tmp_path, encoder):
+    def broken(_rows):
+        raise OSError(28, "No space left on device")
+
+    many = write(tmp_path / "many.jsonl", *[pair(f"q {n}") for n in range(300)])
+    with pytest.raises(DiskError, match="No space left"):
+        prepare([many], encoder, tmp_path / "cache", progress=broken)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_entries_that_nobody_used_for_a_month_are_forgotten(tmp_path, encoder):
+    old, new = (write(tmp_path / f"{name}.jsonl", pair(name)) for name in ("old", "new"))
+    prepare([old], encoder, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache").iterdir()
+    os.utime(entry, (1, 1))
+    prepare([old], encoder, tmp_path / "cache")  # used again: it stays
+    prepare([new], encoder, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    os.utime(entry, (1, 1))
+    prepare([write(tmp_path / "more.jsonl", pair("more"))], encoder, tmp_path / "cache")
+    assert not entry.exists() and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_tokens_and_their_order_do_not_depend_on_the_number_of_threads(tmp_path, encoder, threads):
+    """In a process of its own, since the tokenizer's threads are chosen once."""
+    file = write(
+        tmp_path / "a.jsonl", *[pair(f"question {number} é", "yes" * (number % 7 + 1)) for number in range(700)]
+    )
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nfrom models import byte_tokenizer\n"
+        "from deltaw.data.chat import Encoder\nfrom deltaw.data.prepare import prepare\n"
+        "data = prepare([Path(sys.argv[2])], Encoder(byte_tokenizer(), 60), Path(sys.argv[3]))\n"
+        "print(data.report.digest)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent.parent), str(file), str(tmp_path / "cache")],
+        env={**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == prepare([file], encoder, tmp_path / "here").report.digest
+
+
+def test_any_conversation_trains_exactly_its_answers_with_their_ends(encoder):
+    """2,000 conversations drawn at random."""
+    random_ = random.Random(0)
+    alphabet = ["a", "b", " ", "\n", "é", "\U0001f600", ".", "<", "|", "im_end", "0"]
+    rows = []
+    for number in range(2000):
+
+        def text():
+            drawn = "".join(random_.choices(alphabet, k=random_.randint(1, 12)))
+            return drawn if drawn.strip() else drawn + "x"
+
+        messages = [{"role": "system", "content": text()}] * random_.randint(0, 1)
+        for _ in range(random_.randint(1, 3)):
+            messages += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
+        rows.append(Row("drawn", number, tuple(messages)))
+    one = Encoder(byte_tokenizer(), 1000)
+    for row, found in zip(rows, one.encode_many(rows), strict=True):
+        (example,) = found.examples
+        answers = [message["content"] + "<|im_end|>" for message in row.messages if message["role"] == "assistant"]
+        assert one.tokenizer.decode(example.tokens[example.weights > 0]) == "".join(answers)
+        assert one.tokenizer.decode(example.tokens) == one.render(row.messages)

@@ -2,11 +2,15 @@
 
 import gzip
 import json
+import sys
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from deltaw.data.formats import Row, read_rows
-from deltaw.data.source import Fault, find_files
+from deltaw.data.formats import Row, parse_sources, read_rows
+from deltaw.data.source import Fault, Source, find_files, parse_source
 from deltaw.errors import DataError
 
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -131,3 +135,142 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
 def test_an_unknown_kind_of_file_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"table\.xlsx.*\.jsonl"):
         rows_of(tmp_path / "table.xlsx", "a,b")
+
+
+# -- containers and sources --------------------------------------------------------------------------------------------
+
+
+PAIRS = [{"prompt": f"q {n}", "completion": "a\nb" if n else 'say "é", null'} for n in range(5)]
+
+
+def as_csv(delimiter):
+    rows = [delimiter.join(PAIRS[0])]
+    rows += [delimiter.join('"{}"'.format(value.replace('"', '""')) for value in row.values()) for row in PAIRS]
+    return ("\r\n".join(rows) + "\r\n").encode("utf-8-sig")
+
+
+def in_arrow(path, *, stream):
+    table = pyarrow.Table.from_pylist(PAIRS)
+    opener = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    with opener(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def written(path):
+    """The five pairs in the container that the name asks for."""
+    plain = lines(*PAIRS).encode()
+    content = {
+        "a.jsonl": plain,
+        "a.json": json.dumps(PAIRS, indent=1).encode("utf-8-sig"),
+        "lines.json": plain,
+        "a.jsonl.gz": gzip.compress(plain),
+        "a.json.gz": gzip.compress(json.dumps(PAIRS).encode()),
+        "a.csv": as_csv(","),
+        "a.tsv": as_csv("\t"),
+        "a.csv.gz": gzip.compress(as_csv(",")),
+    }
+    if path.name in content:
+        path.write_bytes(content[path.name])
+    elif path.name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path, row_group_size=2)
+    elif path.suffix == ".zst":
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(plain)
+    elif path.suffix == ".arrow":
+        in_arrow(path, stream=path.stem == "stream")
+    else:
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(PAIRS).save_to_disk(str(path))
+    return path
+
+
+CONTAINERS = [
+    *("a.jsonl", "a.json", "lines.json", "a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.csv.gz"),
+    *("a.parquet", "stream.arrow", "file.arrow", "folder"),
+]
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_gives_the_same_rows(tmp_path, name):
+    path = written(tmp_path / name)
+    assert find_files([str(path)]) == [path]
+    assert list(read_rows([path])) == [
+        Row(name, number, ({"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": p["completion"]}))
+        for number, p in enumerate(PAIRS, 1)
+    ]
+
+
+def test_a_folder_with_several_splits_gives_the_one_asked_for(tmp_path):
+    datasets.disable_progress_bars()
+    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    assert [row.text for row in read_rows([f"{tmp_path}/both"])] == ["train"]
+    assert [row.text for row in read_rows([f"{tmp_path}/both::split=test"])] == ["test"]
+    with pytest.raises(DataError, match=r"no split 'dev'; give .*one of test, train"):
+        list(read_rows([f"{tmp_path}/both::split=dev"]))
+
+
+def test_a_data_set_as_the_hub_has_it_is_read_through_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(lines(*PAIRS))
+    rows = list(read_rows([f"hub:{tmp_path}/set"]))
+    assert [row.messages[0]["content"] for row in rows] == [p["prompt"] for p in PAIRS]
+    with pytest.raises(DataError, match="Could not read hub:"):
+        list(read_rows([f"hub:{tmp_path}/nothing"]))
+
+
+def test_nulls_that_an_arrow_schema_added_are_gone_and_those_of_json_stay(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ({"a": 1}, {"b": 2})]
+    rows = [{"messages": [CHAT[0], {"role": "assistant", "tool_calls": [call]}]} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = [row.messages[1]["tool_calls"][0]["function"]["arguments"] for row in read_rows([tmp_path / "a.parquet"])]
+    assert read == [{"a": 1}, {"b": 2}]
+    (tmp_path / "a.jsonl").write_text(lines({"messages": [CHAT[0], {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": {"a": None}}}]}]}))  # fmt: skip
+    (row,) = read_rows([tmp_path / "a.jsonl"])
+    assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
+def test_lists_may_stand_as_json_in_the_cells_of_a_table(tmp_path):
+    cell = json.dumps(CHAT).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'messages,label\n"{cell}",x\n"[broken",x\n')
+    first, second = read_rows([tmp_path / "a.csv"])
+    assert first.messages == tuple(CHAT) and "messages is not valid JSON" in second.reason
+
+
+def test_columns_are_renamed_for_all_sources_or_for_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines({"question": "q", "reply": "a", "text": "not this"}))
+    sources = parse_sources([f"{tmp_path}/a.jsonl::prompt=question"], ["completion=reply"])
+    assert [row.answer for row in read_rows(sources)] == ["a"]
+    (fault,) = read_rows(parse_sources([f"{tmp_path}/a.jsonl::prompt=wrong"]))
+    assert fault.code == "wrong-shape" and "no column 'wrong', which is to be read as prompt" in fault.reason
+
+
+def test_a_cap_takes_the_first_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*PAIRS))
+    assert [row.number for row in read_rows([f"{tmp_path}/a.jsonl::cap=2"])] == [1, 2]
+    assert parse_source("a::weight=0.5,cap=3") == Source("a", weight=0.5, cap=3)
+
+
+def test_every_fault_of_the_sources_is_listed_at_once():
+    with pytest.raises(DataError) as caught:
+        parse_sources(["a::weight=0,cap=x", "b::speed=2", "c::weight"], ["question"])
+    for text in (
+        "weight=0",
+        "cap=x",
+        "'speed' is none of weight, cap",
+        "must look like key=value",
+        "--columns question",
+    ):
+        assert text in str(caught.value)
+
+
+def test_what_needs_an_extra_says_which(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"a\.parquet needs pyarrow: pip install 'deltaw\[data\]'"):
+        list(read_rows([tmp_path / "a.parquet"]))
+    with pytest.raises(DataError, match=r"needs datasets: pip install 'deltaw\[hub\]'"):
+        list(read_rows(["hub:org/name"]))
