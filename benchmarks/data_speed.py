@@ -15,6 +15,7 @@ import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from deltaw.base.builtin import base_path, cache_folder
 from deltaw.hardware import look
@@ -35,16 +36,18 @@ MEASURE = (
 def main(sizes: list[int]) -> None:
     base_path("smollm2-135m")
     rows = [measure(size) for size in sizes]
-    RESULTS.write_text(
-        json.dumps({"machine": {"cpu_name": look().cpu_name, "cores": look().cores}, "rows": rows}, indent=2) + "\n"
-    )
+    machine = {"cpu_name": look().cpu_name, "cores": look().cores}
+    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
     for row in rows:
-        print(f"{row['rows']:>9,} rows: {row['cold']['seconds']:.1f} s, a second start {row['second']['seconds']:.2f} s, "
-              f"peak {row['cold']['peak_bytes'] / 1e6:.0f} MB")  # fmt: skip
+        cold, second = row["cold"], row["second"]
+        print(
+            f"{row['rows']:>9,} rows: {cold['seconds']:.1f} s, a second start {second['seconds']:.2f} s, "
+            f"peak {cold['peak_bytes'] / 1e6:.0f} MB"
+        )
     print(json.dumps({str(row["rows"]): [row["cold"]["seconds"], row["second"]["seconds"]] for row in rows}))
 
 
-def measure(rows: int) -> dict[str, object]:
+def measure(rows: int) -> dict[str, Any]:
     """One row of the result: a cold start and a second one in a cache that holds the base and no tokens."""
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
@@ -53,27 +56,15 @@ def measure(rows: int) -> dict[str, object]:
             (cache / entry.name).symlink_to(entry)
         data = Path(folder) / "chats.jsonl"
         write_chats(data, rows)
-        command = [
-            sys.executable,
-            "-c",
-            MEASURE,
-            sys.executable,
-            "-m",
-            "deltaw",
-            "data",
-            "check",
-            str(data),
-            "--json",
-            "--quiet",
-        ]
-        found = {}
+        check = [sys.executable, "-m", "deltaw", "data", "check", str(data), "--json", "--quiet"]
+        environment = {**os.environ, "DELTAW_CACHE": str(cache)}
+        found: dict[str, Any] = {"rows": rows, "file_bytes": data.stat().st_size}
         for name in ("cold", "second"):
-            done = subprocess.run(
-                command, env={**os.environ, "DELTAW_CACHE": str(cache)}, stdout=subprocess.PIPE, check=True
-            )
+            command = [sys.executable, "-c", MEASURE, *check]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
             found[name] = json.loads(done.stdout)
             assert found[name]["used"] == rows and found[name]["exit"] == 0, found
-        return {"rows": rows, "file_bytes": data.stat().st_size, **found}
+        return found
 
 
 def write_chats(path: Path, rows: int) -> None:

@@ -392,23 +392,37 @@ def data() -> None:
     """See and check training data as a model reads it."""
 
 
-_data_options = _settings_options(
-    "model", "eval_data", "columns", "train_on", "max_length", "allow", "date", "revision"
-)
+_data_options = _settings_options("model", "columns", "train_on", "max_length", "allow", "date", "revision")
 
 
 @data.command("check")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--eval",
+    "--eval-data",
+    "eval_data",
+    multiple=True,
+    metavar="FILE",
+    help="Validation data, to find what is in both.",
+)
 @_data_options
 @quiet_option
 @json_option
 def check_data(files: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
-    """One page on a whole data set. Exits 1 on any error that is not allowed, 0 on warnings."""
+    """One page on a whole data set. Exits 1 on any error that is not allowed, 0 on warnings.
+
+    With --json, stdout is one JSON document whatever the exit code.
+    """
     from deltaw.datasets import check_data as check
     from deltaw.terminal import TerminalWatcher, check_page, make_console, show_json
 
     watcher = TerminalWatcher(make_console(stderr=True), quiet)
-    page = check(make_settings({**_given(options), "data": files}), watcher.reading)
+    try:
+        page = check(make_settings({**_given(options), "data": files}), watcher.reading)
+    except DeltawError as error:
+        if as_json:
+            show_json({"ok": False, "error": str(error)})
+        raise
     if as_json:
         show_json(page)
     else:

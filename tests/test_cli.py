@@ -430,7 +430,7 @@ def test_data_check_is_one_page_and_exits_1_on_errors_and_0_on_warnings(rows, ll
 def test_data_check_prints_one_json_document_whatever_the_exit_code(rows, llama_folder, tmp_path):
     other = tmp_path / "eval.jsonl"
     other.write_text(json.dumps({"prompt": "q 2", "completion": "a 2"}) + "\n")
-    done = _run("data", "check", rows, "--model", llama_folder, "--eval-data", other, "--json")
+    done = _run("data", "check", rows, "--model", llama_folder, "--eval", other, "--json")
     page = json.loads(done.stdout)
     assert done.exit_code == 1 and page["ok"] is False and (page["rows"], page["used"]) == (5, 4)
     assert {(f["code"], f["set"], tuple(map(tuple, f["rows"]))) for f in page["findings"]} == {
@@ -439,7 +439,8 @@ def test_data_check_prints_one_json_document_whatever_the_exit_code(rows, llama_
         ("overlap", "eval", (("eval.jsonl", 1),)),
     }
     assert sum(page["statistics"]["histogram"]["counts"]) == page["statistics"]["documents"] == 4
-    assert _run("data", "check", tmp_path / "absent.jsonl", "--model", llama_folder).exit_code == 1
+    absent = _run("data", "check", tmp_path / "absent.jsonl", "--model", llama_folder, "--json")
+    assert absent.exit_code == 1 and json.loads(absent.stdout)["ok"] is False and "No such data file" in absent.stderr
 
 
 def test_data_show_prints_what_is_trained_in_brackets_and_ids_on_request(rows, llama_folder):

@@ -263,6 +263,7 @@ class Encoder:
             return
         chats = [draft for draft in drafts if draft.row.text is None]
         encoded = self._ids_and_starts([draft.text for draft in chats])
+        self._notice_changed_texts(chats, [tokens for tokens, _ in encoded])
         heads: list[str] = []
         asked: list[list[tuple[int, int] | None]] = []
         for draft, (tokens, starts) in zip(chats, encoded, strict=True):
@@ -276,6 +277,20 @@ class Encoder:
         )
         for draft in drafts:
             yield (self._text_ids(draft.text), [0, None]) if draft.row.text is not None else next(places)
+
+    def _notice_changed_texts(self, drafts: list[_Draft], ids: list[list[int]]) -> None:
+        """A tokenizer that normalises or drops text shows when its tokens are turned back; spaces it may move."""
+        if not self.tokenizer.is_fast:
+            return
+        for draft, back in zip(
+            drafts, self.tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False), strict=True
+        ):
+            if back != draft.text and (known := "".join(draft.text.split())) != (got := "".join(back.split())):
+                place = next((i for i, (a, b) in enumerate(zip(known, got, strict=False)) if a != b), len(got))
+                shown = (
+                    f"{known[max(0, place - 5) : place + 15]!r} comes back as {got[max(0, place - 5) : place + 15]!r}"
+                )
+                draft.notes.append(("not-round-trip", shown))
 
     def _ask(
         self, draft: _Draft, tokens: list[int], starts: list[int], heads: list[str]

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from models import CHAT_TEMPLATE, byte_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from deltaw.data.chat import Encoder
 from deltaw.data.check import check
-from deltaw.data.formats import parse_sources
+from deltaw.data.findings import CATALOGUE
+from deltaw.data.formats import Row, parse_sources
 from deltaw.data.prepare import prepare
 from deltaw.errors import DataError
 
@@ -202,6 +205,70 @@ def test_a_container_that_cannot_be_opened_is_an_error_with_its_name(tmp_path, n
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name):
         page(tmp_path, tmp_path / name)
+
+
+def only_note(one: Encoder, *messages) -> tuple[str, str]:
+    (found,) = one.encode_many([Row("a", 1, messages)])
+    (note,) = found.notes
+    return note
+
+
+def test_a_tokenizer_that_changes_text_is_noticed():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    code, what = only_note(Encoder(tokenizer, 200), U, message("assistant", "Yes"))
+    assert code == "not-round-trip" and "tantYes" in what and "tantyes" in what
+
+
+def test_text_that_a_tokenizer_does_not_know_is_noticed():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "q": 1, "a": 2, "<end>": 3}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content ~ (' <end> ' if m.role == 'assistant' else ' ') }}{% endfor %}"
+    )
+    (found,) = Encoder(tokenizer, 200).encode_many([Row("a", 1, (U, message("assistant", "a new")))])
+    assert ("unknown-tokens", "1 of 4 tokens") in found.notes
+
+
+def refused(template: str, *messages) -> tuple[str, str]:
+    (found,) = encoder(template).encode_many([Row("a", 1, messages)])
+    return found.code, found.reason
+
+
+def test_a_template_that_does_not_print_an_answer_or_prints_it_in_a_way_of_its_own_is_named():
+    parts_only = CHAT_TEMPLATE.replace("m['content']", "(m['content'][0].text or '')")
+    assert refused(parts_only, U, A)[0] == "answer-missing"
+    forgetful = CHAT_TEMPLATE.replace("m['content']", "(m['content'] if loop.last else m['content'].split('|')[-1])")
+    assert refused(forgetful, U, message("assistant", "thought|a"), U, A)[0] == "mask-unclear"
+    assert refused("{{ raise_exception('not like this') }}", U, A) == (
+        "template-refuses", "the chat template refuses it (not like this)",
+    )  # fmt: skip
+    marked = CHAT_TEMPLATE.replace("{{ '<|im_start|>'", "{% generation %}{{ '' }}{% endgeneration %}{{ '<|im_start|>'")
+    code, reason = refused(marked.replace("{{ '' }}", "{{ 'x' }}"), U, A, U, A)
+    assert code == "masks-disagree" and "the template marks" in reason
+
+
+def test_a_prompt_that_is_not_followed_by_the_answer_in_training_is_noticed():
+    thinking = CHAT_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>' }}")
+    code, what = only_note(encoder(thinking), U, A)
+    assert code == "generation-prompt" and "message 2 does not begin where the prompt for it ends" in what
+
+
+def test_a_set_that_is_nearly_all_context_is_noticed(tmp_path):
+    found = page(
+        tmp_path,
+        write(tmp_path / "rows.jsonl", {"prompt": "p" * 5000, "completion": ""}, GOOD),
+        one=Encoder(byte_tokenizer(), 9000),
+    )
+    assert codes(found) == {"empty-answer": 1}
+    long = write(tmp_path / "long.jsonl", {"prompt": "p" * 5000, "completion": "a"})
+    assert codes(page(tmp_path, long, one=Encoder(byte_tokenizer(), 9000))) == {"mostly-context": 1}
+
+
+def test_every_finding_of_the_catalogue_is_shown_here():
+    text = Path(__file__).read_text()
+    assert [code for code in CATALOGUE if f'"{code}"' not in text] == []
 
 
 def test_there_are_forty_broken_files_and_more():
