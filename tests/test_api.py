@@ -298,3 +298,27 @@ def test_the_advice_counts_the_parameters_of_the_base_that_it_speaks_of():
     blocks, hidden, key, inner = 30, 576, 192, 1536
     linear = blocks * (2 * hidden * hidden + 2 * hidden * key + 3 * hidden * inner)
     assert 4 * linear == api.FLOP_PER_TOKEN
+
+
+def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goes_on_after_a_stop(
+    tmp_path, llama_folder, chats
+):
+    class Stop(Listener):
+        def step(self, line, progress, length):
+            if progress.seconds > 1.0 and not self.said.count("stop"):
+                self.said.append("stop")
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    given = {name: value for name, value in QUICK.items() if name != "steps"}
+    with pytest.raises(Interrupted):
+        api.train(model=llama_folder, data=chats, out=tmp_path / "run", minutes=0.05, watcher=Stop(), **given)
+    run = api.train(resume=tmp_path / "run")
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    steps, evaluations = [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    seconds = sum(line["seconds"] for line in steps)
+    assert 3.0 <= seconds < 3.0 + 2 * max(line["seconds"] for line in steps)
+    behind = (seconds - steps[-1]["seconds"]) / 3.0  # a share of the budget
+    assert 0 < steps[-1]["lr"] <= QUICK["lr"] * (1 - behind) / 0.97 and steps[-1]["lr"] < steps[len(steps) // 2]["lr"]
+    assert len(evaluations) >= 4
+    assert run.read_summary()["status"] == "done"

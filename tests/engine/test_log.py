@@ -52,3 +52,18 @@ def test_a_full_disk_is_a_disk_error_and_closing_raises_no_other(tmp_path):
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"no_such_tracker.*pip install 'deltaw\[track\]'"):
         open_trackers(["no_such_tracker"], tmp_path)
+
+
+def test_tensorboard_holds_every_number_of_every_step(tmp_path):
+    """Written through the tracker, read back by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (track,) = open_trackers(["tensorboard"], tmp_path)
+    for step in (1, 2):
+        track({"step": step, "loss": 1.5 / step, "tokens": 10 * step})
+    track({"step": 2, "eval_loss": 0.25})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
+        "loss": [(1, 1.5), (2, 0.75)], "tokens": [(1, 10.0), (2, 20.0)], "eval_loss": [(2, 0.25)],
+    }  # fmt: skip
