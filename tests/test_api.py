@@ -319,6 +319,9 @@ def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goe
     seconds = sum(line["seconds"] for line in steps)
     assert 3.0 <= seconds < 3.0 + 2 * max(line["seconds"] for line in steps)
     behind = (seconds - steps[-1]["seconds"]) / 3.0  # a share of the budget
-    assert 0 < steps[-1]["lr"] <= QUICK["lr"] * (1 - behind) / 0.97 and steps[-1]["lr"] < steps[len(steps) // 2]["lr"]
+    assert (
+        0 <= steps[-1]["lr"] <= max(0.0, QUICK["lr"] * (1 - behind) / 0.97)
+        and steps[-1]["lr"] < steps[len(steps) // 2]["lr"]
+    )
     assert len(evaluations) >= 4
     assert run.read_summary()["status"] == "done"
