@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property
@@ -36,7 +37,7 @@ class TokenStore:
     @classmethod
     def write(cls, stem: Path, examples: Iterable[Example]) -> TokenStore:
         """Writes the examples one by one, whatever their number, and opens the result. Raises DiskError."""
-        offsets, rows = [0], list[int]()
+        offsets, rows = array("q", [0]), array("q")
         files: list[tuple[int, str]] = []  # (first document, name)
         with disk_errors("write", stem):
             stem.parent.mkdir(parents=True, exist_ok=True)

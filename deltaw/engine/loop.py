@@ -79,12 +79,30 @@ class Progress:
     """Where a run is: what a checkpoint has to remember besides tensors. `seconds` is the sum over its steps.
 
     An observer that does something else than training adds its duration to `away_seconds`, so that no step pays for it.
+    While `abandonable`, a signal handler may raise Abandoned.
     """
 
     step: int = 0
     seconds: float = 0.0
     away_seconds: float = 0.0
+    abandonable: bool = False
     tracks: list[Track] = field(default_factory=list)
+
+
+class Abandoned(BaseException):
+    """Raised by a signal handler while `Progress.abandonable`: what is under way leaves no trace."""
+
+
+class Clock:
+    """What the clock decides about a step; here, what it says now. A run that is repeated hears what was decided."""
+
+    def done(self, _step: int, now: float) -> float:
+        """Which share of the run lies behind this step."""
+        return now
+
+    def seconds(self, _step: int, measured: float) -> float:
+        """How long this step took."""
+        return measured
 
 
 Observer = Callable[[StepRecord, Progress], bool]
@@ -98,25 +116,33 @@ def fit(
     length: Length,
     observe: Observer,
     interrupted: Callable[[], bool] = lambda: False,
+    clock: Clock | None = None,
 ) -> bool:
     """Trains until the length is reached, the data ends, or `observe` returns False; whether it was not interrupted.
 
     `progress` is advanced in place, always to the end of a whole step: an interrupted step is abandoned. Raises
     NotFiniteError with the rows of the batch, before anything was updated, when a loss or gradient is not finite, and
-    AdapterError when a layer received no gradient in the first step.
+    AdapterError when a factor received no gradient in the first two steps or a frozen weight changed in them.
     """
+    clock = clock or Clock()
+    frozen = _versions(base)
     since = time.monotonic()
     try:
         while not length.over(progress.step, progress.seconds) and not all(t.ended for t in progress.tracks):
             injection.train(True)
             steps = [track.loader.step(track.position, track.stop) for track in progress.tracks]
+            progress.abandonable = True
             results = forward_backward(base, injection, progress, steps, interrupted)
+            progress.abandonable = False
             if results is None:
                 return False
-            done = length.done(progress.step + 1, progress.seconds, time.monotonic() - since)
-            record = _update(flat, progress, done, steps, results)
+            number = progress.step + 1
+            done = length.done(number, progress.seconds, time.monotonic() - since)
+            record = _update(flat, progress, clock.done(number, done), steps, results)
+            if number == 2:
+                _require_unchanged(base, frozen)
             now = time.monotonic()
-            record.seconds, since = now - since, now
+            record.seconds, since = clock.seconds(number, now - since), now
             progress.seconds += record.seconds
             progress.away_seconds = 0.0
             injection.train(False)
@@ -124,7 +150,10 @@ def fit(
                 return True
             since += progress.away_seconds
         return True
+    except Abandoned:
+        return False
     finally:
+        progress.abandonable = False
         flat.grad.zero_()
         injection.active = 0
         injection.train(False)
@@ -178,8 +207,8 @@ def _update(
     norms = flat.clip()
     for result, norm, track in zip(results, norms, progress.tracks, strict=True):
         _require_finite(number, result, norm, track)
-    if number == 1:
-        _require_gradients(flat)
+    if number <= 2:
+        _require_gradients(flat, "B" if number == 1 else "A", [r.trained_tokens > 0 for r in results])
     factors = [rate_factor(done, settings.schedule, settings.warmup) for settings in flat.settings]
     factors = [0.0 if t.ended else factor for t, factor in zip(progress.tracks, factors, strict=True)]
     flat.step(factors)
@@ -199,21 +228,34 @@ def _update(
     )
 
 
-def _require_gradients(flat: FlatFactors) -> None:
-    """Every B must receive a gradient in the first step, unless its A is zero and so keeps it from one.
+def _require_gradients(flat: FlatFactors, part: str, asked: Sequence[bool]) -> None:
+    """Every B must receive a gradient in the first step and every A in the second, unless the other factor is zero.
 
-    A stack of experts may see no token in one step, and a looked-up embedding no row, so they are not asked.
+    A stack of experts may see no token in one step, and a looked-up embedding no row, so they are not asked; neither is
+    an adapter that had no data in this step.
     """
+    other = "A" if part == "B" else "B"
     dead = []
     for index, adapter in enumerate(flat.injection.adapters):
-        excused = {*adapter.parameter_names, *adapter.embeddings, *flat.all_zero(flat.master, index, "A")}
-        dead += sorted(flat.all_zero(flat.grad, index, "B") - excused)
+        excused = {*adapter.parameter_names, *adapter.embeddings, *flat.all_zero(flat.master, index, other)}
+        dead += sorted(flat.all_zero(flat.grad, index, part) - excused) if asked[index] else []
     if dead:
         raise AdapterError(
-            "These adapted layers received no gradient in the first step, so they would never be trained:\n"
+            f"The factors {part} of these adapted layers received no gradient, so they would never be trained:\n"
             + bullet_list(dead)
             + "\nThe model does not use them in its forward; leave them out with --exclude."
         )
+
+
+def _versions(base: Base) -> dict[str, int]:
+    """How often each frozen weight was written to: torch counts every in-place operation."""
+    return {name: parameter._version for name, parameter in base.model.named_parameters()}
+
+
+def _require_unchanged(base: Base, before: dict[str, int]) -> None:
+    changed = [name for name, version in _versions(base).items() if before.get(name) != version]
+    if changed:
+        raise AdapterError("These frozen weights were changed by training, which must not be:\n" + bullet_list(changed))
 
 
 def _require_finite(step: int, result: StepResult, norm: float, track: Track) -> None:

@@ -6,7 +6,10 @@ This module imports nothing heavy, so that the folder stands within a second of 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +24,11 @@ from deltaw.data.formats import parse_sources
 from deltaw.data.source import Source
 from deltaw.disk import disk_errors, write_text
 from deltaw.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process out there
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.yaml"
 HEADER = "# Settings of this run as resolved, and where each came from.\n"
@@ -44,6 +52,11 @@ class Run:
     def metrics(self) -> Path:
         """One line per step and per evaluation."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def clock(self) -> Path:
+        """What the clock decided in a run of minutes."""
+        return self.folder / "clock.jsonl"
 
     @property
     def summary(self) -> Path:
@@ -79,6 +92,23 @@ class Run:
     def report(self) -> Path:
         """The page."""
         return self.folder / "report.html"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process at a time trains a run; the system frees the lock when that process dies. UsageError."""
+        if fcntl is None:
+            yield
+            return
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise UsageError(f"Another process is training {self.folder}; wait for its end, or stop it.") from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def has_steps(self) -> bool:
         """Whether a step was ever taken."""

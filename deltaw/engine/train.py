@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 import signal
+import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,16 +53,28 @@ from deltaw.data.formats import parse_sources
 from deltaw.data.loader import Loader
 from deltaw.data.prepare import DataSet, held_out_share, prepare
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
+from deltaw.engine.clock import WrittenClock
 from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog, open_trackers
-from deltaw.engine.loop import Length, Progress, StepRecord, Track, fit
+from deltaw.engine.loop import Abandoned, Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors, OptimSettings
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, AdapterError, Interrupted, NotFiniteError, UsageError
+from deltaw.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    AdapterError,
+    Interrupted,
+    NotFiniteError,
+    UsageError,
+    bullet_list,
+)
 
 EVALUATIONS_PER_RUN = 6
 DEFAULT_MICRO_TOKENS = 1024
+SPIKE, SPIKE_WINDOW = 4.0, 20
+# Settings that change when something is written, and no number that is.
+FREE_TO_CHANGE = ("checkpoint_steps", "keep_checkpoints", "patience", "allow_lost")
 
 
 @dataclass
@@ -99,6 +112,8 @@ class Trainer:
         self.best: Tensor | None = None
         self.metrics: MetricsLog | None = None
         self.stopped_early = False
+        self.owed = False  # an evaluation of the step that was taken last
+        self.losses: list[float] = []
         self.signal: int | None = None
 
     def _resolve_intervals(self) -> None:
@@ -108,7 +123,6 @@ class Trainer:
             for name in ("eval_steps", "checkpoint_steps"):
                 if getattr(self.settings, name) == AUTO:
                     self.settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
-            self.run.write_settings(self.settings)
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
@@ -132,18 +146,30 @@ class Trainer:
         track = self.progress.tracks[0]
         track.position, track.tokens, track.trained_tokens = state["position"], state["tokens"], state["trained_tokens"]
         self.best_step, self.bad_evaluations = state["best_step"], state["bad_evaluations"]
+        self.owed = state["owed"]
         if self.best_step:
             self.best_loss, self.best = state["best_loss"], tensors.get("best", tensors["master"])
         self.stopped_early = self._out_of_patience() and not self._is_last()
         return True
 
     def _require_same(self, state: dict[str, Any]) -> None:
-        now = self._digests()
-        changed = [name for name, digest in now.items() if state["digests"].get(name) != digest]
+        """Raises UsageError with every difference that would make the result depend on when the run was stopped."""
+        digests = self._digests()
+        changed = [f"the {name} changed" for name, digest in digests.items() if state["digests"].get(name) != digest]
+        now = json.loads(json.dumps(self.settings.without_places()))
+        for name in sorted(now.keys() | state["config"].keys()):
+            before, after = state["config"].get(name), now.get(name)
+            if before == after:
+                continue
+            difference = f"{name} was {before!r} and is {after!r}"
+            if name in FREE_TO_CHANGE:
+                self.watcher.say(f"Going on although {difference}.")
+            else:
+                changed.append(difference)
         if changed:
             raise UsageError(
-                f"The {' and the '.join(changed)} changed since this run began, so it cannot go on exactly. "
-                "Start a new run."
+                "This run cannot go on exactly:\n" + bullet_list(changed) + "\nPut that back, or start a new run "
+                f"(--adapter {self.run.last} begins where this one is)."
             )
 
     def _digests(self) -> dict[str, str]:
@@ -165,6 +191,8 @@ class Trainer:
             "best_loss": self.best_loss if self.best_step else None,
             "best_step": self.best_step,
             "bad_evaluations": self.bad_evaluations,
+            "owed": self.owed,
+            "config": self.settings.without_places(),
             "digests": self._digests(),
         }
         self._require_finite("its factors are", self.flat.master)
@@ -188,13 +216,29 @@ class Trainer:
         assert self.metrics is not None
         self.metrics.write(line)
         self.watcher.step(line, progress, self.length)
+        self._notice(record)
+        self.owed = self._due(self.settings.eval_steps, record) or self._is_last()
+        return self.settle(self._due(self.settings.checkpoint_steps, record))
+
+    def settle(self, checkpoint: bool) -> bool:
+        """What a finished step still owes: an evaluation, a checkpoint. False ends the run early."""
         last, go_on = self._is_last(), True
-        if self._due(self.settings.eval_steps, record) or last:
+        if self.owed:
             go_on = self.evaluate()
-        if self._due(self.settings.checkpoint_steps, record) or last or not go_on:
+            self.owed = False
+        if checkpoint or last or not go_on:
             self.checkpoint()
         self.stopped_early = not go_on and not last
         return go_on
+
+    def _notice(self, record: StepRecord) -> None:
+        """Says what is unusual about a step; nothing is left out of the log for it."""
+        loss, usual = record.losses[0], statistics.median(self.losses) if self.losses else math.inf
+        if len(self.losses) == SPIKE_WINDOW and loss > SPIKE * usual:
+            self.watcher.say(f"Step {record.step}: the loss jumped to {loss:.3g}; lately it was about {usual:.3g}.")
+        if record.grad_norms[0] == 0:
+            self.watcher.say(f"Step {record.step}: the gradient is zero, so nothing was learned from it.")
+        self.losses = [*self.losses, loss][-SPIKE_WINDOW:]
 
     def _is_last(self) -> bool:
         return self.length.over(self.progress.step, self.progress.seconds) or all(
@@ -216,9 +260,11 @@ class Trainer:
         """Measures the held-out loss and keeps the best adapter; False when patience has run out."""
         if self.ready.held_out is None:
             return True
+        self.progress.abandonable = True
         loss_sum, tokens, seconds = held_out_loss(
             self.ready.base, self.ready.held_out.store, 2 * int(self.settings.micro_tokens), self.settings.eval_rows
         )
+        self.progress.abandonable = False
         self.progress.away_seconds += seconds
         loss = loss_sum / max(1, tokens)
         self._require_finite("the validation loss is", torch.tensor(loss))
@@ -246,7 +292,9 @@ class Trainer:
             "data_digest": self.ready.data["train"].report.digest,
             "deltaw_version": __version__,
             "task_type": "CAUSAL_LM",
-            "config": json.dumps(self.settings.without_places()),
+            "config": json.dumps(
+                {name: value for name, value in self.settings.without_places().items() if name not in FREE_TO_CHANGE}
+            ),
             "template_examples": examples_of(self.ready.base.tokenizer),
         }
 
@@ -301,7 +349,7 @@ def _length(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
 
 
 def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
-    """Base, data and adapter of a run; resolves every `auto` in the settings by its rule and writes them down."""
+    """Base, data and adapter of a run; resolves every `auto` in the settings by its rule."""
     threads = settings.threads or min(torch.get_num_threads(), hardware.usable_cores())
     base = load(
         settings.model,
@@ -321,7 +369,6 @@ def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
     data, lines = _prepare_data(run, settings, base, watcher)
     adapter, targets = _prepare_adapter(run, settings, base, watcher)
     _resolve_rules(settings, base, data["train"])
-    run.write_settings(settings)
     return Prepared(base, data, lines, adapter, targets)
 
 
@@ -446,38 +493,52 @@ def train(
     saving when a signal asked to stop, and the errors of deltaw.errors otherwise.
     """
     trackers = open_trackers(settings.track, run.folder)
-    trainer = Trainer(run, settings, prepare_run(run, settings, watcher), watcher)
-    if resume and not trainer.resume():
-        watcher.say("No checkpoint yet: starting from step 0.")
-    if before is not None:
-        before(trainer)
-    trainer.metrics = MetricsLog(run.metrics, trainer.progress.step, trackers)
-    watcher.start(trainer)
-    try:
-        whole = trainer.stopped_early or _fit(trainer)
-    finally:
-        watcher.stop()
-        trainer.metrics.close()
-    if not whole:
-        code = EXIT_TERMINATED if trainer.signal == signal.SIGTERM else EXIT_INTERRUPTED
-        raise Interrupted(
-            code, f"Stopped after step {trainer.progress.step}. Go on with: deltaw train --resume {run.folder}"
-        )
-    trainer.finish()
-    return trainer
+    with run.locked():
+        trainer = Trainer(run, settings, prepare_run(run, settings, watcher), watcher)
+        if resume and not trainer.resume():
+            watcher.say("No checkpoint yet: starting from step 0.")
+        run.write_settings(settings)
+        if before is not None:
+            before(trainer)
+        trainer.metrics = MetricsLog(run.metrics, trainer.progress.step, trackers)
+        watcher.start(trainer)
+        try:
+            whole = trainer.stopped_early or _fit(trainer)
+        finally:
+            watcher.stop()
+            trainer.metrics.close()
+        if not whole:
+            code = EXIT_TERMINATED if trainer.signal == signal.SIGTERM else EXIT_INTERRUPTED
+            raise Interrupted(
+                code, f"Stopped after step {trainer.progress.step}. Go on with: deltaw train --resume {run.folder}"
+            )
+        trainer.finish()
+        return trainer
 
 
 def _fit(trainer: Trainer) -> bool:
     """Runs the loop; False, with the state saved, when a signal ended it."""
-    ready = trainer.ready
     with _signals(trainer):
-        whole = fit(
-            ready.base, trainer.injection, trainer.flat, trainer.progress, trainer.length, trainer.observe,
-            interrupted=lambda: trainer.signal is not None,
-        )  # fmt: skip
-        if not whole:
+        whole = _settled(trainer) and _loop(trainer)
+        if trainer.signal is not None and not whole:
             trainer.checkpoint()
-    return whole
+    return whole or trainer.signal is None
+
+
+def _settled(trainer: Trainer) -> bool:
+    """Does what the last step before a stop still owed; False when that ends the run, or a signal did."""
+    try:
+        return trainer.settle(checkpoint=True) if trainer.owed else True
+    except Abandoned:
+        return False
+
+
+def _loop(trainer: Trainer) -> bool:
+    clock = WrittenClock(trainer.run.clock) if trainer.length.seconds is not None else None
+    return fit(
+        trainer.ready.base, trainer.injection, trainer.flat, trainer.progress, trainer.length, trainer.observe,
+        interrupted=lambda: trainer.signal is not None, clock=clock,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -492,6 +553,9 @@ def _signals(trainer: Trainer) -> Iterator[None]:
         for other in previous:
             signal.signal(other, signal.SIG_DFL)
         trainer.watcher.stopping()
+        if trainer.progress.abandonable:  # a step under way may take long; nothing of it is kept
+            trainer.progress.abandonable = False
+            raise Abandoned
 
     previous: dict[int, Any] = dict.fromkeys((signal.SIGINT, signal.SIGTERM))
     for number in previous:

@@ -235,3 +235,38 @@ def test_a_run_of_minutes_has_a_rate_above_zero_in_its_first_step(store):
     fit(base, flat.injection, flat, progress, Length(None, 0.2), lambda r, _: records.append(r) or True)
     assert records[0].rates[0] > 0
     assert progress.seconds >= 0.2 and sum(record.seconds for record in records) == pytest.approx(progress.seconds)
+
+
+# -- coverage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_factor_A_without_a_gradient_in_the_second_step_stops_the_run(store):
+    base = small_base()
+    flat, progress = _start(base, [store])
+    layer = flat.injection.layers[0]["model.layers.1.mlp.down_proj"]
+    handle = []
+
+    def cut(record):
+        if record.step == 1:  # from now on nothing reaches A
+            handle.append(layer.A.register_hook(torch.zeros_like))
+        return True
+
+    with pytest.raises(AdapterError, match=r"factors A of these adapted layers(.|\n)*layers\.1\.mlp\.down_proj"):
+        _fit(base, flat, progress, 4, cut)
+    assert progress.step == 1
+    flat.injection.eject()
+
+
+def test_a_frozen_weight_that_changes_in_training_stops_the_run(store):
+    base = small_base()
+    flat, progress = _start(base, [store])
+    norm = base.model.model.norm.weight
+
+    def touch(record):
+        with torch.no_grad():
+            norm.mul_(1.0)
+        return True
+
+    with pytest.raises(AdapterError, match=r"frozen weights were changed(.|\n)*model\.norm\.weight"):
+        _fit(base, flat, progress, 4, touch)
+    flat.injection.eject()

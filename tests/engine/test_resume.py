@@ -11,6 +11,7 @@ import torch
 from deltaw.config import make_settings
 from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint
 from deltaw.engine.log import read_metrics
+from deltaw.engine.loop import StepRecord
 from deltaw.engine.run import create_run, open_run
 from deltaw.engine.train import Watcher, train
 from deltaw.errors import DataError, Interrupted, NotFiniteError, UsageError
@@ -126,17 +127,16 @@ def test_a_killed_run_goes_on_bit_for_bit(start, straight, saboteur):
     _assert_same(run, straight)
 
 
-def test_the_best_adapter_is_that_of_the_checkpoint_and_not_a_newer_one_on_disk(start):
+def test_the_best_adapter_is_that_of_the_checkpoint_and_not_a_newer_one_on_disk(start, monkeypatch):
     run, settings = start(steps=8)
     with pytest.raises(Killed):
         train(run, settings, Saboteur(kill_in_evaluation=8))
     _, state = read_checkpoint(list_checkpoints(run.checkpoints)[0])
     assert (state["step"], state["best_step"]) == (6, 6), "the adapter on disk is of step 8"
     newer = (run.adapter / "adapter_model.safetensors").read_bytes()
-    # From here on every step makes it worse, so the best is what the checkpoint knows and nothing else.
-    changed = run.settings()
-    changed.lr = 10.0
-    train(run, changed, Watcher(), resume=True)
+    # From here on every evaluation is worse, so the best is what the checkpoint knows and nothing else.
+    monkeypatch.setattr("deltaw.engine.train.held_out_loss", lambda *_: (1e9, 1, 0.0))
+    train(run, run.settings(), Watcher(), resume=True)
     (tensors, final) = read_checkpoint(list_checkpoints(run.checkpoints)[0])
     assert final["best_step"] == 6 and final["best_loss"] == state["best_loss"]
     assert not torch.equal(tensors["best"], tensors["master"])
@@ -229,14 +229,108 @@ def test_changed_data_is_refused_and_nothing_touched(start, chats, tmp_path):
         train(run, settings, Saboteur(signal_at=4))
     before = run.metrics.read_bytes()
     data.write_text(data.read_text().replace("w1", "x1"))
-    with pytest.raises(
-        UsageError, match=r"^The data( and the eval data)? changed since this run began.*Start a new run"
-    ):
+    with pytest.raises(UsageError, match=r"cannot go on exactly:\n  - the data changed(.|\n)*start a new run"):
         _go_on(run)
     assert run.metrics.read_bytes() == before
     data.unlink()
     with pytest.raises(DataError, match=r"No such data file.*chats\.jsonl"):
         _go_on(run)
+
+
+def test_every_setting_that_changed_is_listed_and_harmless_ones_do_not_stop_the_run(start, straight):
+    run, settings = start()
+    with pytest.raises(Interrupted):
+        train(run, settings, Saboteur(signal_at=4))
+    changed = run.settings()
+    changed.lr, changed.seed, changed.keep_checkpoints = 1e-3, 7, 5
+    with pytest.raises(UsageError) as refused:
+        train(run, changed, Watcher(), resume=True)
+    assert "lr was 0.02 and is 0.001" in str(refused.value) and "seed was 0 and is 7" in str(refused.value)
+    harmless, watcher = run.settings(), Saboteur()
+    harmless.keep_checkpoints = 5
+    train(run, harmless, watcher, resume=True)
+    assert "Going on although keep_checkpoints was 2 and is 5." in watcher.said
+    _assert_same(run, straight)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(start):
+    run, settings = start()
+    with run.locked(), pytest.raises(UsageError, match="Another process is training"):
+        train(run, settings, Watcher())
+    with run.locked():
+        pass
+
+
+def test_a_step_under_way_is_abandoned_at_once_and_done_again_on_resume(start, straight):
+    """The signal comes within the forward pass of step 5, in the first layer that is called."""
+    run, settings = start()
+    calls = []
+
+    def in_the_middle(trainer):
+        def press(*_):
+            calls.append(trainer.progress.step)
+            if trainer.progress.step == 4 and trainer.signal is None and trainer.progress.abandonable:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        layer = trainer.ready.base.model.model.layers[0].mlp
+        layer.register_forward_pre_hook(press)
+
+    with pytest.raises(Interrupted, match="after step 4"):
+        train(run, settings, Watcher(), before=in_the_middle)
+    assert calls[-1] == 4, "no layer was called after the signal"
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+def test_an_evaluation_under_way_is_abandoned_and_done_first_on_resume(start, straight):
+    run, settings = start()
+
+    def in_the_evaluation(trainer):
+        def press(*_):
+            if trainer.owed and trainer.progress.step == 6 and trainer.signal is None:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        trainer.ready.base.model.model.layers[0].mlp.register_forward_pre_hook(press)
+
+    with pytest.raises(Interrupted, match="after step 6"):
+        train(run, settings, Watcher(), before=in_the_evaluation)
+    assert not any(line["step"] == 6 and "eval_loss" in line for line in read_metrics(run.metrics))
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+def test_a_killed_run_of_minutes_repeats_the_rates_that_it_had(start):
+    """Steps behind the last checkpoint are done again with what the clock decided the first time."""
+    run, settings = start(steps=None, minutes=0.03, eval_steps=3, checkpoint_steps=4)
+    with pytest.raises(Killed):
+        train(run, settings, Saboteur(kill_at=11))
+    before = [line for line in read_metrics(run.metrics) if "loss" in line]
+    _go_on(run)
+    after = [line for line in read_metrics(run.metrics) if "loss" in line][: len(before)]
+    for key in ("step", "loss", "lr", "grad_norm", "seconds"):
+        assert [line[key] for line in before] == [line[key] for line in after], key
+
+
+def test_a_loss_that_jumps_and_a_gradient_that_is_zero_are_said_and_kept(start):
+    run, settings = start()
+    said = []
+
+    class Listening(Watcher):
+        def start(self, trainer):
+            self.trainer = trainer
+
+        def say(self, text):
+            said.append(text)
+
+    watcher = Listening()
+    train(run, settings, watcher)
+    trainer = watcher.trainer
+    trainer.losses = [1.0] * 20
+    trainer._notice(StepRecord(21, [4.5], [10], [5], [0.0], [1e-3], 0.1))
+    assert said[-2:] == [
+        "Step 21: the loss jumped to 4.5; lately it was about 1.",
+        "Step 21: the gradient is zero, so nothing was learned from it.",
+    ]
 
 
 def test_factors_that_are_not_finite_are_never_checkpointed(start):
