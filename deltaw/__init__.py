@@ -25,6 +25,7 @@ _HOME = {
     "evaluate": "deltaw.api",
     "merge": "deltaw.api",
     "inspect": "deltaw.api",
+    "verify": "deltaw.api",
     "demo": "deltaw.demonstration",
     "DeltawError": "deltaw.errors",
 }

@@ -42,6 +42,7 @@ from deltaw.engine.evaluate import evaluate as run_evaluation
 from deltaw.engine.generate import generate, render_prompt
 from deltaw.engine.run import Run, adapter_folder, create_run, open_run, run_of
 from deltaw.engine.train import Trainer
+from deltaw.engine.verify import verify as run_verification
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError, does_not_fit
 from deltaw.report import write_report
@@ -326,6 +327,16 @@ def _logits(base: base_load.Base) -> torch.Tensor:
             with plain_attention(base.model):
                 rows.append(base.model(input_ids=batch.tokens_T[None]).logits[0])
     return torch.cat(rows).float()
+
+
+def verify(path: str | Path, steps: int = 3, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """Whether a run's files are what was saved, and whether it resumes bit for bit here: a list of checks."""
+
+    class Saying(Watcher):
+        def say(self, text: str) -> None:
+            say(text)
+
+    return run_verification(open_run(Path(path)), Saying(), steps)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -358,6 +358,24 @@ def inspect(adapter: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--steps", type=click.IntRange(2), default=3, show_default=True, metavar="N", help="Steps to repeat.")
+@json_option
+def verify(run: Path, steps: int, as_json: bool) -> None:
+    """Show that a run resumes bit for bit on this machine, and that its files are what was saved. Exits 1 if not."""
+    from deltaw import api
+    from deltaw.terminal import make_console, pairs, show_json
+
+    checks = api.verify(run, steps, _say)
+    if as_json:
+        show_json(checks)
+    else:
+        pairs(make_console(), {f"{'ok  ' if c['ok'] else 'FAIL'} {c['what']}": c["detail"] for c in checks})
+    if not all(check["ok"] for check in checks):
+        click.get_current_context().exit(1)
+
+
+@main.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """The machine as deltaw sees it, and what that means for training."""

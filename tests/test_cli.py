@@ -83,7 +83,18 @@ def test_help_is_there_in_less_than_a_third_of_a_second():
 
 
 def test_every_verb_has_help_and_every_option_of_it_a_sentence():
-    assert [*cli.main.commands] == ["demo", "train", "eval", "generate", "merge", "inspect", "doctor", "chat", "data"]
+    assert [*cli.main.commands] == [
+        "demo",
+        "train",
+        "eval",
+        "generate",
+        "merge",
+        "inspect",
+        "verify",
+        "doctor",
+        "chat",
+        "data",
+    ]
     for name, verb in cli.main.commands.items():
         shown = _run(name, "--help")
         assert shown.exit_code == 0 and verb.help and verb.help.splitlines()[0] in " ".join(shown.stdout.split())

@@ -134,7 +134,13 @@ class Trainer:
         if found is None:
             return False
         tensors, state = found
-        self._require_same(state)
+        self.require_same(state)
+        self.take(tensors, state)
+        self.stopped_early = self._out_of_patience() and not self._is_last()
+        return True
+
+    def take(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Stands where a checkpoint was written. Raises UsageError when its factors are not of this layout."""
         if tensors["master"].shape != self.flat.master.shape:
             raise UsageError(
                 f"The checkpoints hold {len(tensors['master']):,} trained numbers and these settings ask for "
@@ -149,10 +155,8 @@ class Trainer:
         self.owed = state["owed"]
         if self.best_step:
             self.best_loss, self.best = state["best_loss"], tensors.get("best", tensors["master"])
-        self.stopped_early = self._out_of_patience() and not self._is_last()
-        return True
 
-    def _require_same(self, state: dict[str, Any]) -> None:
+    def require_same(self, state: dict[str, Any]) -> None:
         """Raises UsageError with every difference that would make the result depend on when the run was stopped."""
         digests = self._digests()
         changed = [f"the {name} changed" for name, digest in digests.items() if state["digests"].get(name) != digest]
@@ -176,13 +180,10 @@ class Trainer:
         data = {("data" if name == "train" else f"{name} data"): s.report.digest for name, s in self.ready.data.items()}
         return {"base": self.ready.base.digest, **data}
 
-    def checkpoint(self) -> None:
-        """Saves the present state, the best factors with it: the adapter in the run folder may be newer than this.
-
-        Raises NotFiniteError, and keeps the older checkpoints, when a factor is not finite.
-        """
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint remembers besides tensors."""
         track = self.progress.tracks[0]
-        state = {
+        return {
             "step": self.progress.step,
             "seconds": self.progress.seconds,
             "position": track.position,
@@ -195,6 +196,13 @@ class Trainer:
             "config": self.settings.without_places(),
             "digests": self._digests(),
         }
+
+    def checkpoint(self) -> None:
+        """Saves the present state, the best factors with it: the adapter in the run folder may be newer than this.
+
+        Raises NotFiniteError, and keeps the older checkpoints, when a factor is not finite.
+        """
+        state = self.state()
         self._require_finite("its factors are", self.flat.master)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.flat.state().items()}
         if self.best is not None and self.best_step != self.progress.step:

@@ -1,0 +1,76 @@
+"""A run proves on its user's machine that it repeats and resumes bit for bit, and finds what was changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from deltaw import api
+from deltaw.engine.checkpoint import list_checkpoints
+from deltaw.engine.run import open_run
+
+
+@pytest.fixture
+def run(tmp_path, llama_folder, chats):
+    given = {
+        "rank": 4,
+        "steps": 6,
+        "batch_tokens": 256,
+        "lr": 1e-2,
+        "dropout": 0.1,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return api.train(model=llama_folder, data=chats, out=tmp_path / "run", checkpoint_steps=2, eval_steps=3, **given)
+
+
+def outcome(run):
+    return {check["what"]: check["ok"] for check in api.verify(run.folder)}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_repeats_and_resumes_bit_for_bit_and_is_left_as_it_was(run):
+    before = contents(run.folder)
+    checks = api.verify(run.folder)
+    assert [check["what"] for check in checks] == [
+        "checkpoints/step-00000006.ckpt", "checkpoints/step-00000004.ckpt", "adapter/", "last/",
+        "base, data and settings are those of the run", "the first steps: repeated, and resumed",
+        "the steps behind step-00000004.ckpt: repeated, and resumed",
+    ]  # fmt: skip
+    assert all(check["ok"] for check in checks), checks
+    assert checks[-1]["detail"].startswith("steps 5 to 6, sha256 ")
+    assert contents(run.folder) == before
+
+
+def test_a_run_of_minutes_is_verified_with_what_its_clock_decided(tmp_path, llama_folder, chats):
+    given = {"rank": 4, "minutes": 0.02, "batch_tokens": 256, "device": "cpu", "dtype": "float32"}
+    run = api.train(model=llama_folder, data=chats, out=tmp_path / "run", **given)
+    before = contents(run.folder)
+    assert set(outcome(run).values()) == {True} and contents(run.folder) == before
+
+
+def test_a_changed_log_checkpoint_adapter_or_data_is_found(run, chats, tmp_path):
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines[1]["loss"] += 1e-7
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    checks = {check["what"]: check for check in api.verify(run.folder)}
+    assert checks["the first steps: repeated, and resumed"]["detail"] == "step 2 differs from the log in loss"
+    path = list_checkpoints(run.checkpoints)[0]
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    found = outcome(run)
+    assert not found["checkpoints/step-00000006.ckpt"] and not found["adapter/"] and found["last/"]
+    moved = tmp_path / "moved"
+    shutil.copytree(run.folder, moved)
+    config = moved / "config.yaml"
+    config.write_text(config.read_text().replace("lr:\n  value: 0.01", "lr:\n  value: 0.02"))
+    checks = {check["what"]: check for check in api.verify(open_run(moved).folder)}
+    assert "cannot go on exactly" in checks["base, data and settings are those of the run"]["detail"]
