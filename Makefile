@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-long docs bench clean
+.PHONY: help setup demo check test test-long torture docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,11 +35,15 @@ test: $(READY)  ## the tests
 test-long: $(READY)  ## the tests, and the proofs that take longer
 	$(BIN)/python -m pytest
 
+torture: $(READY)  ## thousands of kills, failing disks, flipped bits and NaNs (about twenty minutes)
+	$(BIN)/python benchmarks/torture.py
+
 docs: $(READY)  ## write the reference pages from the code
 	$(BIN)/python dev/reference.py docs/reference
 
 bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/demo_accuracy.py
+	$(BIN)/python benchmarks/data_speed.py
 
 clean:  ## remove the environment and build leftovers (runs and caches stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

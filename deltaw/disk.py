@@ -93,8 +93,8 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
+    """The sha256 of a file's content, in hexadecimal. Raises DiskError."""
+    with disk_errors("read", path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

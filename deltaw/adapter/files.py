@@ -22,7 +22,7 @@ from deltaw.adapter.keys import Stored, from_keys, to_keys
 from deltaw.adapter.spec import LoraSpec
 from deltaw.adapter.value import Adapter
 from deltaw.disk import new_folder, sha256_file, write_text
-from deltaw.errors import AdapterError, bullet_list
+from deltaw.errors import AdapterError, DiskError, bullet_list
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "deltaw.json"
 MAX_JSON_BYTES = 1 << 20
@@ -231,6 +231,8 @@ def _read_manifest(folder: Path, faults: list[str]) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text("utf-8"))
         digests, origin = dict(manifest["sha256"]), dict(manifest["origin"])
         changed = [name for name in (WEIGHTS, CONFIG) if sha256_file(folder / name) != digests[name]]
+    except DiskError:  # a ValueError too, and not the manifest's fault
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         faults.append(f"{MANIFEST} is damaged ({type(error).__name__}: {error}); delete it to read the folder without")
         return None

@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.locate import locate, open_tokenizer, public_name
-from deltaw.disk import remembered_digest
-from deltaw.errors import BaseError, UsageError, bullet_list
+from deltaw.disk import disk_errors, remembered_digest
+from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, look, set_threads
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -143,8 +143,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
             hint = " It is an adapter: give the base it was made for, and this folder as --adapter."
         raise BaseError(f"{folder} is not a model folder: it has no config.json.{hint}")
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        with disk_errors("read", path):
+            config = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DiskError):
+            raise
         raise BaseError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise BaseError(f"{path} must hold an object, not {type(config).__name__}.")

@@ -178,8 +178,8 @@ def cache_key(sources: Sequence[Source], encoder: Encoding) -> str:
 
 
 def _open(entry: Path, sources: Sequence[Source], encoder: Encoding, kept: list[Row]) -> DataSet:
-    report = DataReport.from_dict(json.loads((entry / REPORT).read_text("utf-8")), encoder.allow)
     with disk_errors("open", entry):
+        report = DataReport.from_dict(json.loads((entry / REPORT).read_text("utf-8")), encoder.allow)
         os.utime(entry)  # what is used stays in the cache
         shares = np.fromfile(entry / "all.shares", np.float64)
     mix = [(count, source.weight) for count, source in zip(report.source_documents, sources, strict=True)]

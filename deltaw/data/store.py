@@ -27,12 +27,13 @@ class TokenStore:
 
     def __init__(self, stem: Path, chosen: np.ndarray | None = None) -> None:
         self.stem, self.chosen = stem, chosen
-        self.offsets = np.fromfile(_file(stem, "offsets"), np.int64)
-        self._rows = np.fromfile(_file(stem, "rows"), np.int64)
-        self._files = json.loads(_file(stem, "files").read_text("utf-8"))
-        empty = self.offsets[-1] == 0
-        self._tokens = np.zeros(0, np.int32) if empty else np.memmap(_file(stem, "tokens"), np.int32, "r")
-        self._weights = np.zeros(0, np.float32) if empty else np.memmap(_file(stem, "weights"), np.float32, "r")
+        with disk_errors("open", stem):
+            self.offsets = np.fromfile(_file(stem, "offsets"), np.int64)
+            self._rows = np.fromfile(_file(stem, "rows"), np.int64)
+            self._files = json.loads(_file(stem, "files").read_text("utf-8"))
+            empty = self.offsets[-1] == 0
+            self._tokens = np.zeros(0, np.int32) if empty else np.memmap(_file(stem, "tokens"), np.int32, "r")
+            self._weights = np.zeros(0, np.float32) if empty else np.memmap(_file(stem, "weights"), np.float32, "r")
 
     @classmethod
     def write(cls, stem: Path, examples: Iterable[Example]) -> TokenStore:
