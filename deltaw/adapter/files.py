@@ -155,7 +155,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     faults = _refused_settings(config)
     manifest = _read_manifest(folder, faults)
     spec = _to_spec(config, faults)
-    targeted = [name for name in config.get("target_parameters") or [] if isinstance(name, str)]
+    targeted = _names(config, "target_parameters", faults)
     stored = None if spec is None else from_keys(tensors, spec, targeted, manifest is not None, faults)
     if faults or spec is None or stored is None:
         raise AdapterError(f"The adapter in {folder} cannot be used:\n" + bullet_list(faults))
@@ -271,6 +271,15 @@ def _to_spec(config: dict[str, Any], faults: list[str]) -> LoraSpec | None:
     except AdapterError as error:
         faults.append(str(error))
         return None
+
+
+def _names(config: dict[str, Any], key: str, faults: list[str]) -> list[str]:
+    """The names in a list of the config; anything else there is a fault."""
+    listed = config.get(key) or []
+    if isinstance(listed, list) and all(isinstance(name, str) for name in listed):
+        return listed
+    faults.append(f"{key} must be a list of names, not {str(listed)[:60]!r}")
+    return []
 
 
 def _modules(config: dict[str, Any], stored: Stored) -> tuple[str, ...]:

@@ -127,6 +127,13 @@ class FlatFactors:
         self.grad.zero_()
         self.write_work()
 
+    def reset(self, master: Tensor) -> None:
+        """These numbers, no gradient, and an optimiser that has not seen a step."""
+        self.master.copy_(master)
+        self.grad.zero_()
+        self.optimizer.state.clear()
+        self.write_work()
+
     def adapter(self, index: int = 0, values: Tensor | None = None) -> Adapter:
         """Adapter `index` with the numbers of `values`, a flat tensor like `master` (default: the masters'), copied."""
         flat = self.master if values is None else values

@@ -58,6 +58,7 @@ from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog, open_trackers
 from deltaw.engine.loop import Abandoned, Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors, OptimSettings
+from deltaw.engine.probe import probe
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import (
@@ -506,6 +507,8 @@ def train(
         if resume and not trainer.resume():
             watcher.say("No checkpoint yet: starting from step 0.")
         run.write_settings(settings)
+        if trainer.progress.step == 0:
+            probe(trainer)
         if before is not None:
             before(trainer)
         trainer.metrics = MetricsLog(run.metrics, trainer.progress.step, trackers)

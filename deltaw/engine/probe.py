@@ -1,0 +1,115 @@
+"""The heaviest moments of a run, taken once before it: what does not fit shows in the first seconds, not in hour three.
+
+The longest batch goes forward and backward, with an optimiser step, the longest evaluation batch and a checkpoint. Then
+everything is put back exactly. A probe that passed is remembered under the digest of all that decides it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from deltaw import hardware
+from deltaw.base.builtin import cache_folder
+from deltaw.data.loader import evaluation_batches
+from deltaw.data.pack import batch_of
+from deltaw.data.store import TokenStore
+from deltaw.disk import write_text
+from deltaw.engine.checkpoint import save_checkpoint
+from deltaw.engine.objective import batch_loss, head_factors, score_batch
+from deltaw.errors import DiskError, DoesNotFitError, does_not_fit
+
+if TYPE_CHECKING:
+    from deltaw.engine.train import Trainer
+
+
+def probe(trainer: Trainer) -> None:
+    """Passes where the run's heaviest step, evaluation and save fit into memory.
+
+    Raises DoesNotFitError with the row that does not fit, and leaves the trainer as it was in either case.
+    """
+    memory = cache_folder() / "probes" / _key(trainer)
+    if memory.is_file():
+        return
+    documents = longest_micro_batch(trainer.ready.data["train"].store, int(trainer.settings.micro_tokens))
+    random_state = torch.get_rng_state()
+    master = trainer.flat.master.clone()
+    try:
+        _step(trainer, documents)
+        _evaluate(trainer)
+        _save(trainer)
+    except (RuntimeError, MemoryError) as error:
+        raise _too_much(error, trainer, documents) from error
+    finally:
+        trainer.flat.reset(master)
+        torch.set_rng_state(random_state)
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_text(memory, "")
+    except (OSError, DiskError):  # a cache that cannot be written only costs time
+        return
+
+
+def longest_micro_batch(store: TokenStore, micro_tokens: int) -> list[int]:
+    """The longest document, and as many of the next longest as one forward pass may hold beside it."""
+    lengths = store.lengths
+    order = lengths.argsort(kind="stable")[::-1].tolist()
+    chosen, total = [order[0]], int(lengths[order[0]])
+    for document in order[1:]:
+        total += int(lengths[document])
+        if total > micro_tokens:
+            break
+        chosen.append(document)
+    return chosen
+
+
+def _key(trainer: Trainer) -> str:
+    machine = hardware.look()
+    settings = trainer.settings.without_places()
+    parts = [trainer.state()["digests"], settings, machine.memory_limit_bytes, torch.__version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _step(trainer: Trainer, documents: list[int]) -> None:
+    base, store = trainer.ready.base, trainer.ready.data["train"].store
+    trainer.injection.train(True)
+    loss = batch_loss(base, batch_of(store, documents).to(base.device), head_factors(base, trainer.injection))
+    if loss.requires_grad:
+        loss.backward()
+    trainer.flat.step([0.0])
+    trainer.injection.train(False)
+
+
+def _evaluate(trainer: Trainer) -> None:
+    held_out = trainer.ready.held_out
+    if held_out is None:
+        return
+    batches = evaluation_batches(held_out.store, 2 * int(trainer.settings.micro_tokens), trainer.settings.eval_rows)
+    longest = max(batches, key=lambda documents: int(held_out.store.lengths[documents].sum()))
+    score_batch(trainer.ready.base, batch_of(held_out.store, longest).to(trainer.ready.base.device))
+
+
+def _save(trainer: Trainer) -> None:
+    tensors = {name: tensor.detach().cpu() for name, tensor in trainer.flat.state().items()}
+    with tempfile.TemporaryDirectory(dir=trainer.run.folder, prefix=".probe-") as folder:
+        save_checkpoint(Path(folder), 0, tensors, trainer.state(), 1)
+
+
+def _too_much(error: Exception, trainer: Trainer, documents: list[int]) -> Exception:
+    known = does_not_fit(error)
+    if known is None:
+        return error
+    store = trainer.ready.data["train"].store
+    file, row = store.place(documents[0])
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    tokens, longest = int(store.lengths[documents].sum()), int(store.lengths[documents[0]])
+    return DoesNotFitError(
+        f"The heaviest step does not fit into memory: {tokens:,} tokens, the longest document among them {file}, "
+        f"row {row} with {longest:,}. Give --max-length below {longest:,}, smaller --micro-tokens (now "
+        f"{trainer.settings.micro_tokens}), or take that row out. ({first_line})"
+    )
