@@ -19,7 +19,7 @@ from deltaw.base.builtin import cache_folder
 from deltaw.data.loader import evaluation_batches
 from deltaw.data.pack import batch_of
 from deltaw.data.store import TokenStore
-from deltaw.disk import write_text
+from deltaw.disk import disk_errors, write_text
 from deltaw.engine.checkpoint import save_checkpoint
 from deltaw.engine.objective import batch_loss, head_factors, score_batch
 from deltaw.errors import DiskError, DoesNotFitError, does_not_fit
@@ -33,7 +33,8 @@ def probe(trainer: Trainer) -> None:
 
     Raises DoesNotFitError with the row that does not fit, and leaves the trainer as it was in either case.
     """
-    memory = cache_folder() / "probes" / _key(trainer)
+    with disk_errors("read", Path("/proc")):
+        memory = cache_folder() / "probes" / _key(trainer)
     if memory.is_file():
         return
     documents = longest_micro_batch(trainer.ready.data["train"].store, int(trainer.settings.micro_tokens))
