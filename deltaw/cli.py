@@ -19,7 +19,15 @@ import click
 
 from deltaw import __version__
 from deltaw.config import Settings, make_settings, read_recipe, settings_fields
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, UsageError, does_not_fit
+from deltaw.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    DataError,
+    DeltawError,
+    Interrupted,
+    UsageError,
+    does_not_fit,
+)
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, "
@@ -458,7 +466,7 @@ def check_data(files: tuple[str, ...], as_json: bool, quiet: bool, **options: An
 @json_option
 def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_json: bool, **options: Any) -> None:
     """Conversations as the model sees them, with what is trained marked by colour and by brackets."""
-    from itertools import islice
+    from itertools import chain, islice
 
     from deltaw.datasets import show_data as show
     from deltaw.terminal import make_console, show_json, shown_row
@@ -469,7 +477,10 @@ def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_
     if as_json:
         show_json([_plain_row(each) for each in shown])
         return
-    texts = (shown_row(console, each, ids) for each in shown)
+    first = next(shown, None)
+    if first is None:
+        raise DataError(f"There is no row {row} or later.")
+    texts = (shown_row(console, each, ids) for each in chain((first,), shown))
     if paged:
         click.echo_via_pager(texts, color=True)
     else:

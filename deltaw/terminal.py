@@ -260,7 +260,7 @@ def check_page(console: Console, page: dict[str, Any]) -> None:
         _statistics(console, page["statistics"])
     console.print()
     verdict = "No errors." if page["ok"] else "Errors were found."
-    console.print(f"{verdict} {page['errors']} kinds of errors, {page['warnings']} of warnings.", style="bold")
+    console.print(f"{verdict} Kinds of errors: {page['errors']}, of warnings: {page['warnings']}.", style="bold")
 
 
 def _finding(console: Console, finding: dict[str, Any]) -> None:
@@ -268,7 +268,7 @@ def _finding(console: Console, finding: dict[str, Any]) -> None:
     allowed = ", allowed" if finding["allowed"] else ""
     head = Text(f"{finding['severity'].upper()}{allowed} ", style=SEVERITY_STYLES[finding["severity"]])
     where = "" if finding["set"] == "train" else f" ({finding['set']} data)"
-    head.append(f"{finding['count']:,} {finding['title']}{where}  [{finding['code']}]", style="default")
+    head.append(f"{finding['title']}{where}: {finding['count']:,}  [{finding['code']}]", style="default")
     console.print(head, soft_wrap=True)
     for example in finding["examples"][:3]:
         _print(console, f"  {example}")

@@ -429,13 +429,13 @@ def test_data_check_is_one_page_and_exits_1_on_errors_and_0_on_warnings(rows, ll
     done = _run("data", "check", rows, "--model", llama_folder)
     assert done.exit_code == 1 and ESCAPE not in done.stdout and done.stderr == ""
     for text in (
-        "rows.jsonl: 4 prompt and completion", "5 rows: 4 used, 1 left out", "ERROR 1 rows that cannot be read  [unreadable]",
-        "rows.jsonl, row 3: not valid JSON", "WARNING 1 rows that occur more than once  [duplicate]", "equal to rows.jsonl, row 1",
-        "Errors were found. 1 kinds of errors, 1 of warnings.", "length     median",
+        "rows.jsonl: 4 prompt and completion", "5 rows: 4 used, 1 left out", "ERROR rows that cannot be read: 1  [unreadable]",
+        "rows.jsonl, row 3: not valid JSON", "WARNING rows that occur more than once: 1  [duplicate]", "equal to rows.jsonl, row 1",
+        "Errors were found. Kinds of errors: 1, of warnings: 1.", "length     median",
     ):  # fmt: skip
         assert text in done.stdout, text
     allowed = _run("data", "check", rows, "--model", llama_folder, "--allow", "unreadable")
-    assert allowed.exit_code == 0 and "ERROR, allowed 1 rows" in allowed.stdout and "No errors." in allowed.stdout
+    assert allowed.exit_code == 0 and "ERROR, allowed rows" in allowed.stdout and "No errors." in allowed.stdout
 
 
 def test_data_check_prints_one_json_document_whatever_the_exit_code(rows, llama_folder, tmp_path):
@@ -465,6 +465,14 @@ def test_data_show_prints_what_is_trained_in_brackets_and_ids_on_request(rows, l
     assert [row["row"] for row in shown] == [1, 2, 3] and shown[2]["code"] == "unreadable"
     trained = [s["text"] for s in shown[0]["documents"][0] if s["weight"]]
     assert "".join(trained) == "a 1<|im_end|>"
+
+
+def test_an_empty_file_is_an_error_and_a_row_that_is_not_there_is_said(rows, llama_folder, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    done = _run("data", "check", tmp_path / "empty.jsonl", "--model", llama_folder)
+    assert done.exit_code == 1 and "[no-rows]" in done.stdout
+    shown = _run("data", "show", rows, "--model", llama_folder, "--row", 99)
+    assert shown.exit_code == 1 and "There is no row 99 or later." in shown.stderr and shown.stdout == ""
 
 
 def test_data_show_has_colour_and_pages_in_a_terminal(rows, llama_folder):

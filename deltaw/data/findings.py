@@ -65,6 +65,7 @@ CATALOGUE: dict[str, Kind] = {
     "too-long": Kind(ROW, "rows too long to keep any of their answer", "Raise --max-length, or shorten the rows."),
     "chosen-equals-rejected": Kind(ROW, "pairs whose two answers are equal", "They teach nothing; delete them."),
     "prompts-differ": Kind(ROW, "pairs whose two prompts differ", "Both answers must follow the same prompt."),
+    "no-rows": Kind(SET, "data without a usable row", "Check that this is the file you mean, and the findings above."),
     "end-of-turn": Kind(
         SET,
         "answers that do not end in a control token, so the model would never learn to stop",

@@ -104,7 +104,7 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
         name = format_of(value)
         if name is None:
             raise _Unusable(
-                f"it has none of {_KNOWN}; its keys are {sorted(value)[:8]}. Rename them with --columns",
+                f"it has none of {_KNOWN}; its keys are {sorted(value)[:8]}",
                 "unknown-format",
             )
         parts = _FORMATS[name][1](value)

@@ -266,6 +266,8 @@ class _Scan:
             if len(counts) > 1:
                 shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
                 report.findings.add("mixed-formats", file, what=shown)
+        if not report.used:
+            report.findings.add("no-rows", what=f"{report.rows:,} rows were read")
         if report.used and (words := self.encoder.foreign_words()):
             report.findings.add("foreign-template", what=", ".join(words))
         if self._tokens and self._trained < 0.01 * self._tokens:

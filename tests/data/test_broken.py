@@ -266,6 +266,12 @@ def test_a_set_that_is_nearly_all_context_is_noticed(tmp_path):
     assert codes(page(tmp_path, long, one=Encoder(byte_tokenizer(), 9000))) == {"mostly-context": 1}
 
 
+def test_a_file_without_rows_or_without_a_usable_one_is_an_error_of_the_set(tmp_path):
+    for name, rows in (("none", ()), ("bad", (b"{",))):
+        found = page(tmp_path, write(tmp_path / f"{name}.jsonl", *rows))
+        assert codes(found)["no-rows"] == 1 and not found["ok"]
+
+
 def test_every_finding_of_the_catalogue_is_shown_here():
     text = Path(__file__).read_text()
     assert [code for code in CATALOGUE if f'"{code}"' not in text] == []
