@@ -34,7 +34,7 @@ from deltaw.engine.checkpoint import list_checkpoints, newest_checkpoint, read_c
 from deltaw.engine.log import read_metrics
 from deltaw.engine.run import create_run, open_run
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import DeltawError, NotFiniteError
+from deltaw.errors import DeltawError, Interrupted, NotFiniteError
 
 _remove = shutil.rmtree  # ours, not the one that is sabotaged
 TIMES = ("seconds", "peak_bytes", "eval_seconds")
@@ -86,8 +86,10 @@ class Ground:
                 before()
                 self.train(name)
                 code = 0
-            except DeltawError as error:
+            except (DeltawError, Interrupted) as error:
                 code = error.exit_code
+            except KeyboardInterrupt:  # before training handles it, as the command line does
+                code = 130
             except BaseException:
                 code = 99
             finally:
@@ -237,7 +239,7 @@ def flips(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
 
 def signals(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
     """SIGTERM and SIGINT at random times while it trains: exit within five seconds, resume exact."""
-    outcomes, waits = [], []
+    outcomes, waits, codes = [], [], []
     for number in range(count):
         name, which = f"signal-{number}", random_.choice((signal.SIGTERM, signal.SIGINT))
 
@@ -246,10 +248,11 @@ def signals(ground: Ground, count: int, random_: random.Random) -> dict[str, Any
             signal.setitimer(signal.ITIMER_REAL, after)
 
         started = time.monotonic()
-        ground.attempt(name, press)
+        codes.append(ground.attempt(name, press))
         waits.append(time.monotonic() - started)
         outcomes.append(ground.finish(name))
-    return {"signals": count, "longest_seconds": max(waits), **_counts(outcomes)}
+    counted = {str(code): codes.count(code) for code in sorted(set(codes))}
+    return {"signals": count, "exit_codes": counted, "longest_seconds": max(waits), **_counts(outcomes)}
 
 
 def nans(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
