@@ -84,13 +84,17 @@ class Model:
         return generate(self.base, messages, **options)
 
     def evaluate(
-        self, data: Sequence[str | Path], progress: Progress | None = None, allow_lost: float = 0.01
+        self,
+        data: Sequence[str | Path],
+        progress: Progress | None = None,
+        allow_lost: float = 0.01,
+        columns: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with intervals."""
         with tempfile.TemporaryDirectory() as folder:
             max_length = min(self.base.context_tokens, DEFAULT_MAX_LENGTH)
             encoder = Encoder(self.base.tokenizer, max_length, self.train_on)
-            sources = parse_sources(map(str, data))
+            sources = parse_sources(map(str, data), columns)
             prepared = prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
             return evaluate_set(self.base, prepared, progress)
 
@@ -299,12 +303,13 @@ def merge(
         "origin": adapter.origin,
     }
     write_text(Path(out) / "merge.json", json.dumps(record, indent=2) + "\n")
-    bound = MERGE_TOLERANCE[dtype] * record["max_logit"]
+    coarse = torch.float32 if (dtype, record["dtype_of_files"]) == (torch.float32, "F32") else torch.bfloat16
+    bound = MERGE_TOLERANCE[coarse] * record["max_logit"]
     if not record["max_logit_difference"] <= bound:
         raise AdapterError(
             f"The merged model in {out} does not compute what base and adapter do: its logits differ by "
-            f"{record['max_logit_difference']:.2e}, more than rounding to {record['computed_in']} explains "
-            f"({bound:.2e}). Do not use it."
+            f"{record['max_logit_difference']:.2e}, more than rounding to {coarse} explains ({bound:.2e}). "
+            "Do not use it."
         )
     return {**record, "folder": str(out)}
 

@@ -261,16 +261,27 @@ def _say(text: str) -> None:
 @main.command("eval")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
+@_settings_options("columns", "allow_lost")
 @model_option
 @_machine_options
 @json_option
-def evaluate(adapter: Path, data: tuple[str, ...], model: str | None, as_json: bool, **options: Any) -> None:
+def evaluate(
+    adapter: Path,
+    data: tuple[str, ...],
+    model: str | None,
+    as_json: bool,
+    columns: tuple[str, ...],
+    allow_lost: str | None,
+    **options: Any,
+) -> None:
     """Loss, perplexity, exact match, and accuracy where answers are labels. ADAPTER is a run or adapter folder."""
     from deltaw import api
     from deltaw.terminal import TerminalWatcher, make_console, pairs, percent, show_json
 
     watcher = TerminalWatcher(make_console(stderr=True))
-    result = api.open_adapter(adapter, model, _say, **_machine(options)).evaluate(data, watcher.measured)
+    reading = make_settings(_given({"columns": columns, "allow_lost": allow_lost}))
+    opened = api.open_adapter(adapter, model, _say, **_machine(options))
+    result = opened.evaluate(data, watcher.measured, reading.allow_lost, reading.columns)
     if as_json:
         show_json(result)
         return
@@ -345,6 +356,8 @@ def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options:
         "largest logit difference": f"{record['max_logit_difference']:.2e} ({about})",
         "same next token": same,
     })  # fmt: skip
+    if not record["same_next_tokens"]:
+        _say("Some next tokens differ: the files' dtype rounds part of the update away. --json has all figures.")
 
 
 @main.command()
@@ -361,7 +374,8 @@ def inspect(adapter: Path, as_json: bool) -> None:
         return
     console = make_console()
     size = f"{facts['parameters'] / 1e6:.2f}M parameters, {human_bytes(facts['bytes'])}"
-    pairs(console, {"adapter": f"{facts['folder']} ({facts['variant']}, {size})", **facts["origin"]})
+    origin = {name: value for name, value in facts["origin"].items() if name not in ("config", "template_examples")}
+    pairs(console, {"adapter": f"{facts['folder']} ({facts['variant']}, {size})", **origin})
     inspect_table(console, facts["layers"])
 
 
@@ -474,12 +488,12 @@ def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_
     console = make_console()
     paged = console.is_terminal and rows is None
     shown = islice(show(make_settings({**_given(options), "data": files}), row), rows or (None if paged else 3))
-    if as_json:
-        show_json([_plain_row(each) for each in shown])
-        return
     first = next(shown, None)
     if first is None:
         raise DataError(f"There is no row {row} or later.")
+    if as_json:
+        show_json([_plain_row(each) for each in chain((first,), shown)])
+        return
     texts = (shown_row(console, each, ids) for each in chain((first,), shown))
     if paged:
         click.echo_via_pager(texts, color=True)

@@ -140,7 +140,11 @@ def _opening(trainer: Trainer) -> Iterator[str]:
     ready, settings = trainer.ready, trainer.settings
     base, adapter = ready.base, ready.adapter
     share = adapter.parameters / base.parameters
-    length = f"{trainer.length.steps} steps" if trainer.length.steps else f"{settings.minutes:g} minutes"
+    length = (
+        f"{trainer.length.steps} step{'s' if trainer.length.steps > 1 else ''}"
+        if trainer.length.steps
+        else f"{settings.minutes:g} minutes"
+    )
     yield f"base      {base.name}, {base.parameters / 1e6:.1f}M parameters, computing in {base.dtype} on {base.device}"
     size = f"{adapter.parameters / 1e6:.2f}M parameters ({share:.2%} of the base)"
     yield f"adapter   rank {settings.rank}, alpha {settings.alpha:g}, {len(ready.targets)} layers, {size}"

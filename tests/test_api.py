@@ -325,3 +325,25 @@ def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goe
     )
     assert len(evaluations) >= 4
     assert run.read_summary()["status"] == "done"
+
+
+def test_a_missing_adapter_or_one_of_a_stopped_run_is_named_and_no_folder_is_made(tmp_path, llama_folder, chats):
+    with pytest.raises(AdapterError, match=r"--adapter nope: there is no adapter in nope"):
+        api.train(model=llama_folder, data=chats, out=tmp_path / "run", adapter="nope", steps=1)
+    assert not (tmp_path / "run").exists()
+    given = {name: value for name, value in QUICK.items() if name != "steps"}
+    with pytest.raises(Interrupted):
+        api.train(model=llama_folder, data=chats, out=tmp_path / "stopped", steps=50, watcher=Stopping(), **given)
+    with pytest.raises(AdapterError, match=r"has no adapter yet: it was stopped.*--resume"):
+        api.inspect(tmp_path / "stopped")
+
+
+def test_a_merge_computed_in_fp32_is_bounded_by_the_rounding_of_its_bf16_files(tmp_path, tiny_run, llama_folder):
+    """Base files in bf16: the merged ones round the update, whatever the logits are computed in."""
+    base = tmp_path / "base"
+    model = small_model("llama").bfloat16()
+    model.save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    record = api.merge(tiny_run.folder, tmp_path / "merged", model=str(base), device="cpu", dtype="float32")
+    assert record["dtype_of_files"] == "BF16" and record["computed_in"] == "float32"
+    assert record["max_logit_difference"] > 1e-3 * record["max_logit"], "the fp32 bound would have refused it"

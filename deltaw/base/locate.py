@@ -72,6 +72,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder; no code of it is run. Raises BaseError."""
     transformers = importlib.import_module("transformers")
+    transformers.logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # damaged files make every part of transformers fail in its own way

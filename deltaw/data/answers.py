@@ -66,11 +66,9 @@ class Locator:
             why = f"the template renders message {position + 1} differently in its context"
             why += ", so its tokens cannot be told apart"
             located.faults[position] = ("mask-unclear", why)
-        elif not self._prints(position, (start, stop)):
-            located.faults[position] = (
-                "answer-missing",
-                f"the template does not print the text of message {position + 1}",
-            )
+        elif (missing := self._missing(position, (start, stop))) is not None:
+            what = f"the template does not print {missing} of message {position + 1}"
+            located.faults[position] = ("answer-missing", what)
         else:
             located.spans[position] = (start, stop)
             if not exact:
@@ -125,10 +123,16 @@ class Locator:
         found = None if self.control is None else re.compile(rf"\s*(?:{self.control.pattern})").match(self.whole, stop)
         return stop if found is None else found.end()
 
-    def _prints(self, position: int, span: Span) -> bool:
-        """Whether the answer's text stands in its span; thoughts before it may be printed in another form."""
-        answer = str(self.messages[position].get("content") or "").split(_THOUGHT_END)[-1].strip()
-        return answer in self.whole[slice(*span)]
+    def _missing(self, position: int, span: Span) -> str | None:
+        """What of the answer does not stand in its span: its text, or a tool call by its name; None when all does.
+
+        Thoughts before a text may be printed in another form.
+        """
+        message, printed = self.messages[position], self.whole[slice(*span)]
+        if str(message.get("content") or "").split(_THOUGHT_END)[-1].strip() not in printed:
+            return "the text"
+        names = [call.get("function", call)["name"] for call in message.get("tool_calls") or []]
+        return next((f"the tool call {name!r}" for name in names if name not in printed), None)
 
 
 def join_marks(located: Located, messages: Sequence[dict[str, Any]], text: str, marks: Sequence[Span]) -> Located:

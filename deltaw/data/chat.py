@@ -169,9 +169,14 @@ class Encoder:
         try:
             located = self._answers(row)
         except TemplateError as error:
-            raise _Refused("template-refuses", f"the chat template refuses it ({error})") from error
+            called = any(message.get("tool_calls") for message in row.messages)
+            hint = "; it may have no place for tool calls: use a base whose template prints them" if called else ""
+            raise _Refused("template-refuses", f"the chat template refuses it ({error}){hint}") from error
         spans = self._weighted(row, located.text, list(located.spans.items()))
-        return _Draft(row, located.text, spans, list(located.spans.values()), [*_repeated(row), *located.notes])
+        notes = [*_repeated(row), *located.notes]
+        if row.tools and self.render(row.messages) == located.text:
+            notes.append(("tools-missing", f"{len(row.tools)} tools are given and none is printed"))
+        return _Draft(row, located.text, spans, list(located.spans.values()), notes)
 
     def _refuse_control_tokens(self, row: Row) -> None:
         """A control token spelt out in a text would end or fake a turn."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from deltaw.data.chat import Encoder
 
-# Raised when the same rows would give other examples, so that no entry of an older version is used.
-ENCODING_VERSION = 1
+# Raised when the same rows would give other examples or findings, so that no entry of an older version is used.
+ENCODING_VERSION = 2
 MASKS = ("assistant", "last", "completion", "all")
 
 

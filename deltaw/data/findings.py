@@ -28,7 +28,9 @@ class Kind:
 
 CATALOGUE: dict[str, Kind] = {
     "unreadable": Kind(
-        ROW, "rows that cannot be read", "Mend or delete these lines; each must be one JSON object in UTF-8."
+        ROW,
+        "rows that cannot be read",
+        "Mend or delete them: UTF-8, one object a line in JSON lines, as many cells as the header in a table.",
     ),
     "unknown-format": Kind(ROW, "rows of no known format", "Rename the columns with --columns canonical=yours."),
     "wrong-shape": Kind(
@@ -109,6 +111,12 @@ CATALOGUE: dict[str, Kind] = {
         "rows whose answer does not begin where the generation prompt ends",
         "At use the model is asked with a prompt that training never shows; see one with `deltaw data show`.",
     ),
+    "tools-missing": Kind(
+        WARNING,
+        "rows whose tools the chat template does not print",
+        "The model would learn calls without seeing what may be called; use a base whose template prints tools.",
+    ),
+    "empty-source": Kind(WARNING, "files without rows", "Check that these are the files you mean."),
     "mixed-formats": Kind(
         WARNING, "files with rows of several formats", "Check that every row was understood as meant."
     ),

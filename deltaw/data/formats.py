@@ -393,13 +393,16 @@ def _calls(calls: Any, where: str) -> list[Any]:
         raise _Unusable(f"{where}: tool_calls must be a list of objects")
     opened = []
     for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise _Unusable(f"{where}: a tool call needs a function with a name")
+        if isinstance(function.get("arguments"), str):
             try:
                 arguments = json.loads(function["arguments"] or "{}")
             except ValueError as error:
                 raise _Unusable(f"{where}: the arguments of {function.get('name')!r} are not valid JSON") from error
-            call = {**call, "function": {**function, "arguments": arguments}}
+            opened_function = {**function, "arguments": arguments}
+            call = {**call, "function": opened_function} if "function" in call else opened_function
         opened.append(call)
     return opened
 

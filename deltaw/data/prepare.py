@@ -221,7 +221,7 @@ class _Scan:
     def examples(self, sources: Sequence[Source]) -> Iterator[Example]:
         """Every example of the sources, in order."""
         for source in sources:
-            before = len(self.shares)
+            before, rows_before = len(self.shares), self.report.rows
             for found in self.encoder.encode_many(read_rows([source])):
                 self.report.rows += 1
                 if self.progress is not None and self.report.rows % 256 == 0:
@@ -231,6 +231,8 @@ class _Scan:
                     self.report.findings.add(found.code, found.file, found.number, found.reason)
                     continue
                 yield from self._use(found.row, found.examples, found.notes)
+            if self.report.rows == rows_before:
+                self.report.findings.add("empty-source", what=source.name.rpartition("/")[2])
             self.report.source_documents.append(len(self.shares) - before)
 
     def _use(self, row: Row, examples: list[Example], notes: Iterable[tuple[str, str]]) -> Iterator[Example]:

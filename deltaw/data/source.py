@@ -131,7 +131,7 @@ def find_files(patterns: list[str]) -> list[Path]:
         missing += [] if files else [pattern]
         found += [file.resolve() for file in files]
     if missing:
-        raise DataError("No such data file: " + ", ".join(missing) + ". " + KNOWN)
+        raise DataError("No such data file: " + ", ".join(missing) + f" — {KNOWN}")
     return found
 
 
@@ -244,6 +244,8 @@ def _parse(file: str, number: int, text: bytes) -> Any:
         value = json.loads(text.decode("utf-8-sig"))
         if b"\\u" in text:  # JSON may spell half of a surrogate pair, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:  # a line number within the row would only confuse
+        return Fault(file, number, f"not valid JSON ({error.msg}, at character {error.pos + 1} of {len(error.doc):,})")
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         return Fault(file, number, f"not valid JSON ({error})")
     return value

@@ -23,7 +23,7 @@ from deltaw.data.findings import refuse_unknown
 from deltaw.data.formats import parse_sources
 from deltaw.data.source import Source
 from deltaw.disk import disk_errors, write_text
-from deltaw.errors import UsageError
+from deltaw.errors import AdapterError, UsageError
 
 try:
     import fcntl
@@ -148,6 +148,7 @@ def create_run(settings: Settings) -> Run:
         raise UsageError("No training data: give --data FILE (or a recipe with `data:`).")
     refuse_unknown(settings.allow)
     _refuse_second_adapter(settings)
+    _refuse_missing_adapter(settings)
     _make_paths_absolute(settings)
     if settings.date == AUTO:  # written down, so that a run resumed tomorrow renders the same
         settings.put("date", datetime.now().date().isoformat(), "the day the run began")
@@ -183,6 +184,14 @@ def _refuse_second_adapter(settings: Settings) -> None:
         )
 
 
+def _refuse_missing_adapter(settings: Settings) -> None:
+    if settings.adapter is None:
+        return
+    folder = adapter_folder(Path(settings.adapter).expanduser())
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"--adapter {settings.adapter}: there is no adapter in {folder}.")
+
+
 def _sources(settings: Settings, name: str) -> list[Source]:
     sources = parse_sources(getattr(settings, name), settings.columns)
     for source in sources:
@@ -199,9 +208,16 @@ def _absolute(text: str, source: Source) -> str:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter folder that a run or adapter folder stands for."""
+    """The adapter folder that a run or adapter folder stands for. AdapterError when the run has none yet."""
     path = Path(path)
-    return path / "adapter" if _is_run(path) else path
+    if not _is_run(path):
+        return path
+    if not (path / "adapter").is_dir():
+        raise AdapterError(
+            f"The run {path} has no adapter yet: it was stopped before one was saved. Go on with: "
+            f"deltaw train --resume {path}"
+        )
+    return path / "adapter"
 
 
 def _is_run(folder: Path) -> bool:
@@ -228,5 +244,7 @@ def _dated_folder() -> Path:
 def open_run(folder: Path) -> Run:
     """An existing run folder; UsageError when it is none."""
     if not _is_run(folder):
-        raise UsageError(f"{folder} is not a run folder: it has no {CONFIG} of a run.")
+        there = (folder / CONFIG).is_file()
+        why = f"its {CONFIG} does not begin as that of a run; was it changed?" if there else f"it has no {CONFIG}."
+        raise UsageError(f"{folder} is not a run folder: {why}")
     return Run(folder)

@@ -172,9 +172,9 @@ class Trainer:
             else:
                 changed.append(difference)
         if changed:
+            begin = f" (--adapter {self.run.last} begins where this one is)" if self.run.last.is_dir() else ""
             raise UsageError(
-                "This run cannot go on exactly:\n" + bullet_list(changed) + "\nPut that back, or start a new run "
-                f"(--adapter {self.run.last} begins where this one is)."
+                f"This run cannot go on exactly:\n{bullet_list(changed)}\nPut that back, or start a new run{begin}."
             )
 
     def _digests(self) -> dict[str, str]:

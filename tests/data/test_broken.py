@@ -58,6 +58,7 @@ ROWS = {
         chat(U, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]}),
         "wrong-shape",
     ),
+    "a tool call without a name": (chat(U, message("assistant", "a", tool_calls=[{}])), "wrong-shape"),
     "tools that are no list": ({**chat(U, A), "tools": 5}, "wrong-shape"),
     "a control token in a question": (chat(message("user", "stop<|im_end|>now"), A), "control-tokens"),
     "a control token in an answer": (chat(U, message("assistant", "a<|im_end|>")), "control-tokens"),
@@ -247,6 +248,31 @@ def test_a_template_that_does_not_print_an_answer_or_prints_it_in_a_way_of_its_o
     marked = CHAT_TEMPLATE.replace("{{ '<|im_start|>'", "{% generation %}{{ '' }}{% endgeneration %}{{ '<|im_start|>'")
     code, reason = refused(marked.replace("{{ '' }}", "{{ 'x' }}"), U, A, U, A)
     assert code == "masks-disagree" and "the template marks" in reason
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize("content", ["", "some text"])
+def test_a_tool_call_that_the_template_does_not_print_is_never_trained_as_silence(content):
+    code, reason = refused(CHAT_TEMPLATE, U, message("assistant", content, tool_calls=[CALL]))
+    assert code == "answer-missing" and "does not print the tool call 'add' of message 2" in reason
+
+
+def test_a_template_that_fails_on_a_tool_call_without_text_says_what_to_use(tmp_path):
+    code, reason = refused(CHAT_TEMPLATE, U, {"role": "assistant", "tool_calls": [CALL]})
+    assert code == "template-refuses" and "no place for tool calls: use a base whose template prints them" in reason
+
+
+def test_tools_that_are_not_printed_are_noticed():
+    (found,) = encoder().encode_many([Row("a", 1, (U, A), tools=({"name": "add"},))])
+    assert [code for code, _ in found.notes] == ["tools-missing"]
+
+
+def test_a_source_without_rows_is_noticed_beside_one_that_has_some(tmp_path):
+    empty = write(tmp_path / "empty.jsonl")
+    empty.write_bytes(b"")
+    assert codes(page(tmp_path, write(tmp_path / "rows.jsonl", GOOD), empty)) == {"empty-source": 1}
 
 
 def test_a_prompt_that_is_not_followed_by_the_answer_in_training_is_noticed():
