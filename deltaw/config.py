@@ -143,6 +143,9 @@ class Settings:
     checkpoint_steps: int | str = setting(
         AUTO, "Steps between checkpoints, or auto (as often as evaluations).", kind=int, group="watching"
     )
+    checkpoint_seconds: float = setting(
+        300.0, "A checkpoint too after this many seconds without one.", kind=float, group="watching"
+    )
     keep_checkpoints: int = setting(2, "Checkpoints kept.", kind=int, group="watching")
     track: tuple[str, ...] = setting(
         (),
@@ -287,6 +290,7 @@ _POSITIVE = (
     "eval_steps",
     "eval_rows",
     "checkpoint_steps",
+    "checkpoint_seconds",
     "keep_checkpoints",
     "alpha",
 )

@@ -60,6 +60,7 @@ VALUES = {
     "eval_rows": (50, 50),
     "patience": ("3", 3),
     "checkpoint_steps": (7, 7),
+    "checkpoint_seconds": (7, 7.0),
     "keep_checkpoints": (1, 1),
     "track": ("wandb,tensorboard", ("wandb", "tensorboard")),
     "device": ("cpu", "cpu"),

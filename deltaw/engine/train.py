@@ -11,6 +11,7 @@ import math
 import signal
 import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ EVALUATIONS_PER_RUN = 6
 DEFAULT_MICRO_TOKENS = 1024
 SPIKE, SPIKE_WINDOW = 4.0, 20
 # Settings that change when something is written, and no number that is.
-FREE_TO_CHANGE = ("checkpoint_steps", "keep_checkpoints", "patience", "allow_lost")
+FREE_TO_CHANGE = ("checkpoint_steps", "checkpoint_seconds", "keep_checkpoints", "patience", "allow_lost")
 
 
 @dataclass
@@ -115,6 +116,7 @@ class Trainer:
         self.stopped_early = False
         self.owed = False  # an evaluation of the step that was taken last
         self.losses: list[float] = []
+        self.saved_at = time.monotonic()
         self.signal: int | None = None
 
     def _resolve_intervals(self) -> None:
@@ -209,6 +211,7 @@ class Trainer:
         if self.best is not None and self.best_step != self.progress.step:
             tensors["best"] = self.best
         save_checkpoint(self.run.checkpoints, self.progress.step, tensors, state, self.settings.keep_checkpoints)
+        self.saved_at = time.monotonic()
 
     def _require_finite(self, what: str, values: Tensor) -> None:
         if not values.isfinite().all():
@@ -227,7 +230,8 @@ class Trainer:
         self.watcher.step(line, progress, self.length)
         self._notice(record)
         self.owed = self._due(self.settings.eval_steps, record) or self._is_last()
-        return self.settle(self._due(self.settings.checkpoint_steps, record))
+        late = time.monotonic() - self.saved_at >= self.settings.checkpoint_seconds
+        return self.settle(late or self._due(self.settings.checkpoint_steps, record))
 
     def settle(self, checkpoint: bool) -> bool:
         """What a finished step still owes: an evaluation, a checkpoint. False ends the run early."""

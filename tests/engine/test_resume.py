@@ -222,6 +222,13 @@ def test_checkpoints_kept_are_as_many_as_asked_for(start):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(1e-9, (5, 4, 3)), (1000, (5,))])
+def test_a_checkpoint_is_due_too_when_so_many_seconds_went_by_without_one(start, seconds, steps):
+    run, settings = start(steps=5, checkpoint_steps=100, checkpoint_seconds=seconds, keep_checkpoints=3)
+    train(run, settings, Watcher())
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == [f"step-{step:08}.ckpt" for step in steps]
+
+
 def test_changed_data_is_refused_and_nothing_touched(start, chats, tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_bytes(chats.read_bytes())
@@ -302,9 +309,9 @@ def test_an_evaluation_under_way_is_abandoned_and_done_first_on_resume(start, st
 
 def test_a_killed_run_of_minutes_repeats_the_rates_that_it_had(start):
     """Steps behind the last checkpoint are done again with what the clock decided the first time."""
-    run, settings = start(steps=None, minutes=0.03, eval_steps=3, checkpoint_steps=4)
+    run, settings = start(steps=None, minutes=0.04, eval_steps=3, checkpoint_steps=4)
     with pytest.raises(Killed):
-        train(run, settings, Saboteur(kill_at=11))
+        train(run, settings, Saboteur(kill_at=6))
     before = [line for line in read_metrics(run.metrics) if "loss" in line]
     _go_on(run)
     after = [line for line in read_metrics(run.metrics) if "loss" in line][: len(before)]
