@@ -42,8 +42,8 @@ def _flat_attention(
     if bounds is None or attention_mask != sliding_window:
         raise NotImplementedError(f"attention got window {sliding_window}, but its mask {attention_mask}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out_THD = document_attention(query[0], key[0], value[0], bounds, scale, sliding_window, softcap)
-    return out_THD[None], None
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return document_attention(q_THD, k_TKD, v_TKD, bounds, scale, sliding_window, softcap)[None], None
 
 
 def _flat_mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> int | None:

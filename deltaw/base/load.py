@@ -26,7 +26,7 @@ from deltaw.base.builtin import cache_folder
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
-from deltaw.hardware import choose_device, compute_dtype, look, set_threads
+from deltaw.hardware import choose_device, compute_dtype, keep_freed_memory, look, set_threads
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -118,6 +118,7 @@ def load(
     """
     if threads is not None:
         set_threads(threads)
+    keep_freed_memory()
     where = choose_device(device)
     chosen = _dtype(dtype, where)
     folder = locate(name, revision)

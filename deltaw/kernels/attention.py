@@ -1,28 +1,60 @@
 """Causal attention over a flat row of documents: each attends to itself alone, and no mask of the whole row exists.
 
-Documents are taken one by one, so the cost is the sum of their squares and not the square of their sum. Short ones use
-three batched products, which on CPU beat the fused kernel's backward below about 128 tokens; longer ones use the fused
-kernel. Query heads that share a key head are grouped by reshaping, never by repeating keys.
+On CPU the work is cut into tiles of queries and the keys that they may see, and each tile is a handful of batched
+matrix products, which run at the processor's full rate where the fused kernel's backward does not. Documents up to 256
+tokens are taken whole, those of similar length side by side in one tile; longer ones in tiles of 128 queries that end
+at their last key, so nothing above the diagonal is computed. Query heads that share a key head lie below each other in
+one product. The probabilities are not kept: backward forms them again, from the same numbers in the same way.
 
-Legend: q_HTD queries, k_KTD and v_KTD keys and values; H query heads, K key heads, T tokens, D head width.
+Legend: q_THD queries, k_TKD and v_TKD keys and values; H query heads, K key heads, G = H/K, T tokens, D head width;
+n documents of one tile, L queries and M keys of each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-SHORT_TOKENS = 128
+WHOLE_TOKENS = 256
+TILE_TOKENS = 128
+SIDE_BY_SIDE = (32, 64, 96, 128, 192, WHOLE_TOKENS)
+
+
+class Rows(NamedTuple):
+    """Rows of a tile in the flat row: `index` [n·L] with padding; of these, `places` are real and are `tokens`."""
+
+    index: Tensor
+    places: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The queries of `count` documents and the keys they may see.
+
+    `bias` is −∞ where a query must not see a key and 0 elsewhere, for the last columns of the scores: of the shape
+    [n, K, G, L, M] where documents lie side by side, [L, columns] for a tile of one document.
+    """
+
+    count: int
+    queries: slice | Rows
+    keys: slice | Rows
+    bias: Tensor
 
 
 def document_attention(
-    q_HTD: Tensor,
-    k_KTD: Tensor,
-    v_KTD: Tensor,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
     bounds: Sequence[int],
     scale: float,
     window: int | None = None,
@@ -33,43 +65,193 @@ def document_attention(
     `window` lets a token see only itself and the `window - 1` tokens before it; `softcap` bounds the scores by
     cap·tanh(score/cap) (Gemma-2, arXiv 2408.00118 §2).
     """
-    parts = []
-    for start, stop in pairwise(bounds):
-        q, k, v = q_HTD[:, start:stop], k_KTD[:, start:stop], v_KTD[:, start:stop]
-        length = stop - start
-        narrow = window if window is not None and window < length else None
-        if softcap is not None or (length <= SHORT_TOKENS and q.device.type == "cpu"):
-            out_HtD = _by_products(q, k, v, scale, narrow, softcap)
-        else:
-            out_HtD = _fused(q, k, v, scale, narrow)
-        parts.append(out_HtD.transpose(0, 1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if q_THD.device.type == "cpu":
+        tiles = tiles_of(tuple(bounds), window, k_TKD.shape[1], q_THD.shape[1] // k_TKD.shape[1], q_THD.dtype)
+        out: Tensor = _TiledAttention.apply(q_THD, k_TKD, v_TKD, tiles, scale, softcap)
+        return out
+    return torch.cat([
+        one_document(q_THD[start:stop], k_TKD[start:stop], v_TKD[start:stop], scale, window, softcap)
+        for start, stop in pairwise(bounds)
+    ])  # fmt: skip
 
 
-def _fused(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, window: int | None) -> Tensor:
-    mask = None if window is None else _visible(q_HTD.shape[1], window, q_HTD.device)
-    out = F.scaled_dot_product_attention(
-        q_HTD[None], k_KTD[None], v_KTD[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return out[0]
-
-
-def _by_products(
-    q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, scale: float, window: int | None, softcap: float | None
+def one_document(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """softmax(scale·q·kᵀ)·v with the softmax in fp32; heads of one group lie below each other in one product."""
-    H, T, D = q_HTD.shape
-    K = k_KTD.shape[0]
-    scores = torch.bmm((q_HTD * scale).reshape(K, (H // K) * T, D), k_KTD.transpose(1, 2)).float()
+    """One document through torch's fused kernel, or in plain products where the scores are capped: the reference."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_TKD, v_TKD))
+    length = q.shape[2]
+    hidden = _hidden(length, length, window, q.device)
+    if softcap is None:
+        narrow = window is not None and window < length
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=~hidden if narrow else None, is_causal=not narrow, scale=scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = softcap * torch.tanh(scale / softcap * (q @ k.transpose(2, 3)).float())
+    shares = scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
+    return (shares @ v)[0].transpose(0, 1)
+
+
+def _hidden(queries: int, keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """[queries, keys], true where a query must not see a key; the last query is at the last key."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    later = ones.triu(keys - queries + 1)
+    return later if window is None else later | ones.tril(keys - queries - window)
+
+
+# -- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def tiles_of(
+    bounds: tuple[int, ...], window: int | None, heads: int, group: int, dtype: torch.dtype
+) -> tuple[Tile, ...]:
+    """The tiles of a flat row for K key heads of G query heads each; every layer of a model uses the same."""
+    tiles: list[Tile] = []
+    side_by_side: dict[int, list[tuple[int, int]]] = {}
+    for start, stop in pairwise(bounds):
+        if stop - start > WHOLE_TOKENS:
+            tiles += _in_parts(start, stop, window, dtype)
+        else:
+            size = next(size for size in SIDE_BY_SIDE if stop - start <= size)
+            side_by_side.setdefault(size, []).append((start, stop))
+    return (*(_whole(documents, window, (heads, group), dtype) for documents in side_by_side.values()), *tiles)
+
+
+def _in_parts(start: int, stop: int, window: int | None, dtype: torch.dtype) -> list[Tile]:
+    tiles = []
+    for first in range(start, stop, TILE_TOKENS):
+        last = min(stop, first + TILE_TOKENS)
+        low = start if window is None else max(start, first - window + 1)
+        columns = last - first if window is None else last - low
+        tiles.append(Tile(1, slice(first, last), slice(low, last), _bias(_hidden(last - first, columns, window), dtype)))
+    return tiles
+
+
+def _whole(
+    documents: list[tuple[int, int]], window: int | None, heads_and_group: tuple[int, int], dtype: torch.dtype
+) -> Tile:
+    """Documents side by side, each padded to the longest with rows that nothing sees."""
+    longest = max(stop - start for start, stop in documents)
+    starts_n1 = torch.tensor([start for start, _ in documents])[:, None]
+    lengths_n1 = torch.tensor([stop - start for start, stop in documents])[:, None]
+    real_nL = torch.arange(longest) < lengths_n1
+    index = (starts_n1 + torch.arange(longest) * real_nL).flatten()
+    places = real_nL.flatten().nonzero().squeeze(1)
+    # A padding query sees the real keys before it, so its softmax is a number.
+    hidden_nLL = _hidden(longest, longest, window) | ~real_nL[:, None]
+    if window is not None:
+        hidden_nLL &= real_nL[:, :, None]
+    bias = _bias(hidden_nLL, dtype)[:, None, None].expand(-1, *heads_and_group, -1, -1).contiguous()
+    rows = Rows(index, places, index[places])
+    return Tile(len(documents), rows, rows, bias)
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+
+
+# -- forward and backward over tiles ----------------------------------------------------------------------------------
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        tiles: tuple[Tile, ...],
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        heads = k_TKD.shape[1]
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+        for tile in tiles:
+            q, k, v = (_take(x, rows, tile.count, heads) for x, rows in _inputs(q_THD, k_TKD, v_TKD, tile))
+            shares, _ = _shares(q, k, tile, scale, softcap)
+            _put(out_THD, torch.bmm(shares, v), tile.queries, tile.count, add=False)
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD)
+        ctx.rest = (tiles, scale, softcap)
+        return out_THD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        q_THD, k_TKD, v_TKD = ctx.saved_tensors
+        tiles, scale, softcap = ctx.rest
+        heads = k_TKD.shape[1]
+        dq_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+        # A key gathers what all tiles say of it: summed in fp32.
+        finer = torch.promote_types(k_TKD.dtype, torch.float32)
+        dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=finer) for x in (k_TKD, v_TKD))
+        for tile in tiles:
+            q, k, v = (_take(x, rows, tile.count, heads) for x, rows in _inputs(q_THD, k_TKD, v_TKD, tile))
+            d = _take(upstream[0], tile.queries, tile.count, heads, padding=0.0)
+            shares, slope = _shares(q, k, tile, scale, softcap)
+            _put(dv_TKD, torch.bmm(shares.transpose(1, 2), d), tile.keys, tile.count, add=True)
+            d_shares = torch.bmm(d, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_shares, shares, -1, shares.dtype)
+            if slope is not None:
+                d_scores = (d_scores * slope).to(shares.dtype)
+            _put(dq_THD, _scaled_product(d_scores, k, scale), tile.queries, tile.count, add=False)
+            _put(dk_TKD, _scaled_product(d_scores.transpose(1, 2), q, scale), tile.keys, tile.count, add=True)
+        return dq_THD, dk_TKD.to(k_TKD.dtype), dv_TKD.to(v_TKD.dtype), None, None, None
+
+
+def _inputs(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tile: Tile) -> list[tuple[Tensor, slice | Rows]]:
+    return [(q_THD, tile.queries), (k_TKD, tile.keys), (v_TKD, tile.keys)]
+
+
+def _shares(q: Tensor, k: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """softmax(scale·q·kᵀ) [n·K, G·L, M], zero where hidden; and the slope of the soft cap, if there is one."""
+    scores, slope = _scaled_product(q, k.transpose(1, 2), scale), None
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~_visible(T, window, q_HTD.device)
-    scores = scores.view(K, H // K, T, T).masked_fill(hidden, float("-inf"))
-    shares = scores.softmax(-1).to(v_KTD.dtype).view(K, (H // K) * T, T)
-    return torch.bmm(shares, v_KTD).view(H, T, D)
+        bounded = torch.tanh(scores.float() / softcap)
+        slope, scores = 1 - bounded.square(), softcap * bounded
+    L, columns = tile.bias.shape[-2:]
+    scores.view(tile.count, -1, q.shape[1] // L, L, scores.shape[2])[..., -columns:] += tile.bias
+    return scores.softmax(-1).to(q.dtype), slope
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[T, T], true where a token (row) may see another (column)."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return visible if window is None else visible.triu(1 - window)
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale·a·b for each pair of matrices, scaled before it is rounded."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def _take(x_TND: Tensor, rows: slice | Rows, count: int, heads: int, padding: float | None = None) -> Tensor:
+    """The rows of a tile as [n·K, N/K·L, D], heads of one group below each other; padding rows zero if asked."""
+    T, N, D = x_TND.shape
+    if isinstance(rows, slice):
+        x_nLND = x_TND[None, rows]
+    else:
+        x_nLND = x_TND.reshape(T, N * D).index_select(0, rows.index).view(count, -1, N, D)
+        if padding is not None and len(rows.places) < len(rows.index):
+            real = torch.zeros(len(rows.index), 1, dtype=x_TND.dtype).index_fill_(0, rows.places, 1.0)
+            x_nLND *= real.view(count, -1, 1, 1)
+    by_head = x_nLND.unflatten(2, (heads, N // heads)).permute(0, 2, 3, 1, 4)
+    return by_head.reshape(count * heads, -1, D)
+
+
+def _put(out_TND: Tensor, x: Tensor, rows: slice | Rows, count: int, *, add: bool) -> None:
+    """Writes what `_take` would take, or adds it."""
+    T, N, D = out_TND.shape
+    heads = x.shape[0] // count
+    x_nLND = x.view(count, heads, N // heads, -1, D).permute(0, 3, 1, 2, 4).reshape(count, -1, N, D)
+    if isinstance(rows, slice):
+        if add:
+            out_TND[rows] += x_nLND[0]
+        else:
+            out_TND[rows] = x_nLND[0]
+        return
+    real = x_nLND.reshape(-1, N * D)
+    if len(rows.places) < len(rows.index):
+        real = real.index_select(0, rows.places)
+    out_TX = out_TND.view(T, N * D)
+    if add:
+        out_TX.index_add_(0, rows.tokens, real.to(out_TX.dtype))
+    else:
+        out_TX.index_copy_(0, rows.tokens, real)

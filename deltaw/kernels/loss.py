@@ -1,7 +1,8 @@
 """Cross-entropy over labelled tokens only, a chunk at a time, with the gradient formed in the forward pass.
 
 Logits exist for one chunk of labelled tokens and are gone before the next, so memory does not grow with the vocabulary
-times the tokens. Losses are returned as sums, never as means: whoever calls divides once, by the tokens of the step.
+times the tokens. Their softmax is taken in fp32, on CPU a few rows at a time, so that these stay in the processor's
+cache. Losses are returned as sums, never as means: whoever calls divides once, by the tokens of the step.
 
 Legend: h_NH hidden states of the N labelled positions; V vocabulary.
 """
@@ -15,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 64_000_000
+# Below 32 MB, up to which the C library keeps freed memory for the next chunk; above, every chunk is mapped and zeroed
+# page by page, which takes longer than the softmax.
+CHUNK_BYTES = 28_000_000
+PIECE_BYTES = 4_000_000
 Head = Callable[[Tensor], Tensor]
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """How many rows of fp32 logits fit in `CHUNK_BYTES`; at least 16."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+def chunk_rows(vocabulary: int, dtype: torch.dtype = torch.float32) -> int:
+    """How many rows of logits fit in `CHUNK_BYTES`; at least 16."""
+    return max(16, CHUNK_BYTES // (dtype.itemsize * vocabulary))
 
 
 def labelled_loss(
@@ -38,9 +42,9 @@ def labelled_loss(
     `head` maps hidden states to logits; `factors` are the trained tensors inside it, if its layer is adapted.
     `chunk` is how many rows are taken at a time, by default as many as `CHUNK_BYTES` of logits hold.
     """
-    rows = chunk or chunk_rows(vocabulary)
+    rows = chunk or chunk_rows(vocabulary, h_NH.dtype)
     if not torch.is_grad_enabled():
-        losses_N, _, _ = token_losses(h_NH, head, targets_N, vocabulary, chunk=rows)
+        losses_N, _, _ = token_losses(h_NH, head, targets_N, vocabulary, chunk=chunk)
         return (losses_N * weights_N).sum()
     return _LabelledLoss.apply(h_NH, head, targets_N, weights_N, rows, *factors)
 
@@ -79,10 +83,10 @@ class _LabelledLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             with torch.enable_grad():
                 h = h_NH[part].detach().requires_grad_()
-                losses = F.cross_entropy(head(h).float(), targets_N[part], reduction="none")
-                loss = (losses * weights_N[part]).sum()
-                grad_h[part], *grads = torch.autograd.grad(loss, [h, *factors])
-            total += loss.detach()
+                logits_NV = head(h)
+            losses_N, d_logits_NV = _losses_and_slopes(logits_NV.detach(), targets_N[part], weights_N[part])
+            grad_h[part], *grads = torch.autograd.grad(logits_NV, [h, *factors], d_logits_NV)
+            total += (losses_N * weights_N[part]).sum()
             for sum_so_far, grad in zip(grad_factors, grads, strict=True):
                 sum_so_far += grad
         ctx.save_for_backward(grad_h, *(g.to(f.dtype) for g, f in zip(grad_factors, factors, strict=True)))
@@ -94,3 +98,24 @@ class _LabelledLoss(torch.autograd.Function):
         # Multiplied in fp32: in bf16, 1/(tokens of the step) alone would already be wrong by up to 0.4 %.
         grad_h, *grad_factors = [(grad.float() * upstream).to(grad.dtype) for grad in ctx.saved_tensors]
         return (grad_h, None, None, None, None, *grad_factors)
+
+
+def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(−log p(target) [N] in fp32, ∂(Σ weight·loss)/∂logits [N, V] in the dtype of the logits).
+
+    ∂ = weight·(p − 1[target]). The loss is (the largest logit − that of the target) − log(the largest p).
+    """
+    N, V = logits_NV.shape
+    finer = torch.promote_types(logits_NV.dtype, torch.float32)
+    rows = max(2, PIECE_BYTES // (finer.itemsize * V)) if logits_NV.device.type == "cpu" else N
+    losses_N, slopes_NV = logits_NV.new_empty(N, dtype=finer), torch.empty_like(logits_NV)
+    buffer = logits_NV.new_empty(min(rows, N), V, dtype=finer)
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        logits, targets_n1 = logits_NV[part], targets_N[part, None]
+        p = torch.softmax(logits, -1, dtype=finer, out=buffer[: len(logits)])
+        below_largest = logits.amax(-1).to(finer) - logits.gather(1, targets_n1)[:, 0].to(finer)
+        losses_N[part] = below_largest - p.amax(-1).log()
+        p.scatter_add_(1, targets_n1, p.new_full((1, 1), -1.0).expand_as(targets_n1))
+        slopes_NV[part] = p.mul_(weights_N[part, None])
+    return losses_N, slopes_NV

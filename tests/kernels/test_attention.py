@@ -7,12 +7,13 @@ import torch
 
 from deltaw.kernels import document_attention
 
-LENGTHS = (1, 2, 7, 127, 128, 129, 300)
+LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400)
 H, K, D = 4, 2, 8
 
 
-def dense_attention(q_HTD, k_KTD, v_KTD, bounds, scale, window=None, softcap=None):
+def dense_attention(q_THD, k_TKD, v_TKD, bounds, scale, window=None, softcap=None):
     """Softmax over one T·T matrix, every pair that may not see each other masked; keys repeated for their group."""
+    q_HTD, k_KTD, v_KTD = (x.transpose(0, 1) for x in (q_THD, k_TKD, v_TKD))
     length = q_HTD.shape[1]
     document = torch.bucketize(torch.arange(length), torch.tensor(bounds[1:]), right=True)
     distance = torch.arange(length)[:, None] - torch.arange(length)[None]
@@ -29,7 +30,7 @@ def dense_attention(q_HTD, k_KTD, v_KTD, bounds, scale, window=None, softcap=Non
 
 def random_row(lengths, dtype=torch.float32, heads=(H, K, K)):
     length = sum(lengths)
-    row = [torch.randn(count, length, D, dtype=torch.float32).to(dtype).requires_grad_() for count in heads]
+    row = [torch.randn(length, count, D, dtype=torch.float32).to(dtype).requires_grad_() for count in heads]
     return row, tuple(accumulate(lengths, initial=0))
 
 

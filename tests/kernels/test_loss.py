@@ -99,7 +99,7 @@ def test_token_losses_are_cross_entropy_hits_are_argmax_and_columns_are_logits(c
 def test_logits_never_exist_for_more_than_one_chunk():
     rows = chunk_rows(50_000)
     assert rows * 4 * 50_000 <= CHUNK_BYTES < 2 * rows * 4 * 50_000
-    assert chunk_rows(10**9) == 16
+    assert chunk_rows(10**9) == 16 and chunk_rows(50_000, torch.bfloat16) == 2 * rows
     seen, head = [], nn.Linear(4, 9, bias=False)
 
     def watched(x):
@@ -107,4 +107,19 @@ def test_logits_never_exist_for_more_than_one_chunk():
         return head(x)
 
     labelled_loss(torch.randn(70, 4), watched, torch.zeros(70, dtype=torch.long), torch.ones(70), 500_000)
-    assert seen == [32, 32, 6]
+    assert seen == [16, 16, 16, 16, 6]
+
+
+def test_rows_of_a_wide_vocabulary_are_taken_in_pieces_and_in_bf16_the_target_keeps_its_precision():
+    """p(target) near 1: rounded to bf16 first, p − 1 would be a third off. fp32 sums lose one lane in sixteen here."""
+    h, weight = torch.zeros(37, 4), torch.zeros(200_000, 4)
+    weight[7], h[:, 0] = torch.tensor([1.0, 0, 0, 0]), 18.0
+    h, weight = h.bfloat16().requires_grad_(), weight.bfloat16()
+    targets = torch.full((37,), 7)
+    loss = labelled_loss(h, lambda x: F.linear(x, weight), targets, torch.ones(37), 200_000)
+    expected = F.cross_entropy(F.linear(h.detach().double(), weight.double()), targets, reduction="sum")
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=0.1, atol=0)
+    (grad,) = torch.autograd.grad(loss, h)
+    p = torch.softmax(F.linear(h[:1].detach().double(), weight.double()), -1)[0, 7]
+    assert 0 < float(1 - p) < 4e-3
+    torch.testing.assert_close(grad[:, 0].double(), (p - 1).expand(37), rtol=0.1, atol=0)
