@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deltaw.base import forward
 from deltaw.base.load import Base
+from deltaw.base.proof import prove_decoder
 from deltaw.data.chat import Encoder
 from deltaw.data.formats import Row
 from deltaw.data.store import TokenStore
@@ -46,6 +49,10 @@ CONFIGS: dict[str, Any] = {
     "gemma2": lambda: transformers.Gemma2Config(**SMALL, sliding_window=6, query_pre_attn_scalar=8),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=2),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}, rotary_pct=0.25),
+    "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "olmo2": lambda: transformers.Olmo2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "phi3": lambda: transformers.Phi3Config(**{k: v for k, v in SMALL.items() if k != "head_dim"}),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
     "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
 
@@ -85,7 +92,9 @@ def save_base(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
 def small_base(kind: str = "llama", seed: int = 0, template: str | None = CHAT_TEMPLATE) -> Base:
     """A base that was never on disk, frozen, with its fast path proved."""
     model = small_model(kind, seed).requires_grad_(False)
-    return Base("tiny", Path(), model, byte_tokenizer(template), forward.prove(model))
+    reason = forward.prove(model)
+    decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
+    return Base("tiny", Path(), model, byte_tokenizer(template), reason, decoder, module_reason)
 
 
 def chat_rows(pairs: list[tuple[str, str]]) -> list[Row]:
@@ -98,3 +107,55 @@ def chat_store(stem: Path, pairs: list[tuple[str, str]]) -> TokenStore:
     """These questions and answers encoded with the byte tokenizer, in files at `stem`."""
     encoder = Encoder(byte_tokenizer(), 256)
     return TokenStore.write(stem, [example for row in chat_rows(pairs) for example in encoder.encode(row)])
+
+
+# -- models far from uniform, for comparisons ------------------------------------------------------------------------
+
+GENERAL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+MORE = {
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=0.7, final_logit_softcapping=1.5
+    ),
+    "phi3-long": lambda: transformers.Phi3Config(
+        **SMALL, rope_parameters=LONGROPE, original_max_position_embeddings=20
+    ),
+    "granite": lambda: transformers.GraniteConfig(
+        **{name: value for name, value in SMALL.items() if name != "head_dim"}, logits_scaling=4.0
+    ),
+    "llama4": lambda: transformers.Llama4TextConfig(**SMALL, intermediate_size_mlp=48, attention_chunk_size=64),
+    "lfm2": lambda: transformers.Lfm2Config(**SMALL, block_dim=32, layer_types=["conv", "full_attention"]),
+    "mamba": lambda: transformers.MambaConfig(**GENERAL, state_size=4),
+    "bloom": lambda: transformers.BloomConfig(**GENERAL),
+}
+
+
+def lively_model(kind, **changes):
+    """A small model whose weights are ten times larger than usual, so that attention is far from uniform."""
+    torch.manual_seed(1)
+    config = {**CONFIGS, **MORE}[kind]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)
+    return model
+
+
+def some_documents(lengths):
+    """Documents of random bytes."""
+    return [torch.randint(3, VOCABULARY, (length,)) for length in lengths]
+
+
+def own_losses(model, document):
+    """What transformers' own forward says about one document."""
+    with forward.plain_attention(model):
+        logits = model(input_ids=document[None], use_cache=False).logits[0, :-1]
+    return F.cross_entropy(logits.float(), document[1:], reduction="none")
+
+
+def flat_row(documents):
+    """(tokens, positions, bounds) of documents laid end to end."""
+    bounds = tuple(accumulate((len(d) for d in documents), initial=0))
+    return torch.cat(documents), torch.cat([torch.arange(len(d)) for d in documents]), bounds

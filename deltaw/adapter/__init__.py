@@ -6,12 +6,14 @@ to any weight storage), product (fp32 factors beside bf16 activations), layer (h
 """
 
 from deltaw.adapter.files import read_adapter, write_adapter
-from deltaw.adapter.inject import Injection, choose, choose_for, inject
+from deltaw.adapter.inject import Injection, choose, choose_for, inject, injection_of
+from deltaw.adapter.layer import AdaptedLayer
 from deltaw.adapter.merge import Merged, merge_
 from deltaw.adapter.spec import LoraSpec
 from deltaw.adapter.value import Adapter, Factors, new_adapter
 
 __all__ = [
+    "AdaptedLayer",
     "Adapter",
     "Factors",
     "Injection",
@@ -20,6 +22,7 @@ __all__ = [
     "choose",
     "choose_for",
     "inject",
+    "injection_of",
     "merge_",
     "new_adapter",
     "read_adapter",

@@ -246,6 +246,11 @@ class Injection:
         """What the first adapter adapts."""
         return [layer.target for layer in self.layers[0].values()]
 
+    @property
+    def hook_ids(self) -> set[int]:
+        """The hooks that are this injection's own, by torch's numbers for them."""
+        return {handle.id for handle in self._handles}
+
     def train(self, mode: bool = True) -> None:
         """Switches the adapters' dropout on or off."""
         for layers in self.layers:
@@ -305,6 +310,12 @@ class Injection:
 
     def _live(self, per_adapter: list[list[AdaptedLayer]]) -> Live:
         return lambda: ([] if self.active is None or self.strength == 0 else per_adapter[self.active], self.strength)
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """The injection at work in the model, if there is one."""
+    found: Injection | None = model.__dict__.get(_MARK)
+    return found
 
 
 def refuse_injected(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from deltaw.base.reading import TOLD, Told
 from deltaw.kernels import document_attention
 
 ATTENTION_NAME = "deltaw_flat"
@@ -28,7 +29,7 @@ PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def _flat_attention(
-    _module: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -42,6 +43,7 @@ def _flat_attention(
     if bounds is None or attention_mask != sliding_window:
         raise NotImplementedError(f"attention got window {sliding_window}, but its mask {attention_mask}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    module.__dict__[TOLD] = Told(scale, sliding_window, softcap)
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
     return document_attention(q_THD, k_TKD, v_TKD, bounds, scale, sliding_window, softcap)[None], None
 
@@ -61,8 +63,7 @@ def register() -> None:
 
 def flat_hidden_states(model: Any, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int]) -> Tensor:
     """Final hidden states [T, H] of a flat row of documents."""
-    longest = max(stop - start for start, stop in pairwise(bounds))
-    if len(bounds) > 2 and longest > _independent_tokens(model.config.get_text_config()):
+    if not may_be_flat(model, bounds):
         alone = [(tokens_T[a:b], positions_T[a:b], (0, b - a)) for a, b in pairwise(bounds)]
         return torch.cat([flat_hidden_states(model, *document) for document in alone])
     output = model.base_model(
@@ -73,6 +74,12 @@ def flat_hidden_states(model: Any, tokens_T: Tensor, positions_T: Tensor, bounds
         bounds=tuple(bounds),
     )
     return output.last_hidden_state[0]
+
+
+def may_be_flat(model: Any, bounds: Sequence[int]) -> bool:
+    """Whether these documents may share a row: their rotary angles do not depend on each other."""
+    longest = max(stop - start for start, stop in pairwise(bounds))
+    return len(bounds) == 2 or longest <= _independent_tokens(model.config.get_text_config())
 
 
 def _independent_tokens(config: Any) -> float:

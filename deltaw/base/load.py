@@ -23,7 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
+from deltaw.base.decoder import Decoder
 from deltaw.base.locate import locate, open_tokenizer, public_name
+from deltaw.base.proof import prove_decoder
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, keep_freed_memory, look, set_threads
@@ -35,7 +37,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 class Base:
     """A frozen model with its tokenizer. `name` is what the user asked for, `folder` where the files lie.
 
-    `plain_reason` says why documents go one at a time through the model's own forward; None means flat batches.
+    `plain_reason` says why documents go one at a time through the model's own forward; None means flat batches. These
+    run through `decoder`, or, for `module_reason`, through the model's modules.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Base:
     model: Any
     tokenizer: Any
     plain_reason: str | None = None
+    decoder: Decoder | None = None
+    module_reason: str | None = None
     revision: str | None = None
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -94,9 +99,28 @@ class Base:
         origin = {"base": self.name, "base_digest": self.digest, "template_digest": self.template_digest}
         return origin if self.revision is None else {**origin, "revision": self.revision}
 
-    def hidden_states(self, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int]) -> Tensor:
-        """Final hidden states [T, H] of a flat row of documents."""
-        return forward.flat_hidden_states(self.model, tokens_T, positions_T, bounds)
+    def hidden_states(
+        self, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int], rows_N: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it."""
+        if self.decoder is not None and self.slow_reason is None and forward.may_be_flat(self.model, bounds):
+            return self.decoder.hidden_states(tokens_T, positions_T, bounds, rows_N)
+        h_TH = forward.flat_hidden_states(self.model, tokens_T, positions_T, bounds)
+        return h_TH if rows_N is None else h_TH[rows_N]
+
+    @property
+    def way(self) -> str:
+        """How a batch is computed as the model stands now: by "kernels", by its "modules", or "plain", one by one."""
+        if self.plain_reason is not None:
+            return "plain"
+        return "kernels" if self.slow_reason is None else "modules"
+
+    @property
+    def slow_reason(self) -> str | None:
+        """Why the model as it stands now runs by its modules and not by the kernels; None where it does not."""
+        if self.decoder is None:
+            return self.module_reason or "it was not tried"
+        return self.decoder.refusal()
 
     def logits(self, h_NH: Tensor) -> Tensor:
         """Logits [N, V] from hidden states."""
@@ -132,7 +156,10 @@ def load(
         raise BaseError(
             f"The base in {folder} reads in both directions, so it cannot learn to write. Use a causal one."
         )
-    return Base(public_name(name), folder, model, open_tokenizer(folder), reason, revision)
+    decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
+    return Base(
+        public_name(name), folder, model, open_tokenizer(folder), reason, decoder, module_reason, revision
+    )  # fmt: skip
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

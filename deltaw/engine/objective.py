@@ -38,9 +38,9 @@ def batch_loss(base: Base, batch: Batch, head_factors: Sequence[Tensor] = ()) ->
     if base.plain_reason is not None:
         losses_N, _ = _plain_losses(base, batch)
         return (losses_N * batch.weights_T[labelled_N]).sum()
-    h_TH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds)
+    h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N)
     targets_N, weights_N = batch.targets_T[labelled_N], batch.weights_T[labelled_N]
-    return labelled_loss(h_TH[labelled_N], base.logits, targets_N, weights_N, base.vocabulary, head_factors)
+    return labelled_loss(h_NH, base.logits, targets_N, weights_N, base.vocabulary, head_factors)
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores
         losses_N, logits_NV = _plain_losses(base, batch)
         hits_N = logits_NV.argmax(-1) == batch.targets_T[labelled_N]
         return Scores(losses_N, hits_N, logits_NV[:, list(columns)], labelled_N)
-    h_TH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds)
-    scored = token_losses(h_TH[labelled_N], base.logits, batch.targets_T[labelled_N], base.vocabulary, columns)
+    h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N)
+    scored = token_losses(h_NH, base.logits, batch.targets_T[labelled_N], base.vocabulary, columns)
     return Scores(*scored, labelled_N)
 
 

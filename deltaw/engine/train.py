@@ -103,6 +103,8 @@ class Trainer:
         # fp32 factors also on a bf16 base: with a bf16 copy of them, gradients are 1.15 times as far from the exact
         # ones as PEFT's (tests/oracle); with fp32 they are as near.
         self.injection: Injection = inject(ready.base.model, ready.adapter, trainable=True, dtype=torch.float32)
+        if ready.base.way == "modules":
+            watcher.say(f"By the model's own modules, which is slower: {ready.base.slow_reason}.")
         self.flat = FlatFactors(self.injection, [_optim_settings(settings)])
         train = ready.data["train"]
         micro_tokens = int(settings.micro_tokens)
@@ -181,7 +183,7 @@ class Trainer:
 
     def _digests(self) -> dict[str, str]:
         data = {("data" if name == "train" else f"{name} data"): s.report.digest for name, s in self.ready.data.items()}
-        return {"base": self.ready.base.digest, **data}
+        return {"base": self.ready.base.digest, **data, "way of computing": self.ready.base.way}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint remembers besides tensors."""

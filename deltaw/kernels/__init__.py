@@ -1,6 +1,21 @@
-"""The hot path: per-document attention and the loss on labelled tokens, each with a plain reference in its test."""
+"""The hot path: what a decoder layer computes, forward and backward, each piece with a plain reference in its test."""
 
 from deltaw.kernels.attention import document_attention
+from deltaw.kernels.block import Heads, gated_sum, normed, normed_projections, projected_sum, rotary_attention
+from deltaw.kernels.linear import Branch
 from deltaw.kernels.loss import labelled_loss, token_losses
+from deltaw.kernels.pointwise import Norm
 
-__all__ = ["document_attention", "labelled_loss", "token_losses"]
+__all__ = [
+    "Branch",
+    "Heads",
+    "Norm",
+    "document_attention",
+    "gated_sum",
+    "labelled_loss",
+    "normed",
+    "normed_projections",
+    "projected_sum",
+    "rotary_attention",
+    "token_losses",
+]

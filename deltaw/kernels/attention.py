@@ -26,13 +26,14 @@ from torch.autograd.function import once_differentiable
 
 WHOLE_TOKENS = 256
 TILE_TOKENS = 128
+VECTOR = 16
 SIDE_BY_SIDE = (32, 64, 96, 128, 192, WHOLE_TOKENS)
 
 
 class Rows(NamedTuple):
-    """Rows of a tile in the flat row: `index` [n·L] with padding; of these, `places` are real and are `tokens`."""
+    """Rows of a tile in the flat row: `padded` [n·L]; of these, those at `places` are real and are `tokens`."""
 
-    index: Tensor
+    padded: Tensor
     places: Tensor
     tokens: Tensor
 
@@ -49,6 +50,9 @@ class Tile:
     queries: slice | Rows
     keys: slice | Rows
     bias: Tensor
+
+
+Tiles = tuple[Tile, ...]
 
 
 def document_attention(
@@ -105,9 +109,7 @@ def _hidden(queries: int, keys: int, window: int | None, device: torch.device | 
 
 
 @lru_cache(maxsize=4)
-def tiles_of(
-    bounds: tuple[int, ...], window: int | None, heads: int, group: int, dtype: torch.dtype
-) -> tuple[Tile, ...]:
+def tiles_of(bounds: tuple[int, ...], window: int | None, heads: int, group: int, dtype: torch.dtype) -> Tiles:
     """The tiles of a flat row for K key heads of G query heads each; every layer of a model uses the same."""
     tiles: list[Tile] = []
     side_by_side: dict[int, list[tuple[int, int]]] = {}
@@ -126,26 +128,29 @@ def _in_parts(start: int, stop: int, window: int | None, dtype: torch.dtype) -> 
         last = min(stop, first + TILE_TOKENS)
         low = start if window is None else max(start, first - window + 1)
         columns = last - first if window is None else last - low
-        tiles.append(Tile(1, slice(first, last), slice(low, last), _bias(_hidden(last - first, columns, window), dtype)))
+        tiles.append(
+            Tile(1, slice(first, last), slice(low, last), _bias(_hidden(last - first, columns, window), dtype))
+        )
     return tiles
 
 
 def _whole(
     documents: list[tuple[int, int]], window: int | None, heads_and_group: tuple[int, int], dtype: torch.dtype
 ) -> Tile:
-    """Documents side by side, each padded to the longest with rows that nothing sees."""
-    longest = max(stop - start for start, stop in documents)
+    """Documents side by side, each padded to one length with rows that nothing sees."""
+    # A row of the softmax that is no multiple of the vector's width takes three times as long.
+    longest = -(-max(stop - start for start, stop in documents) // VECTOR) * VECTOR
     starts_n1 = torch.tensor([start for start, _ in documents])[:, None]
     lengths_n1 = torch.tensor([stop - start for start, stop in documents])[:, None]
     real_nL = torch.arange(longest) < lengths_n1
-    index = (starts_n1 + torch.arange(longest) * real_nL).flatten()
+    padded = (starts_n1 + torch.arange(longest) * real_nL).flatten()
     places = real_nL.flatten().nonzero().squeeze(1)
     # A padding query sees the real keys before it, so its softmax is a number.
     hidden_nLL = _hidden(longest, longest, window) | ~real_nL[:, None]
     if window is not None:
         hidden_nLL &= real_nL[:, :, None]
     bias = _bias(hidden_nLL, dtype)[:, None, None].expand(-1, *heads_and_group, -1, -1).contiguous()
-    rows = Rows(index, places, index[places])
+    rows = Rows(padded, places, padded[places])
     return Tile(len(documents), rows, rows, bias)
 
 
@@ -159,50 +164,60 @@ def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        tiles: tuple[Tile, ...],
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        heads = k_TKD.shape[1]
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-        for tile in tiles:
-            q, k, v = (_take(x, rows, tile.count, heads) for x, rows in _inputs(q_THD, k_TKD, v_TKD, tile))
-            shares, _ = _shares(q, k, tile, scale, softcap)
-            _put(out_THD, torch.bmm(shares, v), tile.queries, tile.count, add=False)
+        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tiles: Tiles, scale: float, softcap: float | None
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q_THD, k_TKD, v_TKD)
         ctx.rest = (tiles, scale, softcap)
-        return out_THD
+        return attend(q_THD, k_TKD, v_TKD, tiles, scale, softcap)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_TKD, v_TKD = ctx.saved_tensors
-        tiles, scale, softcap = ctx.rest
-        heads = k_TKD.shape[1]
-        dq_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-        # A key gathers what all tiles say of it: summed in fp32.
-        finer = torch.promote_types(k_TKD.dtype, torch.float32)
-        dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=finer) for x in (k_TKD, v_TKD))
-        for tile in tiles:
-            q, k, v = (_take(x, rows, tile.count, heads) for x, rows in _inputs(q_THD, k_TKD, v_TKD, tile))
-            d = _take(upstream[0], tile.queries, tile.count, heads, padding=0.0)
-            shares, slope = _shares(q, k, tile, scale, softcap)
-            _put(dv_TKD, torch.bmm(shares.transpose(1, 2), d), tile.keys, tile.count, add=True)
-            d_shares = torch.bmm(d, v.transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_shares, shares, -1, shares.dtype)
-            if slope is not None:
-                d_scores = (d_scores * slope).to(shares.dtype)
-            _put(dq_THD, _scaled_product(d_scores, k, scale), tile.queries, tile.count, add=False)
-            _put(dk_TKD, _scaled_product(d_scores.transpose(1, 2), q, scale), tile.keys, tile.count, add=True)
-        return dq_THD, dk_TKD.to(k_TKD.dtype), dv_TKD.to(v_TKD.dtype), None, None, None
+        return *attend_backward(upstream[0], *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-def _inputs(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tile: Tile) -> list[tuple[Tensor, slice | Rows]]:
-    return [(q_THD, tile.queries), (k_TKD, tile.keys), (v_TKD, tile.keys)]
+def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tiles: Tiles, scale: float, softcap: float | None) -> Tensor:
+    """Attention outputs [T, H, D], tile by tile."""
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+    for tile in tiles:
+        q, k, v = _taken(q_THD, k_TKD, v_TKD, tile)
+        shares, _ = _shares(q, k, tile, scale, softcap)
+        _put(out_THD, torch.bmm(shares, v), tile.queries, tile.count, add=False)
+    return out_THD
+
+
+def attend_backward(
+    d_THD: Tensor,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    tiles: Tiles,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `attend`."""
+    dq_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+    # A key gathers what all tiles say of it: summed in fp32.
+    finer = torch.promote_types(k_TKD.dtype, torch.float32)
+    dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=finer) for x in (k_TKD, v_TKD))
+    for tile in tiles:
+        q, k, v = _taken(q_THD, k_TKD, v_TKD, tile)
+        d = _take(d_THD, tile.queries, tile.count, k_TKD.shape[1], padding=0.0)
+        shares, slope = _shares(q, k, tile, scale, softcap)
+        _put(dv_TKD, torch.bmm(shares.transpose(1, 2), d), tile.keys, tile.count, add=True)
+        d_shares = torch.bmm(d, v.transpose(1, 2))
+        d_scores = torch._softmax_backward_data(d_shares, shares, -1, shares.dtype)
+        if slope is not None:
+            d_scores = (d_scores * slope).to(shares.dtype)
+        _put(dq_THD, _scaled_product(d_scores, k, scale), tile.queries, tile.count, add=False)
+        _put(dk_TKD, _scaled_product(d_scores.transpose(1, 2), q, scale), tile.keys, tile.count, add=True)
+    return dq_THD, dk_TKD.to(k_TKD.dtype), dv_TKD.to(v_TKD.dtype)
+
+
+def _taken(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    heads = k_TKD.shape[1]
+    q = _take(q_THD, tile.queries, tile.count, heads)
+    return q, _take(k_TKD, tile.keys, tile.count, heads), _take(v_TKD, tile.keys, tile.count, heads)
 
 
 def _shares(q: Tensor, k: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -228,9 +243,9 @@ def _take(x_TND: Tensor, rows: slice | Rows, count: int, heads: int, padding: fl
     if isinstance(rows, slice):
         x_nLND = x_TND[None, rows]
     else:
-        x_nLND = x_TND.reshape(T, N * D).index_select(0, rows.index).view(count, -1, N, D)
-        if padding is not None and len(rows.places) < len(rows.index):
-            real = torch.zeros(len(rows.index), 1, dtype=x_TND.dtype).index_fill_(0, rows.places, 1.0)
+        x_nLND = x_TND.reshape(T, N * D).index_select(0, rows.padded).view(count, -1, N, D)
+        if padding is not None and len(rows.places) < len(rows.padded):
+            real = torch.zeros(len(rows.padded), 1, dtype=x_TND.dtype).index_fill_(0, rows.places, 1.0)
             x_nLND *= real.view(count, -1, 1, 1)
     by_head = x_nLND.unflatten(2, (heads, N // heads)).permute(0, 2, 3, 1, 4)
     return by_head.reshape(count * heads, -1, D)
@@ -248,7 +263,7 @@ def _put(out_TND: Tensor, x: Tensor, rows: slice | Rows, count: int, *, add: boo
             out_TND[rows] = x_nLND[0]
         return
     real = x_nLND.reshape(-1, N * D)
-    if len(rows.places) < len(rows.index):
+    if len(rows.places) < len(rows.padded):
         real = real.index_select(0, rows.places)
     out_TX = out_TND.view(T, N * D)
     if add:

@@ -1,0 +1,117 @@
+"""Decoder: the layers of a Llama-like model run by the kernels of deltaw instead of by their modules.
+
+Weights stay in the modules and are read from there. Whether the model was read rightly is shown by deltaw/base/proof.py
+on every loaded model; and where someone else changed what a module does, or an adapter needs more than the kernels
+have, the modules run as they are (`refusal`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltaw.adapter import AdaptedLayer, Injection, injection_of
+from deltaw.base.reading import Block, Gate, Unreadable, read_block, read_norm
+from deltaw.kernels import Branch, gated_sum, normed, normed_projections, projected_sum, rotary_attention
+
+
+class Decoder:
+    """A model's decoder layers as the kernels run them."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises Unreadable when a part is not known."""
+        inner = model.base_model
+        parts = dict(inner.named_children())
+        if set(parts) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+            raise Unreadable(f"it is made of {', '.join(parts)}")
+        self.model, self.inner = model, inner
+        by_kind = "layer_type" in inspect.signature(inner.rotary_emb.forward).parameters
+        kinds = inner.config.layer_types if by_kind else [None] * len(inner.layers)
+        self.blocks = [read_block(layer, kind) for layer, kind in zip(inner.layers, kinds, strict=True)]
+        self.norm = read_norm(inner.norm)
+        self.known = {id(layer) for block in self.blocks for layer in block.layers()}
+        self.bypassed = list(self._bypassed())
+
+    def _bypassed(self) -> Iterator[nn.Module]:
+        """The modules that are not called, so that nobody's hook on them would run."""
+        yield from (self.inner, self.inner.norm)
+        for block, layer in zip(self.blocks, self.inner.layers, strict=True):
+            called = set() if block.other is None else set(block.other.modules())
+            yield from (module for module in layer.modules() if module not in called)
+
+    def refusal(self) -> str | None:
+        """Why the model as it stands now must run by its modules; None when it need not."""
+        injection = injection_of(self.model)
+        ours = set() if injection is None else injection.hook_ids
+        for module in self.bypassed:
+            hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+            if any(hook not in ours for hook in hooks) or "forward" in module.__dict__:
+                return f"someone else changed what its {type(module).__name__} does"
+        for layer in _live(injection).values():
+            if id(layer.target.owner) in self.known and layer.magnitude is not None:
+                return "DoRA runs by the model's modules"
+            if id(layer.target.owner) in self.known and layer.dropout:
+                return "dropout runs by the model's modules"
+        return None
+
+    def hidden_states(
+        self, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int], rows_N: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it."""
+        injection = injection_of(self.model)
+        live, strength = _live(injection), 1.0 if injection is None else injection.strength
+        angles = {kind: self._angles(positions_T, kind) for kind in {block.angles for block in self.blocks}}
+        x_TH = self.inner.embed_tokens(tokens_T)
+        for block in self.blocks:
+            wanted_N = rows_N if block is self.blocks[-1] else None
+            x_TH = _run(block, x_TH, angles[block.angles], tuple(bounds), live, strength, wanted_N)
+        return normed(x_TH, self.norm)
+
+    def _angles(self, positions_T: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, half of the rotated width], in fp32."""
+        like = torch.empty(0, dtype=torch.float32, device=positions_T.device)
+        found = self.inner.rotary_emb(like, positions_T[None], *(() if kind is None else (kind,)))
+        cos_TE, sin_TE = (x[0, :, : x.shape[-1] // 2].contiguous() for x in found)
+        return cos_TE, sin_TE
+
+
+Live = Mapping[int, AdaptedLayer]
+
+
+def _live(injection: Injection | None) -> Live:
+    """The adapted layers at work, by the identity of the module that each stands beside."""
+    if injection is None or injection.active is None or injection.strength == 0:
+        return {}
+    return {id(layer.target.owner): layer for layer in injection.layers[injection.active].values()}
+
+
+def _run(
+    block: Block,
+    x_TH: Tensor,
+    angles: tuple[Tensor, Tensor],
+    bounds: tuple[int, ...],
+    live: Live,
+    strength: float,
+    rows_N: Tensor | None,
+) -> Tensor:
+    def branch(layer: nn.Module) -> Branch | None:
+        adapted = live.get(id(layer))
+        return None if adapted is None else Branch(adapted.A, adapted.B, adapted.scale * strength)
+
+    qkv = normed_projections(x_TH, block.before_attention, block.qkv, [branch(layer) for layer in block.qkv])
+    q, k, v = qkv if len(qkv) == 3 else qkv[0].split(block.widths, 1)
+    o_TX = rotary_attention(q, k, v, block.heads, angles, bounds)
+    if rows_N is not None:  # behind the last attention, only what a label needs
+        x_TH, o_TX = x_TH[rows_N], o_TX[rows_N]
+    x_TH = projected_sum(x_TH, o_TX, block.out, branch(block.out), block.after_attention)
+    if isinstance(block.mlp, Gate):
+        gate, down = block.mlp, block.mlp.down
+        gates = normed_projections(x_TH, block.before_mlp, gate.layers, [branch(layer) for layer in gate.layers])
+        g, u = gates if len(gates) == 2 else gates[0].chunk(2, 1)
+        return gated_sum(x_TH, g, u, gate.activation, down, branch(down), block.after_mlp)
+    assert block.other is not None
+    return x_TH + normed(block.other(normed(x_TH, block.before_mlp)[None])[0], block.after_mlp)
