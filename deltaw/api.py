@@ -38,6 +38,7 @@ from deltaw.data.prepare import DataSet, prepare
 from deltaw.data.source import Fault
 from deltaw.disk import write_text
 from deltaw.engine import train as engine
+from deltaw.engine.bench import bench as run_bench
 from deltaw.engine.evaluate import evaluate as run_evaluation
 from deltaw.engine.generate import generate, render_prompt
 from deltaw.engine.run import Run, adapter_folder, create_run, open_run, run_of
@@ -342,6 +343,15 @@ def verify(path: str | Path, steps: int = 3, say: Callable[[str], None] = lambda
             say(text)
 
     return run_verification(open_run(Path(path)), Saying(), steps)
+
+
+def bench(
+    model: str, rank: int = 16, seconds: float = 10, device: str = "auto", dtype: str = "auto",
+    threads: int | None = None, say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """How fast a base trains here: for three kinds of documents tokens/s, share of the multiply rate, time by part."""
+    base = base_load.load(model, device=device, dtype=dtype, threads=threads or hardware.usable_cores())
+    return run_bench(base, rank, seconds, say)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

@@ -398,6 +398,27 @@ def verify(run: Path, steps: int, as_json: bool) -> None:
 
 
 @main.command()
+@_settings_options("model")
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Rank of the adapter.")
+@click.option(
+    "--seconds", type=click.FloatRange(0), default=10, show_default=True, metavar="X", help="Time for each workload."
+)
+@_machine_options
+@json_option
+def bench(model: str | None, rank: int, seconds: float, as_json: bool, **options: Any) -> None:
+    """How fast a base trains on this machine, what share of its multiply rate that is, and where the time goes."""
+    from deltaw import api
+    from deltaw.terminal import bench_tables, make_console, show_json
+
+    name = model or Settings().model
+    found = api.bench(name, rank, seconds, say=_say, **_machine(options))
+    if as_json:
+        show_json(found)
+    else:
+        bench_tables(make_console(), found)
+
+
+@main.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """The machine as deltaw sees it, and what that means for training."""

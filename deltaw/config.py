@@ -115,6 +115,9 @@ class Settings:
     micro_tokens: int | str = setting(
         AUTO, "Tokens per forward pass, or auto; changes memory, not results.", kind=int, group="length"
     )
+    share_prefixes: bool = setting(
+        True, "Compute once what documents of a step have in common at their start.", kind=bool, group="length"
+    )
 
     lr: float | str = setting(AUTO, "Peak learning rate, or auto.", kind=float, group="optimiser")
     lora_plus: float = setting(1.0, "Rate of B divided by rate of A (LoRA+).", kind=float, group="optimiser")

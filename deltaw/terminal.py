@@ -244,6 +244,36 @@ def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def bench_tables(console: Console, found: dict[str, Any]) -> None:
+    """One line per workload, then the shares of a step's time by part."""
+    reason = f" ({found['slow_reason']})" if found["slow_reason"] else ""
+    pairs(console, {
+        "base": f"{found['base']}, {found['dtype']}, rank {found['rank']}, {found['threads']} threads",
+        "computed by": found["way"] + reason,
+    })  # fmt: skip
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("documents", "tokens/s", "ms a step", "useful GFLOP/s", "multiply rate", "share", "peak memory"):
+        table.add_column(heading, justify="left" if heading == "documents" else "right")
+    for row in found["workloads"]:
+        table.add_row(
+            f"{row['workload']} ({row['document_tokens']} tokens, {row['trained_share']:.0%} trained)",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{1000 * row['step_seconds']:,.0f}",
+            f"{row['useful_gflops']:,.0f}",
+            f"{row['gemm_gflops']:,.0f}",
+            f"{row['share_of_gemm']:.0%}",
+            human_bytes(row["peak_bytes"]),
+        )
+    console.print(table)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("time of a step by part")
+    for row in found["workloads"]:
+        table.add_column(row["workload"], justify="right")
+    for part in dict.fromkeys(part for row in found["workloads"] for part in row["parts"]):
+        table.add_row(part, *(f"{row['parts'].get(part, 0):.0%}" for row in found["workloads"]))
+    console.print(table)
+
+
 # -- data --------------------------------------------------------------------------------------------------------------
 
 SEVERITY_STYLES = {"error": "bold red", "error of the set": "bold red", "warning": "yellow"}

@@ -49,6 +49,7 @@ VALUES = {
     "minutes": (None, None),
     "batch_tokens": ("2048", 2048),
     "micro_tokens": (512, 512),
+    "share_prefixes": (False, False),
     "lr": ("1e-4", 1e-4),
     "lora_plus": (4, 4.0),
     "schedule": ("cosine", "cosine"),

@@ -8,7 +8,7 @@ have, the modules run as they are (`refusal`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltaw.adapter import AdaptedLayer, Injection, injection_of
 from deltaw.base.reading import Block, Gate, Unreadable, read_block, read_norm
-from deltaw.kernels import Branch, gated_sum, normed, normed_projections, projected_sum, rotary_attention
+from deltaw.kernels import Branch, Span, gated_sum, normed, normed_projections, projected_sum, rotary_attention
 
 
 class Decoder:
@@ -59,7 +59,7 @@ class Decoder:
         return None
 
     def hidden_states(
-        self, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int], rows_N: Tensor | None = None
+        self, tokens_T: Tensor, positions_T: Tensor, spans: tuple[Span, ...], rows_N: Tensor | None = None
     ) -> Tensor:
         """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it."""
         injection = injection_of(self.model)
@@ -68,7 +68,7 @@ class Decoder:
         x_TH = self.inner.embed_tokens(tokens_T)
         for block in self.blocks:
             wanted_N = rows_N if block is self.blocks[-1] else None
-            x_TH = _run(block, x_TH, angles[block.angles], tuple(bounds), live, strength, wanted_N)
+            x_TH = _run(block, x_TH, angles[block.angles], spans, live, strength, wanted_N)
         return normed(x_TH, self.norm)
 
     def _angles(self, positions_T: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _run(
     block: Block,
     x_TH: Tensor,
     angles: tuple[Tensor, Tensor],
-    bounds: tuple[int, ...],
+    spans: tuple[Span, ...],
     live: Live,
     strength: float,
     rows_N: Tensor | None,
@@ -104,7 +104,7 @@ def _run(
 
     qkv = normed_projections(x_TH, block.before_attention, block.qkv, [branch(layer) for layer in block.qkv])
     q, k, v = qkv if len(qkv) == 3 else qkv[0].split(block.widths, 1)
-    o_TX = rotary_attention(q, k, v, block.heads, angles, bounds)
+    o_TX = rotary_attention(q, k, v, block.heads, angles, spans)
     if rows_N is not None:  # behind the last attention, only what a label needs
         x_TH, o_TX = x_TH[rows_N], o_TX[rows_N]
     x_TH = projected_sum(x_TH, o_TX, block.out, branch(block.out), block.after_attention)

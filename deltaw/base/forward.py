@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from deltaw.base.reading import TOLD, Told
-from deltaw.kernels import document_attention
+from deltaw.kernels import document_attention, spans_of
 
 ATTENTION_NAME = "deltaw_flat"
 # Largest relative difference between the flat and the model's own forward that still counts as the same computation.
@@ -45,7 +45,7 @@ def _flat_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     module.__dict__[TOLD] = Told(scale, sliding_window, softcap)
     q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return document_attention(q_THD, k_TKD, v_TKD, bounds, scale, sliding_window, softcap)[None], None
+    return document_attention(q_THD, k_TKD, v_TKD, spans_of(bounds), scale, sliding_window, softcap)[None], None
 
 
 def _flat_mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> int | None:
@@ -79,10 +79,10 @@ def flat_hidden_states(model: Any, tokens_T: Tensor, positions_T: Tensor, bounds
 def may_be_flat(model: Any, bounds: Sequence[int]) -> bool:
     """Whether these documents may share a row: their rotary angles do not depend on each other."""
     longest = max(stop - start for start, stop in pairwise(bounds))
-    return len(bounds) == 2 or longest <= _independent_tokens(model.config.get_text_config())
+    return len(bounds) == 2 or longest <= independent_tokens(model.config.get_text_config())
 
 
-def _independent_tokens(config: Any) -> float:
+def independent_tokens(config: Any) -> float:
     """Up to which length a document's rotary angles do not depend on its neighbours: no bound for most models.
 
     The scalings "dynamic" and "longrope" choose the angles of a whole batch by its largest position.

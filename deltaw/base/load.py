@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,7 @@ from deltaw.base.proof import prove_decoder
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, keep_freed_memory, look, set_threads
+from deltaw.kernels import Span, spans_of
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -100,13 +102,30 @@ class Base:
         return origin if self.revision is None else {**origin, "revision": self.revision}
 
     def hidden_states(
-        self, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int], rows_N: Tensor | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        bounds: Sequence[int],
+        rows_N: Tensor | None = None,
+        before: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
-        """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it."""
+        """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it.
+
+        `before` names for each document the rows that it continues; only where `shares_prefixes`.
+        """
         if self.decoder is not None and self.slow_reason is None and forward.may_be_flat(self.model, bounds):
-            return self.decoder.hidden_states(tokens_T, positions_T, bounds, rows_N)
+            spans = spans_of(bounds)
+            if before:
+                spans = tuple(Span(*span[:2], *rows) for span, rows in zip(spans, before, strict=True))
+            return self.decoder.hidden_states(tokens_T, positions_T, spans, rows_N)
+        assert not before, "only the kernels know documents that continue others"
         h_TH = forward.flat_hidden_states(self.model, tokens_T, positions_T, bounds)
         return h_TH if rows_N is None else h_TH[rows_N]
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether documents may continue rows that they have in common, as the model stands now."""
+        return self.way == "kernels" and forward.independent_tokens(self.model.config.get_text_config()) == math.inf
 
     @property
     def way(self) -> str:

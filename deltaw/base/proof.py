@@ -14,6 +14,7 @@ from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
 from deltaw.base.decoder import Decoder
 from deltaw.base.forward import flat_logits, plain_attention, proof_tokens
 from deltaw.base.reading import Unreadable
+from deltaw.kernels import spans_of
 
 # Largest relative difference of the loss, and of each gradient, that still counts as the same computation.
 PROOF_TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (2e-2, 0.3)}
@@ -38,7 +39,7 @@ def prove_decoder(model: Any) -> tuple[Decoder | None, str | None]:
 
 def _difference(model: Any, decoder: Decoder) -> str | None:
     documents = [proof_tokens(model, length) for length in PROOF_LENGTHS]
-    bounds = tuple(accumulate(PROOF_LENGTHS, initial=0))
+    spans = spans_of(list(accumulate(PROOF_LENGTHS, initial=0)))
     positions_T = torch.cat([torch.arange(length, device=model.device) for length in PROOF_LENGTHS])
 
     def by_modules() -> Tensor:
@@ -46,7 +47,7 @@ def _difference(model: Any, decoder: Decoder) -> str | None:
             return torch.cat([model(input_ids=document[None], use_cache=False).logits[0] for document in documents])
 
     def by_kernels() -> Tensor:
-        return flat_logits(model, decoder.hidden_states(torch.cat(documents), positions_T, bounds))
+        return flat_logits(model, decoder.hidden_states(torch.cat(documents), positions_T, spans))
 
     spec = LoraSpec(rank=2, alpha=4)
     adapter = new_adapter(choose(model, spec), spec, seed=1)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltaw.data.pack import Batch, batch_of
+from deltaw.data.pack import Batch, batch_of, common_beginnings, shared_batch
 from deltaw.data.store import TokenStore
 
 _ROUNDS = 4
@@ -84,7 +84,8 @@ class Loader:
     """Cuts a store into optimiser steps of about `batch_tokens` tokens, in the order of (seed, epoch, position).
 
     `mix` is (documents, weight) for each source, in the order in which the store holds them: a document of a source
-    with weight 2 appears twice in an epoch, one with weight 0.5 in every second one.
+    with weight 2 appears twice in an epoch, one with weight 0.5 in every second one. With `share`, what documents of a
+    micro-batch have in common at their start is computed once.
     """
 
     def __init__(
@@ -94,7 +95,10 @@ class Loader:
         micro_tokens: int,
         seed: int,
         mix: Sequence[tuple[int, float]] = (),
+        *,
+        share: bool = False,
     ) -> None:
+        self.share = share
         self.store, self.batch_tokens, self.micro_tokens, self.seed = store, batch_tokens, micro_tokens, seed
         self.lengths = store.lengths
         self._parts = _parts(mix or [(len(store), 1.0)])
@@ -119,6 +123,11 @@ class Loader:
 
         `stop` is a position that no step passes (the end of the last epoch).
         """
+        documents = self._taken(position, stop)
+        cut = self._cut_alike if self.share else self.cut
+        return Step(cut(documents, self.micro_tokens), position + len(documents))
+
+    def _taken(self, position: int, stop: int | None) -> list[int]:
         documents: list[int] = []
         total = 0
         while stop is None or position + len(documents) < stop:
@@ -127,7 +136,22 @@ class Loader:
             if documents and total > self.batch_tokens:
                 break
             documents.append(document)
-        return Step(self.cut(documents, self.micro_tokens), position + len(documents))
+        return documents
+
+    def _cut_alike(self, documents: Sequence[int], micro_tokens: int) -> list[list[int]]:
+        """As `cut`, with documents that begin alike side by side, and what they share counted once for each group."""
+        groups: list[list[int]] = []
+        total = 0
+        for members, shared in common_beginnings([self.store[document].tokens for document in documents]):
+            fresh = True
+            for document in (documents[member] for member in members):
+                own = int(self.lengths[document]) - shared
+                if not groups or total + own + (shared if fresh else 0) > micro_tokens:
+                    groups.append([])
+                    total, fresh = 0, True
+                groups[-1].append(document)
+                total, fresh = total + own + (shared if fresh else 0), False
+        return groups
 
     def cut(self, documents: Sequence[int], micro_tokens: int) -> list[list[int]]:
         """Consecutive documents grouped so that no group of several has more than `micro_tokens` tokens."""
@@ -144,13 +168,15 @@ class Loader:
 
     def batches(self, step: Step) -> list[Batch]:
         """The step's micro-batches, read from the store."""
+        if self.share:
+            return [shared_batch([self.store[d] for d in documents], documents) for documents in step.micro_batches]
         return [batch_of(self.store, documents) for documents in step.micro_batches]
 
     def steps_until(self, stop: int) -> int:
         """How many steps take the documents up to position `stop`."""
         position = steps = 0
         while position < stop:
-            position, steps = self.step(position, stop).next_position, steps + 1
+            position, steps = position + len(self._taken(position, stop)), steps + 1
         return steps
 
 

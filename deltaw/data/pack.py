@@ -1,4 +1,8 @@
-"""Examples → flat ragged batches. No padding exists.
+"""Examples → flat ragged batches. No padding exists, and what documents have in common at their start can stand once.
+
+Documents that begin alike (a system prompt, a question with several answers) then continue the rows of that beginning:
+`before` names them. Each prediction is made once for all documents that share it, with the sum of their weights, so
+loss and gradients are those of the documents one by one.
 
 Legend: T tokens of one batch, laid end to end; `bounds` holds each document's first token and, last, T.
 """
@@ -7,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,27 +21,32 @@ from torch import Tensor
 from deltaw.data.example import Example
 from deltaw.data.store import TokenStore
 
+# A shorter beginning saves less than the longer rows of its attention cost.
+LEAST_SHARED = 16
+
 
 @dataclass(frozen=True)
 class Batch:
-    """A flat row of documents. `targets_T` is the next token, `weights_T` its weight (0 at each document's end)."""
+    """A flat row of documents. `targets_T` is the next token, `weights_T` its weight (0 at each document's end).
+
+    `tokens` counts what the documents deliver, context included, `trained_tokens` what of it carries loss;
+    `computed_tokens` is the length of the row. `before` holds the rows that each document continues, or is empty.
+    """
 
     tokens_T: Tensor
     positions_T: Tensor
     targets_T: Tensor
     weights_T: Tensor
     bounds: tuple[int, ...]
-    documents: tuple[int, ...] = ()
+    documents: tuple[int, ...]
+    tokens: int
+    trained_tokens: int
+    before: tuple[tuple[int, int], ...] = ()
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens, context included."""
+    def computed_tokens(self) -> int:
+        """Number of tokens that pass through the model."""
         return len(self.tokens_T)
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of tokens that carry loss."""
-        return int((self.weights_T > 0).sum())
 
     @property
     def weight(self) -> float:
@@ -50,17 +61,109 @@ class Batch:
 
 def flat_batch(examples: Sequence[Example], documents: Sequence[int] = ()) -> Batch:
     """The examples end to end, each predicting its own next tokens only."""
-    tokens = np.concatenate([example.tokens for example in examples]).astype(np.int64)
-    shifted = [np.append(example.weights[1:], np.float32(0)) for example in examples]
-    bounds = np.cumsum([0, *(len(example.tokens) for example in examples)])
-    positions = np.concatenate([np.arange(len(example.tokens)) for example in examples])
+    return _batch([_piece(example) for example in examples], examples, documents, ())
+
+
+def shared_batch(examples: Sequence[Example], documents: Sequence[int] = ()) -> Batch:
+    """The examples with every beginning that several have in common standing once, before those that continue it."""
+    groups = common_beginnings([example.tokens for example in examples])
+    if all(not shared for _, shared in groups):
+        return flat_batch(examples, documents)
+    pieces: list[_Piece] = []
+    before: list[tuple[int, int]] = []
+    rows = 0
+    for members, shared in groups:
+        whole = [_piece(examples[member]) for member in members]
+        if shared:
+            first = whole[0]
+            common = first.part(0, shared, np.sum([piece.weights[:shared] for piece in whole], axis=0))
+            pieces.append(common)
+            before.append((0, 0))
+        start, rows = rows, rows + shared
+        for piece in whole:
+            own = piece.part(shared, len(piece.tokens), piece.weights[shared:])
+            pieces.append(own)
+            before.append((start, start + shared) if shared else (0, 0))
+            rows += len(own.tokens)
+    return _batch(pieces, examples, documents, tuple(before))
+
+
+def common_beginnings(documents: Sequence[np.ndarray]) -> list[tuple[list[int], int]]:
+    """Groups of documents, each with how many first tokens stand once for it; (members, 0) shares nothing.
+
+    Sorted, documents that begin alike are neighbours. Neighbours are joined from the longest common beginning down, and
+    a join stands while it saves at least the tokens that its two sides save by themselves. The last token in common
+    stays with each document: it predicts what follows there.
+    """
+    order = sorted(range(len(documents)), key=lambda number: documents[number].astype(">i4").tobytes())
+    alike = [_alike(documents[a], documents[b]) for a, b in pairwise(order)]
+    sides = {place: _Joined([number], 0, [([number], 0)]) for place, number in enumerate(order)}
+    first = list(range(len(order)))  # of the joined places around a place, as far as it is at an end of them
+    last = list(range(len(order)))
+    for place in sorted(range(len(alike)), key=lambda place: -alike[place]):
+        if alike[place] <= LEAST_SHARED:
+            break
+        start, stop = first[place], last[place + 1]
+        left, right = sides[start], sides.pop(place + 1)
+        members, saved = [*left.members, *right.members], left.saved + right.saved
+        together = (len(members) - 1) * (alike[place] - 1)
+        groups = [(members, alike[place] - 1)] if together >= saved else [*left.groups, *right.groups]
+        sides[start] = _Joined(members, max(together, saved), groups)
+        first[stop], last[start] = start, stop
+    return [(sorted(members), shared) for side in sides.values() for members, shared in side.groups]
+
+
+class _Joined(NamedTuple):
+    """Neighbours by their beginnings: how many tokens sharing saves among them, and in which groups."""
+
+    members: list[int]
+    saved: int
+    groups: list[tuple[list[int], int]]
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> int:
+    """How many first tokens two documents have in common."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length
+
+
+class _Piece(NamedTuple):
+    """Part of a document: its tokens, the next tokens, their weights, and where the part begins."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    first: int
+
+    def part(self, start: int, stop: int, weights: np.ndarray) -> _Piece:
+        """Some rows of it, with these weights."""
+        return _Piece(self.tokens[start:stop], self.targets[start:stop], weights, self.first + start)
+
+
+def _piece(example: Example) -> _Piece:
+    targets = np.append(example.tokens[1:], np.int32(0))
+    return _Piece(example.tokens, targets, np.append(example.weights[1:], np.float32(0)), 0)
+
+
+def _batch(
+    pieces: Sequence[_Piece],
+    examples: Sequence[Example],
+    documents: Sequence[int],
+    before: tuple[tuple[int, int], ...],
+) -> Batch:
+    positions = [np.arange(piece.first, piece.first + len(piece.tokens)) for piece in pieces]
+    bounds = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
     return Batch(
-        tokens_T=torch.from_numpy(tokens),
-        positions_T=torch.from_numpy(positions),
-        targets_T=torch.from_numpy(np.append(tokens[1:], 0)),
-        weights_T=torch.from_numpy(np.concatenate(shifted).astype(np.float32)),
+        tokens_T=torch.from_numpy(np.concatenate([piece.tokens for piece in pieces]).astype(np.int64)),
+        positions_T=torch.from_numpy(np.concatenate(positions)),
+        targets_T=torch.from_numpy(np.concatenate([piece.targets for piece in pieces]).astype(np.int64)),
+        weights_T=torch.from_numpy(np.concatenate([piece.weights for piece in pieces]).astype(np.float32)),
         bounds=tuple(int(bound) for bound in bounds),
         documents=tuple(documents),
+        tokens=sum(len(example.tokens) for example in examples),
+        trained_tokens=sum(int((example.weights[1:] > 0).sum()) for example in examples),
+        before=before,
     )
 
 

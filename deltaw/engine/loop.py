@@ -68,6 +68,7 @@ class StepRecord:
     step: int
     losses: list[float]
     tokens: list[int]
+    computed_tokens: list[int]
     trained_tokens: list[int]
     grad_norms: list[float]
     rates: list[float]
@@ -165,6 +166,7 @@ class StepResult:
 
     loss: float
     tokens: int
+    computed_tokens: int
     trained_tokens: int
     batches: list[Batch]
 
@@ -195,7 +197,8 @@ def forward_backward(
             total += float(loss.detach())
         tokens = sum(batch.tokens for batch in batches)
         trained = sum(batch.trained_tokens for batch in batches)
-        results.append(StepResult(total / max(weight, 1e-9), tokens, trained, batches))
+        computed = sum(batch.computed_tokens for batch in batches)
+        results.append(StepResult(total / max(weight, 1e-9), tokens, computed, trained, batches))
     return results
 
 
@@ -221,6 +224,7 @@ def _update(
         step=number,
         losses=[result.loss for result in results],
         tokens=[result.tokens for result in results],
+        computed_tokens=[result.computed_tokens for result in results],
         trained_tokens=[result.trained_tokens for result in results],
         grad_norms=norms,
         rates=[settings.rate * factor for settings, factor in zip(flat.settings, factors, strict=True)],

@@ -38,7 +38,7 @@ def batch_loss(base: Base, batch: Batch, head_factors: Sequence[Tensor] = ()) ->
     if base.plain_reason is not None:
         losses_N, _ = _plain_losses(base, batch)
         return (losses_N * batch.weights_T[labelled_N]).sum()
-    h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N)
+    h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N, batch.before)
     targets_N, weights_N = batch.targets_T[labelled_N], batch.weights_T[labelled_N]
     return labelled_loss(h_NH, base.logits, targets_N, weights_N, base.vocabulary, head_factors)
 
@@ -51,7 +51,7 @@ def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores
         losses_N, logits_NV = _plain_losses(base, batch)
         hits_N = logits_NV.argmax(-1) == batch.targets_T[labelled_N]
         return Scores(losses_N, hits_N, logits_NV[:, list(columns)], labelled_N)
-    h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N)
+    h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N, batch.before)
     scored = token_losses(h_NH, base.logits, batch.targets_T[labelled_N], base.vocabulary, columns)
     return Scores(*scored, labelled_N)
 

@@ -108,7 +108,10 @@ class Trainer:
         self.flat = FlatFactors(self.injection, [_optim_settings(settings)])
         train = ready.data["train"]
         micro_tokens = int(settings.micro_tokens)
-        self.loader = Loader(train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix)
+        share = settings.share_prefixes and ready.base.shares_prefixes
+        self.loader = Loader(
+            train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share
+        )
         self.length, stop = _length(settings, self.loader)
         self._resolve_intervals()
         self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
@@ -325,7 +328,7 @@ def _metrics_line(record: StepRecord) -> dict[str, Any]:
         "step": record.step,
         "loss": record.losses[0],
         "tokens": record.tokens[0],
-        "computed_tokens": record.tokens[0],
+        "computed_tokens": record.computed_tokens[0],
         "trained_tokens": record.trained_tokens[0],
         "seconds": record.seconds,
         "lr": record.rates[0],

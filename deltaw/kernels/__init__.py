@@ -1,6 +1,6 @@
 """The hot path: what a decoder layer computes, forward and backward, each piece with a plain reference in its test."""
 
-from deltaw.kernels.attention import document_attention
+from deltaw.kernels.attention import Span, document_attention, spans_of
 from deltaw.kernels.block import Heads, gated_sum, normed, normed_projections, projected_sum, rotary_attention
 from deltaw.kernels.linear import Branch
 from deltaw.kernels.loss import labelled_loss, token_losses
@@ -10,6 +10,7 @@ __all__ = [
     "Branch",
     "Heads",
     "Norm",
+    "Span",
     "document_attention",
     "gated_sum",
     "labelled_loss",
@@ -17,5 +18,6 @@ __all__ = [
     "normed_projections",
     "projected_sum",
     "rotary_attention",
+    "spans_of",
     "token_losses",
 ]

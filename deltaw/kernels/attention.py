@@ -6,6 +6,8 @@ tokens are taken whole, those of similar length side by side in one tile; longer
 at their last key, so nothing above the diagonal is computed. Query heads that share a key head lie below each other in
 one product. The probabilities are not kept: backward forms them again, from the same numbers in the same way.
 
+A document may continue other rows of the flat row, which several documents have in common: it sees them before its own.
+
 Legend: q_THD queries, k_TKD and v_TKD keys and values; H query heads, K key heads, G = H/K, T tokens, D head width;
 n documents of one tile, L queries and M keys of each.
 """
@@ -38,9 +40,23 @@ class Rows(NamedTuple):
     tokens: Tensor
 
 
+class Span(NamedTuple):
+    """One document's rows in a flat row, and the rows that it continues (none where these are empty)."""
+
+    start: int
+    stop: int
+    before_start: int = 0
+    before_stop: int = 0
+
+
+def spans_of(bounds: Sequence[int]) -> tuple[Span, ...]:
+    """The spans of documents that continue nothing."""
+    return tuple(Span(start, stop) for start, stop in pairwise(bounds))
+
+
 @dataclass(frozen=True)
 class Tile:
-    """The queries of `count` documents and the keys they may see.
+    """The queries of `count` documents and the keys they may see: those `before` all of them, and each its own.
 
     `bias` is −∞ where a query must not see a key and 0 elsewhere, for the last columns of the scores: of the shape
     [n, K, G, L, M] where documents lie side by side, [L, columns] for a tile of one document.
@@ -48,6 +64,7 @@ class Tile:
 
     count: int
     queries: slice | Rows
+    before: slice
     keys: slice | Rows
     bias: Tensor
 
@@ -59,37 +76,39 @@ def document_attention(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
-    bounds: Sequence[int],
+    spans: tuple[Span, ...],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention outputs [T, H, D]. `bounds` holds each document's first token and, last, the number of tokens.
+    """Attention outputs [T, H, D] of the documents whose rows `spans` names.
 
     `window` lets a token see only itself and the `window - 1` tokens before it; `softcap` bounds the scores by
     cap·tanh(score/cap) (Gemma-2, arXiv 2408.00118 §2).
     """
     if q_THD.device.type == "cpu":
-        tiles = tiles_of(tuple(bounds), window, k_TKD.shape[1], q_THD.shape[1] // k_TKD.shape[1], q_THD.dtype)
+        tiles = tiles_of(spans, window, k_TKD.shape[1], q_THD.shape[1] // k_TKD.shape[1], q_THD.dtype)
         out: Tensor = _TiledAttention.apply(q_THD, k_TKD, v_TKD, tiles, scale, softcap)
         return out
-    return torch.cat([
-        one_document(q_THD[start:stop], k_TKD[start:stop], v_TKD[start:stop], scale, window, softcap)
-        for start, stop in pairwise(bounds)
-    ])  # fmt: skip
+    outs = []
+    for span in spans:
+        own, before = slice(span.start, span.stop), slice(span.before_start, span.before_stop)
+        k, v = (torch.cat([x[before], x[own]]) if before.start < before.stop else x[own] for x in (k_TKD, v_TKD))
+        outs.append(one_document(q_THD[own], k, v, scale, window, softcap))
+    return torch.cat(outs)
 
 
 def one_document(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, window: int | None, softcap: float | None
+    q_LHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """One document through torch's fused kernel, or in plain products where the scores are capped: the reference."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_TKD, v_TKD))
-    length = q.shape[2]
-    hidden = _hidden(length, length, window, q.device)
+    """The last L of M tokens through torch's fused kernel, or in plain products where the scores are capped."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_MKD, v_MKD))
+    L, M = q.shape[2], k.shape[2]
+    hidden = _hidden(L, M, window, q.device)
     if softcap is None:
-        narrow = window is not None and window < length
+        plain = M == L and (window is None or window >= M)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=~hidden if narrow else None, is_causal=not narrow, scale=scale, enable_gqa=True
+            q, k, v, attn_mask=None if plain else ~hidden, is_causal=plain, scale=scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -109,49 +128,56 @@ def _hidden(queries: int, keys: int, window: int | None, device: torch.device | 
 
 
 @lru_cache(maxsize=4)
-def tiles_of(bounds: tuple[int, ...], window: int | None, heads: int, group: int, dtype: torch.dtype) -> Tiles:
+def tiles_of(spans: tuple[Span, ...], window: int | None, heads: int, group: int, dtype: torch.dtype) -> Tiles:
     """The tiles of a flat row for K key heads of G query heads each; every layer of a model uses the same."""
     tiles: list[Tile] = []
-    side_by_side: dict[int, list[tuple[int, int]]] = {}
-    for start, stop in pairwise(bounds):
-        if stop - start > WHOLE_TOKENS:
-            tiles += _in_parts(start, stop, window, dtype)
+    side_by_side: dict[tuple[int, int, int], list[Span]] = {}
+    for span in spans:
+        if span.stop - span.start > WHOLE_TOKENS:
+            tiles += _in_parts(span, window, dtype)
         else:
-            size = next(size for size in SIDE_BY_SIDE if stop - start <= size)
-            side_by_side.setdefault(size, []).append((start, stop))
+            size = next(size for size in SIDE_BY_SIDE if span.stop - span.start <= size)
+            side_by_side.setdefault((size, span.before_start, span.before_stop), []).append(span)
     return (*(_whole(documents, window, (heads, group), dtype) for documents in side_by_side.values()), *tiles)
 
 
-def _in_parts(start: int, stop: int, window: int | None, dtype: torch.dtype) -> list[Tile]:
+def _in_parts(span: Span, window: int | None, dtype: torch.dtype) -> list[Tile]:
     tiles = []
-    for first in range(start, stop, TILE_TOKENS):
-        last = min(stop, first + TILE_TOKENS)
-        low = start if window is None else max(start, first - window + 1)
-        columns = last - first if window is None else last - low
-        tiles.append(
-            Tile(1, slice(first, last), slice(low, last), _bias(_hidden(last - first, columns, window), dtype))
-        )
+    before = slice(span.before_start, span.before_stop)
+    for first in range(span.start, span.stop, TILE_TOKENS):
+        last = min(span.stop, first + TILE_TOKENS)
+        if window is None:
+            low, columns = span.start, last - first
+        else:  # what no query sees any more is left out of the keys
+            low = max(span.start, first - window + 1)
+            reach = max(0, window - 1 - (first - span.start))
+            before = slice(max(span.before_start, span.before_stop - reach), span.before_stop)
+            columns = last - low + before.stop - before.start
+        bias = _bias(_hidden(last - first, columns, window), dtype)
+        tiles.append(Tile(1, slice(first, last), before, slice(low, last), bias))
     return tiles
 
 
-def _whole(
-    documents: list[tuple[int, int]], window: int | None, heads_and_group: tuple[int, int], dtype: torch.dtype
-) -> Tile:
+def _whole(documents: list[Span], window: int | None, heads_and_group: tuple[int, int], dtype: torch.dtype) -> Tile:
     """Documents side by side, each padded to one length with rows that nothing sees."""
+    before = slice(documents[0].before_start, documents[0].before_stop)
+    shared = before.stop - before.start
     # A row of the softmax that is no multiple of the vector's width takes three times as long.
-    longest = -(-max(stop - start for start, stop in documents) // VECTOR) * VECTOR
-    starts_n1 = torch.tensor([start for start, _ in documents])[:, None]
-    lengths_n1 = torch.tensor([stop - start for start, stop in documents])[:, None]
+    longest = max(span.stop - span.start for span in documents)
+    longest += -(shared + longest) % VECTOR
+    starts_n1 = torch.tensor([span.start for span in documents])[:, None]
+    lengths_n1 = torch.tensor([span.stop - span.start for span in documents])[:, None]
     real_nL = torch.arange(longest) < lengths_n1
     padded = (starts_n1 + torch.arange(longest) * real_nL).flatten()
     places = real_nL.flatten().nonzero().squeeze(1)
     # A padding query sees the real keys before it, so its softmax is a number.
-    hidden_nLL = _hidden(longest, longest, window) | ~real_nL[:, None]
+    visible_nM = torch.cat([real_nL.new_ones(len(documents), shared), real_nL], 1)
+    hidden_nLM = _hidden(longest, shared + longest, window) | ~visible_nM[:, None]
     if window is not None:
-        hidden_nLL &= real_nL[:, :, None]
-    bias = _bias(hidden_nLL, dtype)[:, None, None].expand(-1, *heads_and_group, -1, -1).contiguous()
+        hidden_nLM &= real_nL[:, :, None]
+    bias = _bias(hidden_nLM, dtype)[:, None, None].expand(-1, *heads_and_group, -1, -1).contiguous()
     rows = Rows(padded, places, padded[places])
-    return Tile(len(documents), rows, rows, bias)
+    return Tile(len(documents), rows, before, rows, bias)
 
 
 def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,20 +230,35 @@ def attend_backward(
         q, k, v = _taken(q_THD, k_TKD, v_TKD, tile)
         d = _take(d_THD, tile.queries, tile.count, k_TKD.shape[1], padding=0.0)
         shares, slope = _shares(q, k, tile, scale, softcap)
-        _put(dv_TKD, torch.bmm(shares.transpose(1, 2), d), tile.keys, tile.count, add=True)
+        _add_keys(dv_TKD, torch.bmm(shares.transpose(1, 2), d), tile)
         d_shares = torch.bmm(d, v.transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_shares, shares, -1, shares.dtype)
         if slope is not None:
             d_scores = (d_scores * slope).to(shares.dtype)
         _put(dq_THD, _scaled_product(d_scores, k, scale), tile.queries, tile.count, add=False)
-        _put(dk_TKD, _scaled_product(d_scores.transpose(1, 2), q, scale), tile.keys, tile.count, add=True)
+        _add_keys(dk_TKD, _scaled_product(d_scores.transpose(1, 2), q, scale), tile)
     return dq_THD, dk_TKD.to(k_TKD.dtype), dv_TKD.to(v_TKD.dtype)
 
 
 def _taken(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    heads = k_TKD.shape[1]
-    q = _take(q_THD, tile.queries, tile.count, heads)
-    return q, _take(k_TKD, tile.keys, tile.count, heads), _take(v_TKD, tile.keys, tile.count, heads)
+    q = _take(q_THD, tile.queries, tile.count, k_TKD.shape[1])
+    return q, _take_keys(k_TKD, tile), _take_keys(v_TKD, tile)
+
+
+def _take_keys(x_TKD: Tensor, tile: Tile) -> Tensor:
+    own = _take(x_TKD, tile.keys, tile.count, x_TKD.shape[1])
+    if tile.before.start == tile.before.stop:
+        return own
+    return torch.cat([x_TKD[tile.before].transpose(0, 1).repeat(tile.count, 1, 1), own], 1)
+
+
+def _add_keys(out_TKD: Tensor, x: Tensor, tile: Tile) -> None:
+    """Adds what `_take_keys` would take."""
+    shared = tile.before.stop - tile.before.start
+    if shared:
+        common = x[:, :shared].unflatten(0, (tile.count, -1)).sum(0, dtype=out_TKD.dtype)
+        out_TKD[tile.before] += common.transpose(0, 1)
+    _put(out_TKD, x[:, shared:], tile.keys, tile.count, add=True)
 
 
 def _shares(q: Tensor, k: Tensor, tile: Tile, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -255,7 +296,9 @@ def _put(out_TND: Tensor, x: Tensor, rows: slice | Rows, count: int, *, add: boo
     """Writes what `_take` would take, or adds it."""
     T, N, D = out_TND.shape
     heads = x.shape[0] // count
-    x_nLND = x.view(count, heads, N // heads, -1, D).permute(0, 3, 1, 2, 4).reshape(count, -1, N, D)
+    x_nLND = (
+        x.unflatten(0, (count, heads)).unflatten(2, (N // heads, -1)).permute(0, 3, 1, 2, 4).reshape(count, -1, N, D)
+    )
     if isinstance(rows, slice):
         if add:
             out_TND[rows] += x_nLND[0]

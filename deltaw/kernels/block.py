@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.attention import Tiles, attend, attend_backward, document_attention, tiles_of
+from deltaw.kernels.attention import Span, Tiles, attend, attend_backward, document_attention, tiles_of
 from deltaw.kernels.linear import Branch, Branches, factor_gradients, input_gradient, projections
 from deltaw.kernels.pointwise import Norm, gated, gated_backward, rms_norm, rms_norm_backward, rotate
 
@@ -76,17 +76,17 @@ class Heads:
 
 
 def rotary_attention(
-    q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, heads: Heads, angles: tuple[Tensor, Tensor], bounds: tuple[int, ...]
+    q_TX: Tensor, k_TY: Tensor, v_TY: Tensor, heads: Heads, angles: tuple[Tensor, Tensor], spans: tuple[Span, ...]
 ) -> Tensor:
     """Attention outputs [T, heads·width] of projected q, k and v, which are normed (if at all) and rotated here."""
     if q_TX.device.type == "cpu":
         K, H = k_TY.shape[1] // heads.width, q_TX.shape[1] // heads.width
-        tiles = tiles_of(bounds, heads.window, K, H // K, q_TX.dtype)
+        tiles = tiles_of(spans, heads.window, K, H // K, q_TX.dtype)
         out: Tensor = _RotaryAttention.apply(q_TX, k_TY, v_TY, heads, angles, tiles)
         return out
     q, k = _Prepare.apply(q_TX, heads.q_norm, heads, angles), _Prepare.apply(k_TY, heads.k_norm, heads, angles)
     v = v_TY.unflatten(1, (-1, heads.width))
-    return document_attention(q, k, v, bounds, heads.scale, heads.window, heads.softcap).flatten(1)
+    return document_attention(q, k, v, spans, heads.scale, heads.window, heads.softcap).flatten(1)
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from deltaw.base import forward, reading
 from deltaw.base.decoder import Decoder
 from deltaw.base.proof import prove_decoder
 from deltaw.data.example import Example
-from deltaw.data.pack import flat_batch
+from deltaw.data.pack import flat_batch, shared_batch
 from deltaw.engine.objective import batch_loss, head_factors, score_batch
-from deltaw.kernels import block
+from deltaw.kernels import block, spans_of
 
 FAST = (
     "llama",
@@ -62,7 +62,7 @@ def gradients(loss, injection):
 
 def packed_loss(model, decoder, documents):
     tokens, positions, bounds = flat_row(documents)
-    logits = forward.flat_logits(model, decoder.hidden_states(tokens, positions, bounds))
+    logits = forward.flat_logits(model, decoder.hidden_states(tokens, positions, spans_of(bounds)))
     losses = F.cross_entropy(logits, tokens.roll(-1), reduction="none")
     return sum(losses[start : stop - 1].sum() for start, stop in pairwise(bounds))
 
@@ -211,10 +211,10 @@ def test_a_step_by_kernels_is_a_step_by_modules_whatever_is_adapted(kind, option
 def test_rows_of_the_last_layer_are_what_the_whole_row_has_there():
     _, decoder = proven("llama")
     tokens, positions, bounds = flat_row(some_documents((9, 20)))
-    whole = decoder.hidden_states(tokens, positions, bounds)
+    whole = decoder.hidden_states(tokens, positions, spans_of(bounds))
     rows = torch.tensor([3, 8, 20])
-    torch.testing.assert_close(decoder.hidden_states(tokens, positions, bounds, rows), whole[rows])
-    assert decoder.hidden_states(tokens, positions, bounds, rows[:0]).shape == (0, 32)
+    torch.testing.assert_close(decoder.hidden_states(tokens, positions, spans_of(bounds), rows), whole[rows])
+    assert decoder.hidden_states(tokens, positions, spans_of(bounds), rows[:0]).shape == (0, 32)
 
 
 def test_the_active_adapter_and_its_strength_are_heard():
@@ -247,7 +247,7 @@ def test_nothing_below_the_lowest_adapter_asks_for_gradients(monkeypatch):
 
     monkeypatch.setattr(running, "_run", watched)
     with inject(model, random_adapter(model, layers=(1,)), trainable=True):
-        decoder.hidden_states(tokens, positions, bounds)
+        decoder.hidden_states(tokens, positions, spans_of(bounds))
     assert asked == [False, True]
 
 
@@ -262,3 +262,33 @@ def test_documents_whose_angles_depend_on_each_other_go_alone():
 def test_a_layer_whose_attention_the_model_never_called_is_not_read():
     with pytest.raises(reading.Unreadable, match="was not called"):
         Decoder(lively_model("llama"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3", "qwen3", "mixtral"])
+def test_what_documents_have_in_common_is_computed_once_with_the_same_loss_and_gradients(kind):
+    base = small_base(kind)
+    common, other = torch.randint(3, 250, (40,)), torch.randint(3, 250, (20,))
+    documents = [torch.cat([common, torch.randint(3, 250, (n,))]) for n in (5, 1, 270)]
+    documents += [torch.cat([other, torch.randint(3, 250, (4,))]) for _ in range(2)] + [torch.randint(3, 250, (30,))]
+    examples = [Example(d.int().numpy(), (torch.rand(len(d)) < 0.6).float().numpy()) for d in documents]
+    shared, flat = shared_batch(examples), flat_batch(examples)
+    assert shared.computed_tokens < 0.8 * flat.computed_tokens and shared.tokens == flat.tokens == flat.computed_tokens
+    assert shared.trained_tokens == flat.trained_tokens and shared.weight == flat.weight
+    with inject(base.model, random_adapter(base.model), trainable=True) as injection:
+        assert base.shares_prefixes
+        losses = [batch_loss(base, batch) for batch in (shared, flat)]
+        ours, plain = (gradients(loss, injection) for loss in losses)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    for name, slope in plain.items():
+        torch.testing.assert_close(ours[name], slope, rtol=1e-3, atol=2e-6)
+
+
+def test_prefixes_are_shared_only_where_kernels_run_and_angles_do_not_depend_on_neighbours():
+    base = small_base("llama")
+    assert base.shares_prefixes
+    with inject(base.model, random_adapter(base.model, dora=True)):
+        assert not base.shares_prefixes
+    assert not small_base("gpt2").shares_prefixes
+    long = small_base("llama")
+    long.model = lively_model("phi3-long")
+    assert not long.shares_prefixes

@@ -138,3 +138,18 @@ def test_sources_are_mixed_within_an_epoch_and_the_order_is_a_function_of_the_po
 
 def test_an_empty_source_takes_no_part(store):
     assert Loader(store, 100, 100, 3, mix=[(0, 5.0), (98, 1.0)]).epoch_documents == 98
+
+
+def test_what_begins_alike_is_cut_by_what_is_computed(tmp_path):
+    """Three beginnings of 100 tokens, ten documents of each: each group fits into one forward pass of 220 tokens."""
+    starts = [np.arange(1000 * n, 1000 * n + 100) for n in range(3)]
+    rows = [np.concatenate([starts[n % 3], [5000 + n] * 10]).astype(np.int32) for n in range(30)]
+    store = TokenStore.write(tmp_path / "alike", (Example(row, np.ones(len(row), np.float32)) for row in rows))
+    alone, together = (Loader(store, 10**6, 250, 0, share=share) for share in (False, True))
+    step, plain = together.step(0, 30), alone.step(0, 30)
+    assert step.next_position == plain.next_position == 30 and len(plain.micro_batches) == 15
+    assert sorted(d for part in step.micro_batches for d in part) == list(range(30)) and len(step.micro_batches) == 3
+    batches = together.batches(step)
+    assert all(batch.computed_tokens <= 250 for batch in batches)
+    assert sum(b.weight for b in batches) == sum(b.weight for b in alone.batches(plain))
+    assert together.steps_until(30) == alone.steps_until(30) == 1

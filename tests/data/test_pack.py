@@ -8,7 +8,7 @@ import torch
 
 from deltaw.data import store as pack
 from deltaw.data.example import Example
-from deltaw.data.pack import batch_of, flat_batch
+from deltaw.data.pack import LEAST_SHARED, batch_of, common_beginnings, flat_batch, shared_batch
 from deltaw.data.store import TokenStore
 from deltaw.errors import DiskError
 
@@ -105,3 +105,59 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="Could not write"):
         pack.TokenStore.write(tmp_path / "file" / "train", [])
+
+
+# -- what documents have in common ------------------------------------------------------------------------------------
+
+
+def test_a_shared_batch_by_eye():
+    """Twenty tokens in common; the last stays with each document, where it predicts what follows there."""
+    common = list(range(100, 120))
+    examples = [
+        example([*common, 7, 8], [0] * 19 + [1, 1, 1]),
+        example([*common, 9], [1] * 21),
+        example([5, 6], [0, 1]),
+    ]
+    batch = shared_batch(examples, [3, 1, 2])
+    assert batch.bounds == (0, 2, 21, 24, 26) and batch.before == ((0, 0), (0, 0), (2, 21), (2, 21))
+    assert batch.tokens_T.tolist() == [5, 6, *common[:19], 119, 7, 8, 119, 9]
+    assert batch.positions_T.tolist() == [0, 1, *range(19), 19, 20, 21, 19, 20]
+    assert batch.targets_T[2:21].tolist() == common[1:]
+    assert batch.weights_T.tolist() == [1, 0, *[1] * 18, 2, 1, 1, 0, 1, 0]
+    assert (batch.tokens, batch.computed_tokens, batch.trained_tokens, batch.documents) == (45, 26, 24, (3, 1, 2))
+
+
+def test_every_prediction_of_a_shared_batch_is_one_of_the_documents_with_the_same_weight():
+    generator = np.random.default_rng(0)
+    starts = [generator.integers(0, 50, n) for n in (17, 40, 200)]
+    examples = []
+    for _ in range(30):
+        tokens = np.concatenate([starts[generator.integers(3)], generator.integers(0, 50, generator.integers(1, 30))])
+        examples.append(example(tokens, generator.integers(0, 2, len(tokens))))
+    batch = shared_batch(examples)
+    assert batch.computed_tokens < batch.tokens / 2
+
+    def predictions(batch, before):
+        """{(all tokens seen, next token): weight}"""
+        found = {}
+        for number, (a, b) in enumerate(zip(batch.bounds, batch.bounds[1:], strict=False)):
+            seen = batch.tokens_T[slice(*before[number])].tolist() if before else []
+            for row in range(a, b):
+                seen = [*seen, int(batch.tokens_T[row])]
+                if batch.weights_T[row]:
+                    key = (tuple(seen), int(batch.targets_T[row]))
+                    found[key] = found.get(key, 0) + float(batch.weights_T[row])
+        return found
+
+    assert predictions(batch, batch.before) == predictions(flat_batch(examples), ())
+
+
+def test_beginnings_are_shared_where_that_saves_tokens():
+    long, short = list(range(200)), list(range(30))
+    documents = [np.asarray([*start, n], np.int32) for n, start in enumerate([long, short, long, long])]
+    assert common_beginnings(documents) == [([1], 0), ([0, 2, 3], 199)]  # with 1, four would share 29 only
+    few = [np.asarray([*range(LEAST_SHARED), n], np.int32) for n in (1, 2)]
+    assert common_beginnings(few) == [([0], 0), ([1], 0)]
+    same = [np.asarray(long, np.int32)] * 2
+    assert common_beginnings(same) == [([0, 1], 199)]
+    assert common_beginnings([]) == []

@@ -334,7 +334,7 @@ def test_a_loss_that_jumps_and_a_gradient_that_is_zero_are_said_and_kept(start):
     train(run, settings, watcher)
     trainer = watcher.trainer
     trainer.losses = [1.0] * 20
-    trainer._notice(StepRecord(21, [4.5], [10], [5], [0.0], [1e-3], 0.1))
+    trainer._notice(StepRecord(21, [4.5], [10], [10], [5], [0.0], [1e-3], 0.1))
     assert said[-2:] == [
         "Step 21: the loss jumped to 4.5; lately it was about 1.",
         "Step 21: the gradient is zero, so nothing was learned from it.",

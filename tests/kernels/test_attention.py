@@ -1,11 +1,12 @@
 """Per-document attention against dense attention with an explicit mask over the whole row: outputs and gradients."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 
-from deltaw.kernels import document_attention
+from deltaw.kernels import Span, document_attention, spans_of
+from deltaw.kernels.attention import one_document
 
 LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400)
 H, K, D = 4, 2, 8
@@ -34,6 +35,10 @@ def random_row(lengths, dtype=torch.float32, heads=(H, K, K)):
     return row, tuple(accumulate(lengths, initial=0))
 
 
+def ours_of(q, k, v, bounds, scale, **options):
+    return document_attention(q, k, v, spans_of(bounds), scale, **options)
+
+
 def results(attention, row, bounds, upstream, **options):
     out = attention(*row, bounds, 0.7, **options)
     return [out, *torch.autograd.grad(out, row, upstream)]
@@ -43,7 +48,7 @@ def largest_difference(lengths, dtype=torch.float32, heads=(H, K, K), **options)
     """Of output and gradients, relative to the largest value of each where that is above 1."""
     row, bounds = random_row(lengths, dtype, heads)
     upstream = torch.randn(bounds[-1], heads[0], D).to(dtype)
-    ours = results(document_attention, row, bounds, upstream, **options)
+    ours = results(ours_of, row, bounds, upstream, **options)
     exact = [tensor.detach().float().requires_grad_() for tensor in row]
     dense = results(dense_attention, exact, bounds, upstream.float(), **options)
     pairs = [(a.detach().float(), b.detach()) for a, b in zip(ours, dense, strict=True)]
@@ -70,9 +75,9 @@ def test_bf16_stays_within_one_percent_of_exact_attention(options):
 
 def test_a_window_as_long_as_the_document_changes_nothing():
     (q, k, v), bounds = random_row([5, 140])
-    full = document_attention(q, k, v, bounds, 1.0)
-    assert torch.equal(document_attention(q, k, v, bounds, 1.0, window=140), full)
-    assert not torch.allclose(document_attention(q, k, v, bounds, 1.0, window=139), full)
+    full = ours_of(q, k, v, bounds, 1.0)
+    assert torch.equal(ours_of(q, k, v, bounds, 1.0, window=140), full)
+    assert not torch.allclose(ours_of(q, k, v, bounds, 1.0, window=139), full)
 
 
 def test_gradients_are_exact_for_small_documents():
@@ -80,6 +85,40 @@ def test_gradients_are_exact_for_small_documents():
     row = [tensor.detach().double().requires_grad_() for tensor in row]
     for options in ({}, {"window": 2}, {"softcap": 2.0}):
         dense = results(dense_attention, row, bounds, torch.ones(6, H, D).double(), **options)
-        ours = results(document_attention, row, bounds, torch.ones(6, H, D).double(), **options)
+        ours = results(ours_of, row, bounds, torch.ones(6, H, D).double(), **options)
         for a, b in zip(ours, dense, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+# -- documents that continue rows in common ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 1.5}, {"window": 150}], ids=str)
+@pytest.mark.parametrize(("shared", "own"), [(5, (3, 1, 30)), (40, (130, 7, 7, 300)), (300, (60, 64, 61))])
+def test_documents_that_continue_the_same_rows_are_attended_to_as_if_each_had_its_own(shared, own, options):
+    """Values of every row and, the rows in common gathering what all say of them, every gradient."""
+    (q, k, v), bounds = random_row([shared, *own])
+    spans = (Span(0, shared), *(Span(a, b, 0, shared) for a, b in pairwise(bounds[1:])))
+    upstream = torch.randn(bounds[-1], H, D)
+    out = document_attention(q, k, v, spans, 0.7, **options)
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+
+    rows = [torch.arange(shared)] + [
+        torch.cat([torch.arange(shared), torch.arange(s.start, s.stop)]) for s in spans[1:]
+    ]
+    whole = [dense_attention(q[r], k[r], v[r], (0, len(r)), 0.7, **options) for r in rows]
+    plain = torch.cat([whole[0], *(w[shared:] for w in whole[1:])])
+    torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-5)
+    for a, b in zip(grads, torch.autograd.grad(plain, (q, k, v), upstream), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 1.5}, {"window": 150, "softcap": 2.0}], ids=str)
+def test_what_other_devices_run_is_the_same_attention(options):
+    (q, k, v), bounds = random_row([300, 20])
+    dense = dense_attention(q, k, v, bounds, 0.7, **options)
+    window, softcap = options.get("window"), options.get("softcap")
+    alone = [one_document(q[a:b], k[a:b], v[a:b], 0.7, window, softcap) for a, b in ((0, 300), (300, 320))]
+    torch.testing.assert_close(torch.cat(alone), dense, atol=1e-5, rtol=1e-5)
+    last = one_document(q[290:300], k[:300], v[:300], 0.7, window, softcap)
+    torch.testing.assert_close(last, dense[290:300], atol=1e-5, rtol=1e-5)

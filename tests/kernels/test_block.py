@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltaw.kernels import Branch, Heads, Norm, gated_sum, normed, normed_projections, projected_sum, rotary_attention
+from deltaw.kernels import (
+    Branch,
+    Heads,
+    Norm,
+    gated_sum,
+    normed,
+    normed_projections,
+    projected_sum,
+    rotary_attention,
+    spans_of,
+)
 
 T, H, I = 11, 12, 20
 DOUBLE = {"atol": 1e-9, "rtol": 1e-7}
@@ -157,7 +167,7 @@ def test_attention_of_projected_heads_is_that_of_plain_formulas(norms, options, 
     angles = (1.1 * turns.cos(), 1.1 * turns.sin())  # some scalings of rotary angles lengthen them too
     plain = plain_attention(q, k, v, heads, angles, bounds)
     # keys and values are summed in fp32 over tiles: gradients of double inputs agree to fp32's precision there
-    same(rotary_attention(q, k, v, heads, angles, bounds), plain, [q, k, v], atol=1e-6, rtol=1e-6)
+    same(rotary_attention(q, k, v, heads, angles, spans_of(bounds)), plain, [q, k, v], atol=1e-6, rtol=1e-6)
 
 
 def llama_block(x, dtype=torch.float64, weights=torch.float64):
@@ -178,7 +188,7 @@ def llama_block(x, dtype=torch.float64, weights=torch.float64):
 
     def kernels(x):
         q, k, v = normed_projections(x, norms[0], qkv, [branches[layer] for layer in qkv])
-        o = rotary_attention(q, k, v, heads, angles, (0, len(x)))
+        o = rotary_attention(q, k, v, heads, angles, spans_of((0, len(x))))
         x = projected_sum(x, o, out, branches[out], None)
         g, u = normed_projections(x, norms[1], gates, [branches[layer] for layer in gates])
         return gated_sum(x, g, u, "silu", down, branches[down], None)
