@@ -32,7 +32,7 @@ def make(envs: Path, tools: tuple[str, ...] = RIVALS) -> None:
             continue
         print(f"making {envs / tool}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(envs / tool)], check=True)
-        install = [python_of(tool, envs), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        install = [python_of(tool, envs), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*install, TORCH], check=True)
         subprocess.run([*install, "--no-deps", "-r", str(wanted)], check=True)
         mark.write_text(digest, "utf-8")

@@ -22,7 +22,12 @@ from rivals.settings import COMPARABLE, DELTAW, UNSLOTH, Setting
 from safetensors.numpy import load_file
 
 STEPS = 50
-LOSS, COSINE, NORM, CURVE, HELD_OUT, LOGITS = 1e-3, 1e-3, 0.01, 0.005, 0.003, 1e-3
+# Of the first step: in fp32 nothing but the order of sums may differ; in bf16, what the protocol allows.
+EXACT = {"loss": 1e-5, "median 1-cosine": 1e-5, "worst 1-cosine": 1e-5, "median norm": 1e-4, "worst norm": 1e-4}
+NEAR = {"loss": 1e-3, "median 1-cosine": 1e-3, "worst 1-cosine": 1e-3, "median norm": 0.01, "worst norm": 0.01}
+NOISE = 0.06  # nats by which a bf16 model's loss of one token is off here, so that of n labels by that over √n
+SLACK = 1.5  # as far as a yardstick, half as far again: two roundings of the same numbers differ by chance
+CURVE, SINGLE, HELD_OUT, LOGITS = 0.005, 0.02, 0.003, 1e-4
 NO_CLIP = 1e9
 GATE_BATCH = {"short": 8, "docstrings": 4, "dense": 1, "shared": 2}
 FLOAT32 = {**DELTAW["plain"], "dtype": "float32"}
@@ -30,7 +35,7 @@ FLOAT32 = {**DELTAW["plain"], "dtype": "float32"}
 
 @dataclass(frozen=True)
 class Gate:
-    """One comparison: a distance that must not be above its limit; `yardstick` is how far another tool is."""
+    """One comparison: a distance that must not be above its limit, or not above that of another tool, the yardstick."""
 
     name: str
     distance: float
@@ -40,12 +45,12 @@ class Gate:
     @property
     def passed(self) -> bool:
         """Whether the distance is small enough; NaN never is."""
-        return self.distance <= max(self.limit, self.yardstick or 0.0)
+        return self.distance <= max(self.limit, SLACK * (self.yardstick or 0.0))
 
     def line(self) -> str:
         """The gate in one line."""
         beside = "" if self.yardstick is None else f", the yardstick {self.yardstick:.2e}"
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.distance:.2e} (limit {self.limit:.0e}{beside})"
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: {self.distance:.2e} (limit {self.limit:.1e}{beside})"
 
 
 def verify(bench: Bench, workloads: list[str], steps: int = STEPS) -> list[Gate]:
@@ -74,11 +79,11 @@ def gradient_gates(bench: Bench, workload: str) -> list[Gate]:
     trl = _distances(reference, _first_step(bench, "trl", workload, comparable, "bf16"))
     exact = _distances(reference, _first_step(bench, "deltaw", workload, FLOAT32, "fp32"))
     usual = _distances(reference, _first_step(bench, "deltaw", workload, DELTAW["plain"], "bf16"))
-    limits = {"loss": LOSS, "median 1-cosine": COSINE, "worst 1-cosine": COSINE}
-    limits |= {"median norm": NORM, "worst norm": NORM}
-    gates = [Gate(f"{workload}, step 1 in fp32, {name}", exact[name], limits[name]) for name in limits]
-    return gates + [
-        Gate(f"{workload}, step 1 in bf16, {name}", usual[name], limits[name], trl[name]) for name in limits
+    noise = 3 * NOISE / math.sqrt(reference["labels"]) / reference["loss"]
+    near = {**NEAR, "loss": max(NEAR["loss"], noise)}
+    return [
+        *(Gate(f"{workload}, step 1 in fp32, {name}", exact[name], limit) for name, limit in EXACT.items()),
+        *(Gate(f"{workload}, step 1 in bf16, {name}", usual[name], limit, trl[name]) for name, limit in near.items()),
     ]
 
 
@@ -94,7 +99,8 @@ def _first_step(bench: Bench, tool: str, workload: str, setting: Setting, precis
     if tool == "reference":
         given["task"] = "gradients"
     row = _sound(bench.once(key, bench.job(tool, workload, setting, **given)))
-    return {"loss": row["loss"] if tool == "reference" else row["losses"][0], "gradients": load_file(file)}
+    loss = row["loss"] if tool == "reference" else row["losses"][0]
+    return {"loss": loss, "labels": row["labelled_tokens"], "gradients": load_file(file)}
 
 
 def _distances(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
@@ -127,20 +133,26 @@ def curve_gates(bench: Bench, workload: str, steps: int) -> list[Gate]:
     }
     runs = {tool: _trained(bench, tool, workload, setting, steps) for tool, setting in settings.items()}
     losses = {tool: evaluate(bench, workload, f"{steps} steps", tool, run["out"]) for tool, run in runs.items()}
-    trl = runs["trl"]["losses"]
     dead = sum(not 0 < norm < math.inf for norm in runs["deltaw"]["grad_norms"])
     name = f"{workload}, {steps} steps"
     return [
-        Gate(f"{name}, mean of the loss curve", _mean(runs["deltaw"]["losses"], trl), CURVE),
+        Gate(f"{name}, mean of the loss curve", *_mean(runs)),
         Gate(f"{name}, a single step's loss, mean distance", *_single(runs)),
         Gate(f"{name}, steps without a gradient", dead, 0.0),
-        Gate(f"{name}, held-out loss", *[abs(losses[tool] / losses["trl"] - 1) for tool in ("deltaw",)], HELD_OUT),
+        Gate(f"{name}, held-out loss", *_held_out(losses)),
         Gate(f"{name}, logits of the saved adapter in PEFT", _logits(bench, workload, runs["deltaw"]["out"]), LOGITS),
     ]
 
 
-def _mean(ours: list[float], theirs: list[float]) -> float:
-    return abs(statistics.fmean(ours) / statistics.fmean(theirs) - 1)
+def _mean(runs: dict[str, Row]) -> tuple[float, float, float]:
+    """How far the mean of deltaw's curve is from TRL's, the limit, and how far Unsloth's is."""
+    means = {tool: statistics.fmean(run["losses"]) for tool, run in runs.items()}
+    return abs(means["deltaw"] / means["trl"] - 1), CURVE, abs(means["unsloth"] / means["trl"] - 1)
+
+
+def _held_out(losses: dict[str, float]) -> tuple[float, float, float]:
+    """How far deltaw's held-out loss is from TRL's, the limit, and how far Unsloth's is."""
+    return abs(losses["deltaw"] / losses["trl"] - 1), HELD_OUT, abs(losses["unsloth"] / losses["trl"] - 1)
 
 
 def _single(runs: dict[str, Row]) -> tuple[float, float, float]:
@@ -150,7 +162,7 @@ def _single(runs: dict[str, Row]) -> tuple[float, float, float]:
         statistics.fmean(abs(a - b) for a, b in zip(runs[tool]["losses"], trl, strict=True)) / statistics.fmean(trl)
         for tool in ("deltaw", "unsloth")
     ]
-    return distances[0], 4 * CURVE, distances[1]
+    return distances[0], SINGLE, distances[1]
 
 
 def _trained(bench: Bench, tool: str, workload: str, setting: Setting, steps: int) -> Row:

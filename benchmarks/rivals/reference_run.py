@@ -67,7 +67,7 @@ def gradients(job: Job, rows: Rows) -> dict[str, Any]:
     trained = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.requires_grad}
     Path(str(job.gradients)).mkdir(parents=True, exist_ok=True)
     save_file(trained, f"{job.gradients}/adapter_model.safetensors")
-    return {"loss": mean}
+    return {"loss": mean, "labelled_tokens": labelled}
 
 
 @torch.no_grad()
