@@ -34,8 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 RUNS, SWEEP, SUMMARY = RESULTS / "versus_runs.jsonl", RESULTS / "versus_sweep.json", RESULTS / "versus.json"
 CHART = ROOT / "docs" / "speed.svg"
 TOOLS = ("deltaw", "trl", "unsloth")
-VERIFIED = ["docstrings", "short"]  # the gates of the long form; --workload takes others
-COLD_STEPS = 32  # of 16 short chats: 512
+FIRST_STEPS, CURVES = ("short", "docstrings", "dense"), ("docstrings",)  # what the gates look at, without --workload
+COLD_STEPS = 32  # of 16 short chats
 KEPT_OF_SWEEP = ("tool", "workload", "setting", "versions", "tokens_per_second", "peak_bytes", "steps", "error")
 
 
@@ -60,8 +60,7 @@ def run(bench: Bench, asked: argparse.Namespace) -> int:
     if asked.table:
         return report(bench, "pair")
     if asked.verify:
-        found = gates.verify(bench, asked.workload or VERIFIED, asked.gate_steps)
-        return finish_gates(found)
+        return finish_gates(verify(bench, asked))
     if asked.quick:
         rounds(bench, workloads, "quick", 1, seconds=asked.seconds or 10.0, warm_steps=1)
         return report(bench, "quick")
@@ -71,8 +70,7 @@ def run(bench: Bench, asked: argparse.Namespace) -> int:
 def everything(bench: Bench, asked: argparse.Namespace, workloads: list[str]) -> int:
     """The long form. Rounds go over all workloads in turn, so that time that runs out takes from all alike."""
     try:
-        checked = gates.verify(bench, VERIFIED, asked.gate_steps)
-        bench.keep("gates", {"gates": gates.as_dicts(checked)})
+        checked = verify(bench, asked)
         if not all(gate.passed for gate in checked) and not asked.despite:
             return finish_gates(checked)
         gemm(bench, "before")
@@ -83,6 +81,14 @@ def everything(bench: Bench, asked: argparse.Namespace, workloads: list[str]) ->
     finally:
         report(bench, "pair")
     return 0
+
+
+def verify(bench: Bench, asked: argparse.Namespace) -> list[gates.Gate]:
+    """Runs the gates and stores what they found."""
+    chosen = asked.workload
+    found = gates.verify(bench, chosen or FIRST_STEPS, chosen or CURVES, asked.gate_steps)
+    bench.keep("gates", {"gates": gates.as_dicts(found)})
+    return found
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -106,8 +112,11 @@ def defaults(bench: Bench, workloads: list[str]) -> None:
 
 
 def cold_starts(bench: Bench) -> None:
-    """500 short chats from process start to saved adapter, nothing compiled before; then its held-out loss."""
-    wanted = {tool: settings.best(tool, "short", SWEEP) for tool in TOOLS}
+    """512 short chats from process start to saved adapter, nothing compiled before; then its held-out loss.
+
+    Rows stay in their steps here, so that all learn from the same chats.
+    """
+    wanted = {tool: settings.same_steps(settings.best(tool, "short", SWEEP)) for tool in TOOLS}
     if wanted["unsloth"]["compile"]:
         wanted["unsloth, not compiled"] = {**wanted["unsloth"], "compile": False}
     for name, setting in wanted.items():

@@ -43,7 +43,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.spines["bottom"].set_color(LINE)
         axes.tick_params(length=0, labelcolor=TEXT)
-        axes.legend(frameon=False, labelcolor=TEXT)
+        figure.legend(loc="outside lower center", ncols=len(BARS), frameon=False, labelcolor=TEXT)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as out:
             FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})

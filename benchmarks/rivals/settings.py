@@ -77,6 +77,11 @@ def _value(text: str) -> Any:
         return text
 
 
+def same_steps(setting: Setting) -> Setting:
+    """The setting with every row in its own optimiser step."""
+    return {**setting, "group": "step"} if setting.get("group") == "pool" else setting
+
+
 def sweep(workload: str) -> Iterator[tuple[str, Setting]]:
     """(tool, setting) of everything that is tried on a workload."""
     batches = BATCHES[workload]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rivals.measure import Bench, Row
-from rivals.settings import WORKLOADS, label
+from rivals.settings import BASE, WORKLOADS, label
 
 RIVALS = ("trl", "unsloth")
 RANK = 16
@@ -22,7 +22,7 @@ def summarise(bench: Bench, kind: str, gates: list[dict[str, Any]]) -> dict[str,
     worst = min(ratios, key=lambda pair: ratios[pair], default=None)
     return {
         "machine": machine(bench),
-        "base": bench.base.rpartition("/")[2],
+        "base": BASE,
         "workloads": cells,
         "geometric_mean": {tool: _geometric([r for (_, t), r in ratios.items() if t == tool]) for tool in RIVALS},
         "worst_cell": None if worst is None else {"workload": worst[0], "against": worst[1], "ratio": ratios[worst]},
@@ -136,7 +136,12 @@ def cold(bench: Bench) -> dict[str, Any]:
         if key.startswith("cold/") and "error" not in row:
             name = key.removeprefix("cold/")
             loss = bench.rows.get(f"held out/short/cold/{name}", {}).get("loss")
-            found[name] = {"seconds": row["process_seconds"], "held_out_loss": loss, "setting": label(row["setting"])}
+            found[name] = {
+                "chats": row["steps"] * row["examples_per_step"],
+                "seconds": row["process_seconds"],
+                "held_out_loss": loss,
+                "setting": label(row["setting"]),
+            }
     return found
 
 
@@ -187,7 +192,9 @@ def _notes(found: dict[str, Any]) -> list[str]:
         notes.append(f"useful work on dense rows as a share of {share['gemm_gflops']:.0f} GFLOP/s: {shown}")
     for name, run in found["cold"].items():
         loss = "" if run["held_out_loss"] is None else f", held-out loss {run['held_out_loss']:.4f}"
-        notes.append(f"500 short chats, process start to saved adapter, {name}: {run['seconds']:.1f} s{loss}")
+        notes.append(
+            f"{run['chats']} short chats, process start to saved adapter, {name}: {run['seconds']:.1f} s{loss}"
+        )
     failed = [gate["name"] for gate in found["gates"] if not gate["passed"]]
     if found["gates"]:
         notes.append(f"parity: {len(found['gates']) - len(failed)} of {len(found['gates'])} gates passed")
