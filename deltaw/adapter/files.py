@@ -68,13 +68,21 @@ def write_adapter(adapter: Adapter, folder: Path | str) -> Path:
     """
     _refuse_unwritable(adapter)
     with new_folder(Path(folder)) as temporary:
-        safetensors.torch.save_file(to_keys(adapter), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(to_keys(adapter), temporary / WEIGHTS)
         write_text(temporary / CONFIG, json.dumps(_to_config(adapter), indent=2) + "\n")
         digests = {name: sha256_file(temporary / name) for name in (CONFIG, WEIGHTS)}
         manifest = {"format": 1, "origin": dict(sorted(adapter.origin.items())), "sha256": digests}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         _compare(adapter, read_adapter(temporary))
     return Path(folder)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file. Raises OSError where the disk fails; the library wraps that in an error of its own."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _refuse_unwritable(adapter: Adapter) -> None:
