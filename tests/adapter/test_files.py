@@ -297,7 +297,7 @@ def test_a_folder_with_a_pickle_only_is_refused_without_opening_it(folder):
         ("[]", "must hold a JSON object, not list"),
         ("\udcff", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
-        (" " * (1 << 21), "an adapter config has a few thousand"),
+        (" " * (1 << 21), "it has more than 1,048,576 bytes"),
     ],
 )
 def test_a_config_that_is_no_object_is_refused(content, said, folder):
