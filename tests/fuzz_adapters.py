@@ -3,7 +3,7 @@
 Bytes of the files are flipped, cut, doubled and exchanged; the config's values and keys are replaced by what they should
 not be; tensors get other shapes, dtypes and numbers. With its manifest, a folder whose content differs must be refused.
 Without one, what is accepted must still be an adapter: finite numbers, whole pairs, shapes that its ranks say.
-Usage: python tests/fuzz_adapters.py COUNT [SEED]; prints one line of JSON.
+Usage: python tests/fuzz_adapters.py COUNT [SEED [OUT]]; prints one line of JSON, and writes it to the file OUT if given.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def same(one: Adapter, other: Adapter) -> bool:
     )  # fmt: skip
 
 
-def main(count: int, seed: int = 0) -> None:
+def main(count: int, seed: int = 0, out: Path | None = None) -> None:
     random_, events, found, slowest = random.Random(seed), Counter[str](), Counter[str](), 0.0
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as temporary:
@@ -184,10 +184,12 @@ def main(count: int, seed: int = 0) -> None:
             watching = False
             slowest = max(slowest, time.perf_counter() - started)
             found[outcome] += 1
-    print(
-        json.dumps({"mutated": count, **found, "slowest_seconds": round(slowest, 3), "forbidden_events": dict(events)})
-    )
+    result = {"mutated": count, **found, "slowest_seconds": round(slowest, 3), "forbidden_events": dict(events)}
+    if out is not None:
+        command = f"python tests/fuzz_adapters.py {count} {seed} {out.name if out.is_absolute() else out}"
+        out.write_text(json.dumps({"command": command, **result}, indent=2) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(int(sys.argv[1]), *map(int, sys.argv[2:3]), *map(Path, sys.argv[3:4]))
