@@ -186,6 +186,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG}.{_hint(folder)}")
     try:
         config = read_json(path, MAX_JSON_BYTES)
+    except DiskError:  # a ValueError too, and not the config's fault
+        raise
     except ValueError as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -212,6 +214,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         check_header(path)
         return safetensors.torch.load_file(path)
+    except DiskError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
 

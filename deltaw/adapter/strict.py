@@ -2,7 +2,7 @@
 
 json and safetensors take the last of two equal keys, and neither minds how much it is given: a header of 250,000 empty
 tensors cost 4 seconds and 0.5 GB before the first of them could be refused. Here the size is asked first. Nothing is
-interpreted; every fault is a ValueError whose text says what is wrong with the file.
+interpreted; every fault of a file is a ValueError whose text says what is wrong, and a disk that fails is a DiskError.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from deltaw.disk import disk_errors
+
 MAX_HEADER_BYTES, MAX_TENSORS = 8 << 20, 50_000  # an adapter of 48 layers of 128 experts has 6 MB and 37,000
 
 
 def read_json(path: Path, most_bytes: int) -> Any:
     """The value in a JSON file of at most `most_bytes`; ValueError when it is larger, damaged, or names a key twice."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(most_bytes + 1)
-    except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror or error}") from error
+    with disk_errors("read", path), path.open("rb") as file:
+        content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise ValueError(f"it has more than {most_bytes:,} bytes")
     return _parse(content)
@@ -29,7 +28,7 @@ def read_json(path: Path, most_bytes: int) -> Any:
 
 def check_header(path: Path) -> None:
     """ValueError when a safetensors file's header is too large, repeats a key or holds a tensor without numbers."""
-    with path.open("rb") as file:
+    with disk_errors("read", path), path.open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_HEADER_BYTES, size_bytes - 8):

@@ -18,7 +18,7 @@ from artefacts import ADAPTERS, BASES, GGUFS, HARMLESS, HARMLESS_BASES, ROWS, TE
 
 SCRIPT = Path(__file__).parent.parent / "artefacts.py"
 REFUSED = {"adapter": ADAPTERS, "base": BASES, "template": TEMPLATES, "data": ROWS, "GGUF": GGUFS}
-ERRORS = {"adapter": {"AdapterError"}, "base": {"BaseError", "DiskError"}, "template": {"DataError"}, "data": {"DataError"}, "GGUF": {"BaseError"}}  # fmt: skip
+ERRORS = {"adapter": {"AdapterError", "DiskError"}, "base": {"BaseError", "DiskError"}, "template": {"DataError"}, "data": {"DataError"}, "GGUF": {"BaseError"}}  # fmt: skip
 EACH_REFUSED = [(kind, name) for kind, artefacts in REFUSED.items() for name in artefacts]
 EACH_HARMLESS = [*HARMLESS, *HARMLESS_BASES]
 MAX_ADDED_MB = 200
