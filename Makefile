@@ -44,6 +44,7 @@ docs: $(READY)  ## write the reference pages from the code
 bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/demo_accuracy.py
 	$(BIN)/python benchmarks/data_speed.py
+	$(BIN)/python benchmarks/incumbent.py --runs 40
 
 clean:  ## remove the environment and build leftovers (runs and caches stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,8 +2,9 @@
 
 Bytes of the files are flipped, cut, doubled and exchanged; the config's values and keys are replaced by what they should
 not be; tensors get other shapes, dtypes and numbers. With its manifest, a folder whose content differs must be refused.
-Without one, what is accepted must still be an adapter: finite numbers, whole pairs, shapes that its ranks say.
-Usage: python tests/fuzz_adapters.py COUNT [SEED]; prints one line of JSON.
+Without one, what is accepted must still be an adapter: finite numbers, whole pairs, shapes that its ranks say. Times are
+of the processor: on a machine that others use too, a clock measures them.
+Usage: python tests/fuzz_adapters.py COUNT [SEED [OUT]]; prints one line of JSON, and writes it to the file OUT if given.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def same(one: Adapter, other: Adapter) -> bool:
     )  # fmt: skip
 
 
-def main(count: int, seed: int = 0) -> None:
+def main(count: int, seed: int = 0, out: Path | None = None) -> None:
     random_, events, found, slowest = random.Random(seed), Counter[str](), Counter[str](), 0.0
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as temporary:
@@ -170,7 +171,7 @@ def main(count: int, seed: int = 0) -> None:
             bad.mkdir()
             for name, data in files.items():
                 (bad / name).write_bytes(data)
-            started, watching = time.perf_counter(), True
+            started, watching = time.process_time(), True
             try:
                 adapter = read_adapter(bad)
                 if files.get(MANIFEST) == content[MANIFEST]:
@@ -182,12 +183,14 @@ def main(count: int, seed: int = 0) -> None:
             except Exception as error:
                 outcome = f"CRASH {type(error).__name__}: {error}"[:120]
             watching = False
-            slowest = max(slowest, time.perf_counter() - started)
+            slowest = max(slowest, time.process_time() - started)
             found[outcome] += 1
-    print(
-        json.dumps({"mutated": count, **found, "slowest_seconds": round(slowest, 3), "forbidden_events": dict(events)})
-    )
+    result = {"mutated": count, **found, "slowest_cpu_seconds": round(slowest, 3), "forbidden_events": dict(events)}
+    if out is not None:
+        command = f"python tests/fuzz_adapters.py {count} {seed} {out.name if out.is_absolute() else out}"
+        out.write_text(json.dumps({"command": command, **result}, indent=2) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *map(int, sys.argv[2:]))
+    main(int(sys.argv[1]), *map(int, sys.argv[2:3]), *map(Path, sys.argv[3:4]))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deltaw.adapter.keys import Stored, from_keys, to_keys
 from deltaw.adapter.spec import LoraSpec
+from deltaw.adapter.strict import check_header, read_json
 from deltaw.adapter.value import Adapter
 from deltaw.disk import new_folder, sha256_file, write_text
 from deltaw.errors import AdapterError, DiskError, bullet_list
@@ -68,13 +69,21 @@ def write_adapter(adapter: Adapter, folder: Path | str) -> Path:
     """
     _refuse_unwritable(adapter)
     with new_folder(Path(folder)) as temporary:
-        safetensors.torch.save_file(to_keys(adapter), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(to_keys(adapter), temporary / WEIGHTS)
         write_text(temporary / CONFIG, json.dumps(_to_config(adapter), indent=2) + "\n")
         digests = {name: sha256_file(temporary / name) for name in (CONFIG, WEIGHTS)}
         manifest = {"format": 1, "origin": dict(sorted(adapter.origin.items())), "sha256": digests}
         write_text(temporary / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         _compare(adapter, read_adapter(temporary))
     return Path(folder)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file. Raises OSError where the disk fails; the library wraps that in an error of its own."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _refuse_unwritable(adapter: Adapter) -> None:
@@ -175,11 +184,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder} is not an adapter folder: it has no {CONFIG}.{_hint(folder)}")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise AdapterError(f"{path} has {path.stat().st_size:,} bytes; an adapter config has a few thousand.")
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        config = read_json(path, MAX_JSON_BYTES)
+    except DiskError:  # a ValueError too, and not the config's fault
+        raise
+    except ValueError as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{path} must hold a JSON object, not {type(config).__name__}.")
@@ -203,7 +212,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         )
         raise AdapterError(f"{folder} has no {WEIGHTS}.{why}")
     try:
+        check_header(path)
         return safetensors.torch.load_file(path)
+    except DiskError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is not a readable safetensors file: {error}") from error
 
@@ -216,24 +228,44 @@ def _refused_settings(config: dict[str, Any]) -> list[str]:
         if key not in _HARMLESS and value not in _OFF.get(key, (None, False, [], {}, "")):
             known = "is not supported" if key in _OFF else "is unknown"
             faults.append(f"{key} = {value!r} {known}; merge it with the tool that made it, or export without")
+    faults += _wrong_types(config)
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_EDITING_STARTS):
         faults.append(f"init_lora_weights = {start!r} changes the base; convert it to plain LoRA in PEFT when saving")
     return faults
 
 
+def _wrong_types(config: dict[str, Any]) -> list[str]:
+    """Settings whose type says nothing: the text "false" would count as true."""
+    faults = [
+        f"{key} must be true or false, not {config[key]!r}"
+        for key in ("use_rslora", "use_dora", "fan_in_fan_out")
+        if not isinstance(config.get(key), bool | None)
+    ]
+    listed = config.get("target_modules")
+    if (isinstance(listed, list) and all(isinstance(name, str) for name in listed)) or isinstance(listed, str | None):
+        return faults
+    return [*faults, f"target_modules must be a list of names, not {str(listed)[:60]!r}"]
+
+
 def _read_manifest(folder: Path, faults: list[str]) -> dict[str, Any] | None:
     """deltaw's own manifest, or None where another tool wrote the folder; damage and changed files become faults."""
     path = folder / MANIFEST
     if not path.is_file():
+        if path.exists() or path.is_symlink():
+            faults.append(f"{MANIFEST} is no file; delete it to read the folder without")
         return None
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = read_json(path, MAX_JSON_BYTES)
         digests, origin = dict(manifest["sha256"]), dict(manifest["origin"])
+        if manifest.keys() != {"format", "origin", "sha256"} or manifest["format"] != 1:
+            raise ValueError("it is not of format 1; a newer deltaw may know it")
+        if digests.keys() != {WEIGHTS, CONFIG}:
+            raise ValueError("its sha256 are not of the two files of an adapter")
         changed = [name for name in (WEIGHTS, CONFIG) if sha256_file(folder / name) != digests[name]]
     except DiskError:  # a ValueError too, and not the manifest's fault
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         faults.append(f"{MANIFEST} is damaged ({type(error).__name__}: {error}); delete it to read the folder without")
         return None
     faults += [f"{name} is not the file that was saved (its sha256 differs from {MANIFEST})" for name in changed]

@@ -347,6 +347,7 @@ def choose_for(model: nn.Module, adapter: Adapter) -> list[Target]:
     """The targets of an adapter that exists, in its order; raises AdapterError with everything that does not fit."""
     candidates = {c[0]: c for c in _candidates(model)}
     faults = [fault for name in adapter.factors for fault in _misfit(name, adapter, candidates)]
+    faults += _without_factors(adapter, list(candidates.values()))
     faults += [fault for name, copy in adapter.base_copies.items() for fault in _changed_copy(name, copy, candidates)]
     if faults:
         raise AdapterError("This adapter does not fit the model:\n" + bullet_list(faults))
@@ -368,6 +369,21 @@ def _misfit(name: str, adapter: Adapter, candidates: dict[str, Any]) -> list[str
         f"{name}: {part} has shape {list(tensor.shape)}, the model needs {list(expected[part])}"
         for part, tensor in adapter.factors[name].tensors()
         if tuple(tensor.shape) != expected[part]
+    ]
+
+
+def _without_factors(adapter: Adapter, candidates: list[Candidate]) -> list[str]:
+    """Layers that target_modules select in this model but that have no factors: half of the file is gone."""
+    selected = [
+        candidate[0]
+        for candidate in candidates
+        if candidate[1] not in ("parameter", "parameter_transposed")
+        and first_match(_module_of(candidate), adapter.modules)
+    ]
+    return [
+        f"{name}: the adapter's target_modules select it, but the adapter has no factors for it"
+        for name in selected
+        if name not in adapter.factors
     ]
 
 

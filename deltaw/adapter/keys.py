@@ -36,6 +36,9 @@ _PARTS = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".base_layer.weight": "copy",
 }
+# What a module can be called; longer or other names are of no model, and are not passed on to anything.
+_NAME, MAX_NAME = re.compile(r"[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*"), 512
+MAX_PAIRINGS = 4_000_000  # each name of target_parameters is compared with each owner of factors
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -96,10 +99,21 @@ def from_keys(
     pairs = {owner: parts for owner, parts in found.items() if _is_complete(owner, parts, spec, faults)}
     names = _names(pairs, targeted, in_order, faults)
     factors = {names[owner]: _factors(owner, names[owner], parts, spec, faults) for owner, parts in pairs.items()}
+    faults += _mixed_halves(tensors)
     embeddings = [key[len(PREFIX) :].removesuffix(".lora_embedding_A") for key in tensors if "lora_embedding_A" in key]
     parameters = _in_holding_order([name for owner, name in names.items() if name != owner], targeted, in_order)
     modules = {_module(owner) for owner in names if names[owner] == owner or _is_attention(names[owner])}
     return Stored(factors, tuple(parameters), tuple(embeddings), tuple(sorted(modules)), copies)
+
+
+def _mixed_halves(tensors: dict[str, Tensor]) -> list[str]:
+    """An embedding's A beside a layer's B, or the reverse: no program writes that."""
+    owners = [
+        {key.removeprefix(PREFIX).removesuffix(end) for key in tensors if key.endswith(end)}
+        for end in (".lora_embedding_A", ".lora_embedding_B", ".lora_A.weight", ".lora_B.weight")
+    ]
+    mixed = (owners[0] & owners[3]) | (owners[1] & owners[2])
+    return [f"{owner[:MAX_NAME]}: one half is an embedding's, the other a layer's" for owner in sorted(mixed)]
 
 
 def _split(tensors: dict[str, Tensor], faults: list[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -109,11 +123,15 @@ def _split(tensors: dict[str, Tensor], faults: list[str]) -> tuple[dict[str, dic
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in _PARTS if key.endswith(suffix)), None)
         if "_orig_mod" in key:
-            faults.append(f"key {key!r} was saved from a compiled model; save it from the model before torch.compile")
+            faults.append(
+                f"key {key[:MAX_NAME]!r} was saved from a compiled model; save it from the model before torch.compile"
+            )
         elif not key.startswith(PREFIX):
-            faults.append(f"key {key!r} does not start with {PREFIX!r}")
+            faults.append(f"key {key[:MAX_NAME]!r} does not start with {PREFIX!r}")
         elif suffix is None:
-            faults.append(f"key {key!r} is unknown")
+            faults.append(f"key {key[:MAX_NAME]!r} is unknown")
+        elif len(key) > MAX_NAME or not _NAME.fullmatch(key[len(PREFIX) : -len(suffix)]):
+            faults.append(f"key {key[:MAX_NAME]!r} names no module")
         elif tensor.dtype not in _FLOATS:
             faults.append(f"{key}: stored as {str(tensor.dtype).removeprefix('torch.')}, not as floating-point numbers")
         elif not torch.isfinite(tensor).all():
@@ -146,9 +164,16 @@ def _names(
             names[owner] = _module(owner) + OUT_PROJ
             if _module(owner) in names:
                 names[_module(owner)] = _module(owner) + IN_PROJ
-    for module in dict.fromkeys(_module(owner) for owner in pairs):
+    if len(targeted) * len(pairs) > MAX_PAIRINGS:
+        faults.append(f"target_parameters has {len(targeted):,} names for {len(pairs):,} pairs of factors: too many")
+        return names
+    owners: dict[str, list[str]] = defaultdict(list)
+    for owner in pairs:
+        if names[owner] == owner:
+            owners[_module(owner)].append(owner)
+    for module, held in owners.items():
         mine = [f"{module}.{t.rpartition('.')[2]}" for t in targeted if _holds(module, t)]
-        nested = sorted((o for o in pairs if _module(o) == module and names[o] == o), key=len, reverse=True)
+        nested = sorted(held, key=len, reverse=True)
         if mine and nested:
             names |= dict(zip(nested, _in_holding_order(mine, targeted, in_order), strict=False))
             faults += _ambiguous(module, mine, [pairs[owner] for owner in nested], in_order)

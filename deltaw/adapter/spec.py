@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from deltaw.adapter import math
@@ -25,6 +26,17 @@ def matches(name: str, pattern: str) -> bool:
 def first_match(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches, in the order given (the order is PEFT's rule too), or None."""
     return next((pattern for pattern in patterns if matches(name, pattern)), None)
+
+
+def _order(patterns: Iterable[str]) -> dict[str, int]:
+    return {pattern: number for number, pattern in enumerate(patterns)}
+
+
+def _first_of(name: str, order: Mapping[str, int]) -> str | None:
+    """`first_match` in patterns of known order; its time does not grow with them, and files may bring thousands."""
+    parts = name.split(".")
+    suffixes = (".".join(parts[start:]) for start in range(len(parts)))
+    return min((suffix for suffix in suffixes if suffix in order), key=order.__getitem__, default=None)
 
 
 def _is_number(value: object) -> bool:
@@ -72,14 +84,22 @@ class LoraSpec:
         if faults:
             raise AdapterError("These adapter settings cannot be used:\n" + bullet_list(faults))
 
+    @cached_property
+    def _rank_order(self) -> dict[str, int]:
+        return _order(self.rank_pattern)
+
+    @cached_property
+    def _alpha_order(self) -> dict[str, int]:
+        return _order(self.alpha_pattern)
+
     def rank_of(self, name: str) -> int:
         """The rank for the module or parameter of this name."""
-        key = first_match(name, self.rank_pattern)
+        key = _first_of(name, self._rank_order)
         return self.rank if key is None else self.rank_pattern[key]
 
     def alpha_of(self, name: str) -> float:
         """Alpha for the module or parameter of this name."""
-        key = first_match(name, self.alpha_pattern)
+        key = _first_of(name, self._alpha_order)
         return self.alpha if key is None else self.alpha_pattern[key]
 
     def scale_of(self, name: str) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
@@ -32,6 +33,9 @@ from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, keep_freed_memory, look, set_threads
 from deltaw.kernels import Span, spans_of
 
+MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
+# Layers: the deepest published models have about 130.
+_COUNTS, MAX_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4096
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -189,6 +193,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = " It is an adapter: give the base it was made for, and this folder as --adapter."
         raise BaseError(f"{folder} is not a model folder: it has no config.json.{hint}")
+    for file in sorted(folder.glob("*.json")):
+        if file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+            raise BaseError(f"{file} has {file.stat().st_size:,} bytes; such a file has a few million at most.")
     try:
         with disk_errors("read", path):
             config = json.loads(path.read_text("utf-8"))
@@ -207,6 +214,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         )
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         faults.append(f"model_type {kind!r} is no causal language model, and deltaw trains nothing else")
+    faults += _odd_settings(config)
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         why = f"only {', '.join(pickles)}, which can run code when read" if pickles else "no weights"
@@ -216,6 +224,24 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if faults:
         raise BaseError(f"The base in {folder} is refused:\n" + bullet_list(faults))
     return config
+
+
+def _odd_settings(config: dict[str, Any]) -> list[str]:
+    """Counts for which transformers would build for ever, or nothing, and quantisations that it would pass over."""
+    parts = [config, *(part for part in (config.get("text_config"),) if isinstance(part, dict))]
+    faults = [
+        f"{key} is {part[key]!r}, not a number between 1 and {MAX_COUNT:,}"
+        for part in parts
+        for key in _COUNTS
+        if isinstance(part.get(key), int | float) and not 1 <= part[key] <= MAX_COUNT
+    ]
+    quantised = config.get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if quantised is not None and (not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        faults.append(
+            f"quantization_config has the method {method!r}, which is not known to the installed transformers"
+        )
+    return faults
 
 
 def _open_model(folder: Path, dtype: torch.dtype) -> Any:

@@ -13,13 +13,13 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deltaw.adapter import Adapter, choose_for, merge_
+from deltaw.adapter.files import save_tensors
 from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
 from deltaw.base.load import Base
@@ -141,17 +141,10 @@ def _write_shards(folder: Path, out: Path, stored: dict[str, _Stored], merge: _M
                     tensors[name] = merge.of(name, file.get_tensor(name))
                 elif name == shared:
                     tensors |= {part: merge.of(part, file.get_tensor(name)) for part in merge.parted}
-        _save(tensors, out / shard)
+        save_tensors(tensors, out / shard)
         size_bytes += sum(tensor.nbytes for tensor in tensors.values())
     if shared is not None:
         _describe_parting(out, dict.fromkeys(merge.parted, stored[shared].shard), size_bytes)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # it wraps the system's error in a text
-        raise OSError(str(error)) from error
 
 
 def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> None:
@@ -178,4 +171,7 @@ def _write_whole(folder: Path, out: Path, adapter: Adapter) -> None:
         folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     merge_(model, adapter, keep_originals=False)
-    model.save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+    except SafetensorError as error:  # it wraps the system's error in a text
+        raise OSError(str(error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from models import small_model
 from deltaw.adapter import Adapter, LoraSpec, inject, read_adapter, write_adapter
 from deltaw.adapter.files import CONFIG, MANIFEST, WEIGHTS
 from deltaw.adapter.keys import PREFIX
-from deltaw.errors import AdapterError
+from deltaw.errors import AdapterError, DiskError
 
 EACH_KIND = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 Q = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -296,7 +297,7 @@ def test_a_folder_with_a_pickle_only_is_refused_without_opening_it(folder):
         ("[]", "must hold a JSON object, not list"),
         ("\udcff", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
-        (" " * (1 << 21), "an adapter config has a few thousand"),
+        (" " * (1 << 21), "it has more than 1,048,576 bytes"),
     ],
 )
 def test_a_config_that_is_no_object_is_refused(content, said, folder):
@@ -374,3 +375,15 @@ def test_nested_factors_that_the_config_does_not_name_are_refused(tmp_path):
     assert "target_parameters names none of its parameters" in refusal(folder)
     edit_config(folder, target_parameters=["experts.down_proj"])
     assert "target_parameters names 1 of its parameters, the file holds 2" in refusal(folder)
+
+
+def test_weights_that_the_disk_does_not_take_are_a_disk_error_and_leave_nothing(tmp_path):
+    adapter = CASES["plain"].adapter(small_model("llama"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(DiskError, match="Could not write"):
+            write_adapter(adapter, tmp_path / "adapter")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

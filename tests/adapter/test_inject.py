@@ -158,6 +158,14 @@ def test_half_of_an_attention_module_is_refused():
         choose(made(VisionTransformer), LoraSpec(exclude=("0.self_attn.out_proj.weight",)))
 
 
+def test_an_adapter_that_lost_whole_layers_is_refused_although_each_pair_is_complete():
+    model = small_model("llama")
+    adapter = CASES["plain"].adapter(model)
+    half = {name: factors for name, factors in adapter.factors.items() if "layers.0" in name}
+    with pytest.raises(AdapterError, match=r"layers\.1\.self_attn\.q_proj: the adapter's target_modules select it"):
+        inject(model, adapter.with_factors(half))
+
+
 def test_an_adapter_of_another_model_does_not_fit_and_leaves_it_untouched():
     adapter = CASES["plain"].adapter(small_model("llama"))
     other = small_model("gpt2")
