@@ -24,15 +24,15 @@ from deltaw.engine.optim import FlatFactors, OptimSettings
 class FixedLoader(Loader):
     """The rows in order, so many per optimiser step; micro-batches are cut as ever."""
 
-    def __init__(self, store: TokenStore, examples: int, micro_tokens: int) -> None:
-        super().__init__(store, batch_tokens=1, micro_tokens=micro_tokens, seed=0)
+    def __init__(self, store: TokenStore, examples: int, micro_tokens: int, share: bool) -> None:
+        super().__init__(store, batch_tokens=1, micro_tokens=micro_tokens, seed=0, share=share)
         self.examples = examples
 
     def step(self, position: int, stop: int | None = None) -> Step:
         """The step that begins at `position`; after the last row comes the first."""
         assert stop is None
         documents = [(position + i) % len(self.store) for i in range(self.examples)]
-        return Step(self.cut(documents, self.micro_tokens), position + self.examples)
+        return Step(self.micro_batches(documents), position + self.examples)
 
 
 class WatchedFactors(FlatFactors):
@@ -58,7 +58,8 @@ def train(job: Job, import_bytes: int) -> dict[str, Any]:
     injection = inject(base.model, read_adapter(job.start), trainable=True, dtype=torch.float32)
     optim = OptimSettings(rate=job.rate, schedule="constant", warmup=0.0, clip=job.clip, weight_decay=0.0)
     flat = (WatchedFactors if job.gradients else FlatFactors)(injection, [optim])
-    loader = FixedLoader(TokenStore(Path(job.data)), job.examples_per_step, job.setting["micro_tokens"])
+    store, share = TokenStore(Path(job.data)), job.setting.get("share", False)
+    loader = FixedLoader(store, job.examples_per_step, job.setting["micro_tokens"], share)
     recorder = Recorder(job, import_bytes)
 
     def observe(record: StepRecord, _progress: Progress) -> bool:

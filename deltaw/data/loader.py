@@ -124,8 +124,11 @@ class Loader:
         `stop` is a position that no step passes (the end of the last epoch).
         """
         documents = self._taken(position, stop)
-        cut = self._cut_alike if self.share else self.cut
-        return Step(cut(documents, self.micro_tokens), position + len(documents))
+        return Step(self.micro_batches(documents), position + len(documents))
+
+    def micro_batches(self, documents: Sequence[int]) -> list[list[int]]:
+        """The documents of a step in groups of at most `micro_tokens` computed tokens, or one document."""
+        return self._cut_alike(documents) if self.share else self.cut(documents, self.micro_tokens)
 
     def _taken(self, position: int, stop: int | None) -> list[int]:
         documents: list[int] = []
@@ -138,7 +141,7 @@ class Loader:
             documents.append(document)
         return documents
 
-    def _cut_alike(self, documents: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    def _cut_alike(self, documents: Sequence[int]) -> list[list[int]]:
         """As `cut`, with documents that begin alike side by side, and what they share counted once for each group."""
         groups: list[list[int]] = []
         total = 0
@@ -146,7 +149,7 @@ class Loader:
             fresh = True
             for document in (documents[member] for member in members):
                 own = int(self.lengths[document]) - shared
-                if not groups or total + own + (shared if fresh else 0) > micro_tokens:
+                if not groups or total + own + (shared if fresh else 0) > self.micro_tokens:
                     groups.append([])
                     total, fresh = 0, True
                 groups[-1].append(document)
