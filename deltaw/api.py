@@ -346,11 +346,19 @@ def verify(path: str | Path, steps: int = 3, say: Callable[[str], None] = lambda
 
 
 def bench(
-    model: str, rank: int = 16, seconds: float = 10, device: str = "auto", dtype: str = "auto",
-    threads: int | None = None, say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:  # fmt: skip
+    model: str,
+    rank: int = 16,
+    seconds: float = 10,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int | None = None,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """How fast a base trains here: for three kinds of documents tokens/s, share of the multiply rate, time by part."""
-    base = base_load.load(model, device=device, dtype=dtype, threads=threads or hardware.usable_cores())
+    cores = threads or hardware.usable_cores()
+    base = base_load.load(model, device=device, dtype=dtype, threads=cores, revision=revision)
     return run_bench(base, rank, seconds, say)
 
 

@@ -303,6 +303,7 @@ def set_threads(num_threads: int | None) -> int:
     return chosen
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Lets the C library keep what was freed for the next step, instead of giving it back and having it zeroed anew.
 
