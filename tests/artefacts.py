@@ -41,7 +41,7 @@ from deltaw.data.chat import Encoder
 from deltaw.data.formats import Row, read_rows
 from deltaw.data.source import Fault
 from deltaw.errors import DataError, DeltawError
-from deltaw.hardware import keep_freed_memory
+from deltaw.hardware import tune_memory
 
 PREFIX = "base_model.model."
 A, B = PREFIX + "q_proj.lora_A.weight", PREFIX + "q_proj.lora_B.weight"
@@ -733,7 +733,7 @@ def _read(read: Callable[[Path], Any], folder: Path, strict: bool) -> dict[str, 
         elif event == "open" and strict and not str(os.fsdecode(arguments[0])).startswith(inside):
             events.append(f"open {arguments[0]}")
 
-    keep_freed_memory()  # the C library is asked once in a process
+    tune_memory()  # the C library is asked once in a process
     started, used = time.monotonic(), time.process_time()
     resource.setrlimit(resource.RLIMIT_AS, (_address_bytes() + LIMIT_BYTES, resource.RLIM_INFINITY))
     sys.addaudithook(watch)

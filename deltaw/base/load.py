@@ -30,7 +30,7 @@ from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove_decoder
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
-from deltaw.hardware import choose_device, compute_dtype, keep_freed_memory, look, set_threads
+from deltaw.hardware import choose_device, compute_dtype, look, set_threads, tune_memory
 from deltaw.kernels import Span, spans_of
 
 MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
@@ -165,7 +165,7 @@ def load(
     """
     if threads is not None:
         set_threads(threads)
-    keep_freed_memory()
+    tune_memory()
     where = choose_device(device)
     chosen = _dtype(dtype, where)
     folder = locate(name, revision)
