@@ -1,7 +1,8 @@
 """The heaviest moments of a run, taken once before it: what does not fit shows in the first seconds, not in hour three.
 
-The longest batch goes forward and backward, with an optimiser step, the longest evaluation batch and a checkpoint. Then
-everything is put back exactly. A probe that passed is remembered under the digest of all that decides it.
+The longest batch goes forward and backward, with an optimiser step, the longest evaluation batch if that may be heavier
+than what went forward already, and a checkpoint. Then everything is put back exactly. A probe that passed is remembered
+under the digest of all that decides it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from deltaw import hardware
@@ -42,7 +44,7 @@ def probe(trainer: Trainer) -> None:
     master = trainer.flat.master.clone()
     try:
         _step(trainer, documents)
-        _evaluate(trainer)
+        _evaluate(trainer, trainer.ready.data["train"].store.lengths[documents])
         _save(trainer)
     except (RuntimeError, MemoryError) as error:
         raise _too_much(error, trainer, documents) from error
@@ -86,12 +88,19 @@ def _step(trainer: Trainer, documents: list[int]) -> None:
     trainer.injection.train(False)
 
 
-def _evaluate(trainer: Trainer) -> None:
+def _evaluate(trainer: Trainer, passed: np.ndarray) -> None:
+    """The heaviest evaluation batch, unless what passed, with all that gradients keep, weighs more.
+
+    What gradients keep of one token is several times what goes forward with it, so half as many tokens are enough.
+    """
     held_out = trainer.ready.held_out
     if held_out is None:
         return
-    batches = evaluation_batches(held_out.store, 2 * int(trainer.settings.micro_tokens), trainer.settings.eval_rows)
+    batches = evaluation_batches(held_out.store, int(trainer.settings.micro_tokens), trainer.settings.eval_rows)
     longest = max(batches, key=lambda documents: int(held_out.store.lengths[documents].sum()))
+    lengths = held_out.store.lengths[longest]
+    if lengths.sum() <= 2 * passed.sum() and lengths.max() <= passed.max():
+        return
     score_batch(trainer.ready.base, batch_of(held_out.store, longest).to(trainer.ready.base.device))
 
 

@@ -280,7 +280,7 @@ class Trainer:
             return True
         self.progress.abandonable = True
         loss_sum, tokens, seconds = held_out_loss(
-            self.ready.base, self.ready.held_out.store, 2 * int(self.settings.micro_tokens), self.settings.eval_rows
+            self.ready.base, self.ready.held_out.store, int(self.settings.micro_tokens), self.settings.eval_rows
         )
         self.progress.abandonable = False
         self.progress.away_seconds += seconds

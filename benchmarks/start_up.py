@@ -1,0 +1,96 @@
+"""From process start to the first finished training step of the demo's run, and what the checks before it take.
+
+    python benchmarks/start_up.py [ROUNDS]
+
+Each run is a fresh process: first with nothing cached, then with tokens and the probe's result there, then with the
+tokens alone. Writes benchmarks/results/start_up.json, with the machine's multiply rate beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "start_up.json"
+CHECKS = ("prove_decoder", "probe")
+
+
+def run(folder: Path) -> dict[str, float]:
+    """Seconds of one fresh process: until its first step was finished, and within each check."""
+    environment = {**os.environ, "DELTAW_CACHE": str(folder / "cache")}
+    out = tempfile.mkdtemp(dir=folder)
+    command = [sys.executable, __file__, "--child", str(Path(out) / "run"), str(time.time())]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(out: str, started: float) -> None:
+    """Trains until the first step is finished, in a process that began at `started`, and prints the seconds."""
+    from deltaw.base import load
+    from deltaw.demonstration import demo_settings
+    from deltaw.engine import train
+    from deltaw.engine.run import create_run
+    from deltaw.engine.watcher import Watcher
+
+    seconds = dict.fromkeys(CHECKS, 0.0)
+
+    def timed(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(*arguments, **options)
+            finally:
+                seconds[name] = time.perf_counter() - began
+
+        setattr(module, name, call)
+
+    def first_step(*_: Any) -> bool:
+        print(json.dumps({"first_step": time.time() - started, **seconds}), flush=True)
+        os._exit(0)
+
+    timed(load, "prove_decoder")
+    timed(train, "probe")
+    train.Trainer.observe = first_step  # type: ignore[method-assign]
+    settings = demo_settings({"out": out, "steps": 2})
+    train.train(create_run(settings), settings, Watcher())
+
+
+def main(rounds: int) -> None:
+    import torch
+
+    from deltaw.hardware import measure_gemm, set_threads
+
+    set_threads(None)
+    rate = measure_gemm(torch.bfloat16)
+    kinds: dict[str, list[dict[str, float]]] = {"nothing cached": [], "all cached": [], "tokens cached": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            kinds["nothing cached"].append(run(folder))
+            kinds["all cached"].append(run(folder))
+            for probed in (folder / "cache" / "probes").iterdir():
+                probed.unlink()
+            kinds["tokens cached"].append(run(folder))
+    medians = {
+        kind: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for kind, runs in kinds.items()
+    }
+    found = {"bf16_gemm_gflops": rate, "median_seconds": medians, "runs": kinds}
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    print(json.dumps(medians))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], float(sys.argv[3]))
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
