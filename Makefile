@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-long torture docs bench clean
+.PHONY: help setup demo check test test-long torture docs bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/demo_accuracy.py
 	$(BIN)/python benchmarks/data_speed.py
 	$(BIN)/python benchmarks/incumbent.py --runs 40
+
+gpu-check:  ## on a machine with a GPU: the same numbers there, and how fast; with $(PYTHON) as it is, no network
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean:  ## remove the environment and build leftovers (runs and caches stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -36,8 +36,8 @@ WORKLOADS = {
 # A further way of running deltaw is one more line here. Prefixes are shared where rows have a long one: everywhere else
 # too it would be faster (chat templates begin alike), but the comparison is then one of another kind.
 DELTAW: dict[str, Setting] = {
-    "plain": {"micro_tokens": 1024, "dtype": "bfloat16"},
-    "sharing": {"micro_tokens": 1024, "dtype": "bfloat16", "share": True},
+    "plain": {"micro_tokens": 2048, "dtype": "bfloat16"},
+    "sharing": {"micro_tokens": 2048, "dtype": "bfloat16", "share": True},
 }
 
 # What a user gets who sets nothing: 8 rows per step, recomputed activations, bf16 autocast. TRL, given a model by name,

@@ -245,6 +245,17 @@ def test_changed_data_is_refused_and_nothing_touched(start, chats, tmp_path):
         _go_on(run)
 
 
+def test_a_base_that_would_be_computed_in_another_way_is_refused(start, monkeypatch):
+    run, settings = start(dropout=0.0)
+    with pytest.raises(Killed):
+        train(run, settings, Saboteur(kill_at=7))
+    monkeypatch.setattr("deltaw.base.load.prove_decoder", lambda _: (None, "its kernels disagree here"))
+    with pytest.raises(UsageError, match="the way of computing changed"):
+        train(run, run.settings(), Saboteur(), resume=True)
+    monkeypatch.undo()
+    assert train(run, run.settings(), Saboteur(), resume=True).progress.step == STEPS
+
+
 def test_every_setting_that_changed_is_listed_and_harmless_ones_do_not_stop_the_run(start, straight):
     run, settings = start()
     with pytest.raises(Interrupted):
