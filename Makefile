@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## adapt SmolLM2-135M to real reviews and see what changed (about ten minutes on two cores)
+demo: $(READY)  ## adapt SmolLM2-135M to real reviews and see what changed (about four minutes on two cores)
 	$(BIN)/deltaw demo $(DEMO)
 
 check: $(READY)  ## formatter, linter, types
