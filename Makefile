@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## adapt SmolLM2-135M to real reviews and see what changed (about four minutes on two cores)
+demo: $(READY)  ## adapt SmolLM2-135M to real reviews and see what changed (about five minutes on two cores)
 	$(BIN)/deltaw demo $(DEMO)
 
 check: $(READY)  ## formatter, linter, types
@@ -45,8 +45,13 @@ bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/demo_accuracy.py
 	$(BIN)/python benchmarks/data_speed.py
 	$(BIN)/python benchmarks/incumbent.py --runs 40
+	$(BIN)/python benchmarks/checkpoint_cost.py
+	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/gradient_error.py
+	$(BIN)/python benchmarks/memory_growth.py
+	$(BIN)/python benchmarks/versus.py
 
-gpu-check:  ## on a machine with a GPU: the same numbers there, and how fast; with $(PYTHON) as it is, no network
+gpu-check:  ## compare with the processor and time training, where there is a GPU (PYTHON=… picks the environment)
 	$(PYTHON) benchmarks/gpu_check.py
 
 clean:  ## remove the environment and build leftovers (runs and caches stay)

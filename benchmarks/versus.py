@@ -195,6 +195,7 @@ def report(bench: Bench, kind: str) -> int:
     if not found["workloads"]:
         tell("no rows are stored yet")
         return 1
+    found["rivals_at"] = "best of a sweep" if SWEEP.is_file() else "as was best in earlier runs"
     print(summary.table(found))
     if kind == "pair":
         SUMMARY.write_text(json.dumps(found, indent=2) + "\n", "utf-8")

@@ -359,7 +359,10 @@ def bench(
     """How fast a base trains here: for three kinds of documents tokens/s, share of the multiply rate, time by part."""
     cores = threads or hardware.usable_cores()
     base = base_load.load(model, device=device, dtype=dtype, threads=cores, revision=revision)
-    return run_bench(base, rank, seconds, say)
+    try:
+        return run_bench(base, rank, seconds, say)
+    except AdapterError as error:  # what was asked for does not suit the base
+        raise UsageError(str(error)) from error
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

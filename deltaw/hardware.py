@@ -308,7 +308,7 @@ def tune_memory() -> None:
     """Bounds what oneDNN remembers, and lets the C library keep what was freed for the next step. Before any product.
 
     oneDNN and torch's layer above it keep a prepared product, with its memory, for each of the last 1,024 shapes; as
-    every batch has new ones, a run grew by 25 MB a step. 128 of each hold the peak and cost no measurable time.
+    every batch has new ones, a run grew by 22 MB a step. 128 of each hold the peak and cost no measurable time.
 
     glibc gives large blocks back and has them zeroed anew; kept, a step of dense rows takes 190,000 page faults less
     and the high-water mark stays what it was. 32 MB is the largest size that it may keep.
@@ -336,7 +336,7 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _time_calls(call: Callable[[], object], num_calls: int, device: torch.device) -> float:
+def time_calls(call: Callable[[], object], num_calls: int, device: torch.device) -> float:
     """Seconds that `num_calls` take together, until the device has really finished."""
     _synchronize(device)
     start_seconds = time.perf_counter()
@@ -364,12 +364,12 @@ def measure_gemm(
     a_MK, b_KN = (torch.randn(shape, generator=random).to(place, dtype) for shape in ((m, k), (k, n)))
     out_MN = torch.empty(m, n, dtype=dtype, device=place)
     multiply = functools.partial(torch.mm, a_MK, b_KN, out=out_MN)
-    _time_calls(multiply, 1, place)  # packs weights, fills caches, starts threads and kernels
+    time_calls(multiply, 1, place)  # packs weights, fills caches, starts threads and kernels
     # Fast devices do several products per timing, so that the clock and the launch weigh little.
-    num_calls = max(1, math.ceil(2e-3 / _time_calls(multiply, 1, place)))
+    num_calls = max(1, math.ceil(2e-3 / time_calls(multiply, 1, place)))
     timings: list[float] = []
     while len(timings) < 3 or sum(timings) < seconds:
-        timings.append(_time_calls(multiply, num_calls, place))
+        timings.append(time_calls(multiply, num_calls, place))
     return 2 * m * k * n * num_calls / statistics.median(timings) / 1e9
 
 

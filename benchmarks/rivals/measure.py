@@ -76,8 +76,11 @@ class Bench:
         return replace(job, **given)
 
     def once(self, key: str, job: Job, *, fresh_compiler: bool = False) -> Row:
-        """The row of this key, measured now if it is not there. Raises OutOfTimeError rather than begin a run late."""
-        if key not in self.rows:
+        """The row of this key at this setting, measured now if it is not there.
+
+        Raises OutOfTimeError rather than begin a run late.
+        """
+        if key not in self.rows or self.rows[key].get("setting", job.setting) != job.setting:
             if time.time() > self.deadline:
                 raise OutOfTimeError
             tell(key)

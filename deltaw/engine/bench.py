@@ -7,7 +7,6 @@ floating-point operations are counted by formula, so that what is recomputed or 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,9 +79,7 @@ def _workload(
         step(batch)
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
-        started = time.perf_counter()
-        step(batch)
-        times.append(time.perf_counter() - started)
+        times.append(hardware.time_calls(lambda: step(batch), 1, base.device))
     rates.append(_gemm(base))
     step_seconds, gemm = statistics.median(times), statistics.mean(rates)
     useful = useful_flops(base, batch, trained)

@@ -89,9 +89,9 @@ def _step(trainer: Trainer, documents: list[int]) -> None:
 
 
 def _evaluate(trainer: Trainer, passed: np.ndarray) -> None:
-    """The heaviest evaluation batch, unless what passed, with all that gradients keep, weighs more.
+    """The heaviest evaluation batch, unless documents no shorter have passed, with gradients, in a batch as full.
 
-    What gradients keep of one token is several times what goes forward with it, so half as many tokens are enough.
+    As full: there was no room for one more. The run's own steps are let off as much.
     """
     held_out = trainer.ready.held_out
     if held_out is None:
@@ -99,7 +99,7 @@ def _evaluate(trainer: Trainer, passed: np.ndarray) -> None:
     batches = evaluation_batches(held_out.store, int(trainer.settings.micro_tokens), trainer.settings.eval_rows)
     longest = max(batches, key=lambda documents: int(held_out.store.lengths[documents].sum()))
     lengths = held_out.store.lengths[longest]
-    if lengths.sum() <= 2 * passed.sum() and lengths.max() <= passed.max():
+    if lengths.sum() <= passed.sum() + passed.max() and lengths.max() <= passed.max():
         return
     score_batch(trainer.ready.base, batch_of(held_out.store, longest).to(trainer.ready.base.device))
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +61,28 @@ def test_the_longest_document_is_probed_with_the_next_longest_that_fit_beside_it
     assert probing.longest_micro_batch(store, 180) == [1, 3, 2]
     assert probing.longest_micro_batch(store, 150) == [1, 3]
     assert probing.longest_micro_batch(store, 10) == [1]
+
+
+@pytest.mark.parametrize(
+    ("passed", "held_out", "probed"),
+    [
+        ([30, 30, 30], [30, 30, 30], False),
+        ([30, 30, 30], [20, 20, 20, 20, 20, 20], False),  # 120 of them in one batch: as full as steps may be
+        ([30, 30, 30], [31], True),
+        ([30], [20, 20, 20, 20], True),  # nothing so large has passed
+    ],
+)
+def test_an_evaluation_is_probed_where_nothing_as_heavy_has_passed(
+    trainer, tmp_path, monkeypatch, passed, held_out, probed
+):
+    examples = (Example(np.zeros(n, np.int32), np.ones(n, np.float32), n) for n in held_out)
+    held_out_set = SimpleNamespace(store=TokenStore.write(tmp_path / "held", examples))
+    monkeypatch.setattr(type(trainer.ready), "held_out", held_out_set)
+    trainer.settings.micro_tokens = 120
+    scored = []
+    monkeypatch.setattr(probing, "score_batch", lambda _base, batch: scored.append(batch.tokens))
+    probing._evaluate(trainer, np.array(passed))
+    assert scored == ([sum(held_out)] if probed else [])
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the memory as Linux does")
