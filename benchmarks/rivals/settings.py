@@ -29,7 +29,7 @@ WORKLOADS = {
         Workload("short", examples_per_step=16, rows=8000, held_out=200),
         Workload("docstrings", examples_per_step=8, rows=2400, held_out=60),
         Workload("dense", examples_per_step=4, rows=1200, held_out=8),
-        Workload("shared", examples_per_step=4, rows=1200, held_out=24),
+        Workload("shared", examples_per_step=8, rows=1200, held_out=24),
     )
 }
 

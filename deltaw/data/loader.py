@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -127,8 +127,14 @@ class Loader:
         return Step(self.micro_batches(documents), position + len(documents))
 
     def micro_batches(self, documents: Sequence[int]) -> list[list[int]]:
-        """The documents of a step in groups of at most `micro_tokens` computed tokens, or one document."""
-        return self._cut_alike(documents) if self.share else self.cut(documents, self.micro_tokens)
+        """The documents of a step in as few groups of at most `micro_tokens` computed tokens as hold them, about alike.
+
+        One document may be longer than a group.
+        """
+        if not self.share:
+            return _evenly(lambda limit: self.cut(documents, limit), self.micro_tokens)
+        alike = common_beginnings([self.store[document].tokens for document in documents])
+        return _evenly(lambda limit: self._cut_alike(documents, alike, limit), self.micro_tokens)
 
     def _taken(self, position: int, stop: int | None) -> list[int]:
         documents: list[int] = []
@@ -141,15 +147,17 @@ class Loader:
             documents.append(document)
         return documents
 
-    def _cut_alike(self, documents: Sequence[int]) -> list[list[int]]:
+    def _cut_alike(
+        self, documents: Sequence[int], alike: Sequence[tuple[list[int], int]], micro_tokens: int
+    ) -> list[list[int]]:
         """As `cut`, with documents that begin alike side by side, and what they share counted once for each group."""
         groups: list[list[int]] = []
         total = 0
-        for members, shared in common_beginnings([self.store[document].tokens for document in documents]):
+        for members, shared in alike:
             fresh = True
             for document in (documents[member] for member in members):
                 own = int(self.lengths[document]) - shared
-                if not groups or total + own + (shared if fresh else 0) > self.micro_tokens:
+                if not groups or total + own + (shared if fresh else 0) > micro_tokens:
                     groups.append([])
                     total, fresh = 0, True
                 groups[-1].append(document)
@@ -181,6 +189,15 @@ class Loader:
         while position < stop:
             position, steps = position + len(self._taken(position, stop)), steps + 1
         return steps
+
+
+def _evenly(cut: Callable[[int], list[list[int]]], most: int) -> list[list[int]]:
+    """The cut at the lowest limit that needs no more groups than `most` does: a short last group would be slow."""
+    groups, low, high = cut(most), 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= len(groups) else (middle + 1, high)
+    return cut(high)
 
 
 def evaluation_batches(store: TokenStore, batch_tokens: int, most_rows: int | None = None) -> list[list[int]]:

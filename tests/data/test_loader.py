@@ -1,5 +1,7 @@
 """The order is a permutation that depends on (seed, epoch) alone; a step is whole documents, cut without loss."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,17 @@ def test_micro_batches_cover_the_step_exactly_however_they_are_cut(store, micro_
             assert batch.documents == tuple(documents)
             assert batch.tokens <= micro_tokens or len(documents) == 1
         assert sum(batch.tokens for batch in cut.batches(many)) == whole.batches(one)[0].tokens
+
+
+def test_micro_batches_are_as_few_as_possible_and_the_largest_as_small_as_possible(store):
+    loader = Loader(store, 400, 120, 1)
+    for position in range(0, 90, 9):
+        groups = loader.step(position).micro_batches
+        lengths = [int(store.lengths[d]) for group in groups for d in group]
+        assert len(groups) == len(loader.cut([d for group in groups for d in group], 120))
+        others = itertools.combinations(range(1, len(lengths)), len(groups) - 1)
+        largest = min(max(sum(lengths[a:b]) for a, b in itertools.pairwise((0, *cuts, len(lengths)))) for cuts in others)
+        assert max(sum(int(store.lengths[d]) for d in group) for group in groups) == largest
 
 
 def test_a_step_crosses_epochs_unless_it_is_stopped(store):
