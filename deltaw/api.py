@@ -7,6 +7,7 @@ layer over these names.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -15,6 +16,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN, cache_folder
 from deltaw.base.forward import plain_attention
 from deltaw.base.save import require_new, write_merged
-from deltaw.config import DEFAULT_MAX_LENGTH, Settings, make_settings
+from deltaw.config import DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
 from deltaw.data.chat import Encoder
 from deltaw.data.example import Example
 from deltaw.data.formats import Row, parse_sources, read_rows
@@ -41,11 +43,17 @@ from deltaw.engine import train as engine
 from deltaw.engine.bench import bench as run_bench
 from deltaw.engine.evaluate import evaluate as run_evaluation
 from deltaw.engine.generate import generate, render_prompt
+from deltaw.engine.prepare import Sketch, origin_warnings, sketch_run
 from deltaw.engine.run import Run, adapter_folder, create_run, open_run, run_of
 from deltaw.engine.train import Trainer
 from deltaw.engine.verify import verify as run_verification
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError, does_not_fit
+from deltaw.plan.choose import Plan, Room, make_plan
+from deltaw.plan.demand import Demand
+from deltaw.plan.devices import DEVICES
+from deltaw.plan.pace import measure_pace
+from deltaw.plan.speed import Clock
 from deltaw.report import write_report
 
 EVALUATION_TOKENS = 2048
@@ -111,7 +119,7 @@ def load(name: str | Path, adapter: str | Path | None = None, **options: Any) ->
     """Opens a base, and an adapter or run folder over it. Options: device, dtype, revision, threads."""
     value = None if adapter is None else read_adapter(adapter_folder(adapter))
     base = base_load.load(name, **options)
-    for line in [] if value is None else engine.origin_warnings(value, base):
+    for line in [] if value is None else origin_warnings(value, base):
         warnings.warn(line, stacklevel=2)
     return _over(base, value)
 
@@ -134,7 +142,7 @@ def open_adapter(
     if model is None and options.get("revision") is None and "revision" in adapter.origin:
         options = {**options, "revision": adapter.origin["revision"]}
     base = base_load.load(model or _base_of(Path(path), adapter), **options)
-    for line in engine.origin_warnings(adapter, base):
+    for line in origin_warnings(adapter, base):
         say(line)
     return _over(base, adapter)
 
@@ -148,6 +156,54 @@ def _base_of(path: Path, adapter: Adapter) -> str:
     if not name or (name not in BUILTIN and name.count("/") != 1 and not Path(name).exists()):
         raise AdapterError(f"{path} does not say where its base {name!r} lies; give --model FOLDER.")
     return name
+
+
+# -- planning ----------------------------------------------------------------------------------------------------------
+
+HELD_BACK = 0.05  # of the memory that is there, for everything that is not ours
+GPU_FIXED_BYTES = 600_000_000  # a CUDA context and its libraries
+
+
+def plan(
+    settings: Settings | None = None, watcher: Watcher | None = None, *, on: str | None = None, **given: Any
+) -> Plan:
+    """What a run of these settings (those of `train`) will take: memory by part and phase, time, and how it is fitted.
+
+    `on` names another machine (deltaw/plan/devices.py). No weight is read. Raises DoesNotFitError with three ways out.
+    """
+    settings = settings or make_settings(_listed(given))
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = dataclasses.replace(settings, out=str(Path(folder) / "run"))
+        run = create_run(elsewhere)
+        return plan_sketch(sketch_run(run, elsewhere, watcher or Watcher()), elsewhere, on)
+
+
+def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Plan:
+    """The plan of a sketched run, here or on another machine."""
+    if on is not None and on not in DEVICES:
+        raise UsageError(f"No machine {on!r} is known; choose {', '.join(DEVICES)}.")
+    fixed_bytes = hardware.rss_bytes()
+    if on is not None:
+        device = DEVICES[on]
+        settings.device, settings.dtype = device.kind, str(device.dtype).removeprefix("torch.")
+        fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
+    demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
+    clock = Clock(demand, None if on else measure_pace(demand), DEVICES[on] if on else None)
+    return make_plan(demand, _room(settings, fixed_bytes, on), clock)
+
+
+def _room(settings: Settings, fixed_bytes: int, on: str | None) -> Room:
+    machine = hardware.look()
+    if on is not None:
+        total, source = DEVICES[on].memory_bytes, on
+    elif settings.device == "cuda" and machine.gpu is not None:
+        total, source, fixed_bytes = machine.gpu.total_bytes, machine.gpu.name, GPU_FIXED_BYTES
+    else:
+        total, source = machine.available_bytes + fixed_bytes, machine.memory_limit_source
+    limit = round(total * (1 - HELD_BACK))
+    if settings.memory is not None and parse_bytes(settings.memory) <= limit:
+        limit, source = parse_bytes(settings.memory), "--memory"
+    return Room(limit, source, fixed_bytes)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -205,7 +261,8 @@ def train_run(
     """Runs the engine and, whatever happens, leaves a summary and a report."""
     run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
     try:
-        trainer = engine.train(run, settings, watcher, resume=resume, before=before)
+        fit = None if resume else partial(_fit, run, settings, watcher)
+        trainer = engine.train(run, settings, watcher, resume=resume, plan=fit, before=before)
         status = "stopped early" if trainer.stopped_early else "done"
         summary = {"status": status, "verb": verb, **_summary(trainer), **(after(trainer) if after else {})}
     except BaseException as error:
@@ -226,6 +283,16 @@ def train_run(
     return summary
 
 
+def _fit(run: Run, settings: Settings, watcher: Watcher, sketch: Sketch) -> None:
+    """Has the plan's choices carried out, and keeps the plan in the run folder."""
+    plan = plan_sketch(sketch, settings)
+    for name, value in plan.choice._asdict().items():
+        if getattr(settings, name) != value:
+            settings.put(name, value, f"plan: the fastest that fits ({plan.room.source})")
+    write_text(run.plan, json.dumps(plan.as_dict(), indent=2) + "\n")
+    watcher.planned(plan.as_dict())
+
+
 def _summary(trainer: Trainer) -> dict[str, Any]:
     track, ready = trainer.progress.tracks[0], trainer.ready
     base, machine = ready.base, hardware.look()
@@ -238,6 +305,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "peak_bytes": engine.peak_bytes(),
         "tokens": track.tokens,
         "trained_tokens": track.trained_tokens,
+        "plan": json.loads(trainer.run.plan.read_text("utf-8")) if trainer.run.plan.is_file() else None,
         "gemm_gflops": hardware.measure_gemm(base.dtype, device=str(base.device)),
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),

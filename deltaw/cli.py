@@ -207,17 +207,10 @@ def _show_demo(summary: dict[str, Any]) -> None:
     metavar="RUN",
     help="Go on with an interrupted run; takes no other settings.",
 )
-@click.option("--memory", metavar="SIZE", help="Keep the run below this much memory (not built yet).")
 @quiet_option
 @json_option
-def train(
-    recipe: Path | None, resume: Path | None, memory: str | None, quiet: bool, as_json: bool, **options: Any
-) -> None:
+def train(recipe: Path | None, resume: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
     """Train an adapter. RECIPE is a YAML file of settings; flags win over it."""
-    if memory is not None:
-        raise UsageError(
-            "--memory is not built yet. Use smaller --micro-tokens to need less memory; results stay the same."
-        )
     given = _given(options)
     if resume is not None:
         if given or recipe:
@@ -231,6 +224,24 @@ def train(
     settings = make_settings(given, read_recipe(recipe) if recipe else None)
     # The folder stands before anything heavy is imported.
     _finish_training(None, settings, create_run(settings), quiet, as_json)
+
+
+@main.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@_settings_options()
+@click.option("--on", metavar="MACHINE", help="Plan for another machine, by its data sheet, such as rtx4090-24gb.")
+@json_option
+def plan(recipe: Path | None, on: str | None, as_json: bool, **options: Any) -> None:
+    """What `train` with the same arguments will take: memory by part, time, and how it is fitted. Reads no weight."""
+    from deltaw import api
+    from deltaw.terminal import TerminalWatcher, make_console, plan_page, show_json
+
+    settings = make_settings(_given(options), read_recipe(recipe) if recipe else None)
+    found = api.plan(settings, TerminalWatcher(make_console(stderr=True)), on=on).as_dict()
+    if as_json:
+        show_json(found)
+    else:
+        plan_page(make_console(), found)
 
 
 def _finish_training(resume: Path | None, settings: Settings | None, run: Any, quiet: bool, as_json: bool) -> None:
@@ -247,10 +258,24 @@ def _finish_training(resume: Path | None, settings: Settings | None, run: Any, q
     pairs(make_console(), {
         "status": summary["status"],
         **({} if best is None else {"best validation loss": f"{best:.4f} (step {summary['best_step']})"}),
+        **_as_planned(summary),
         "adapter": str(run.adapter),
         "report": str(run.report),
         "next": f"deltaw chat {run.folder}",
     })  # fmt: skip
+
+
+def _as_planned(summary: dict[str, Any]) -> dict[str, str]:
+    """What a run took beside what it was said to take."""
+    from deltaw.terminal import human_bytes, human_seconds
+
+    plan, steps = summary.get("plan"), summary.get("steps")
+    if not plan or not steps:
+        return {}
+    took = human_seconds(summary["train_seconds"])
+    said = human_seconds(plan["step_seconds"] * steps)
+    peak = f"{human_bytes(summary['peak_bytes'])} (planned {human_bytes(plan['peak_bytes'])})"
+    return {"time of the steps": f"{took} (planned {said})", "peak memory": peak}
 
 
 def _say(text: str) -> None:

@@ -161,6 +161,23 @@ class Settings:
     device: str = setting(AUTO, "auto, cpu, cuda or mps.", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     dtype: str = setting(AUTO, "auto, float32 or bfloat16.", choices=("auto", "float32", "bfloat16"), group="machine")
     threads: int | None = setting(None, "CPU threads.", kind=int, group="machine")
+    memory: str | None = setting(
+        None,
+        "Memory that the run may take, such as 4GB or 900MiB; what does not fit is refused before it starts.",
+        group="machine",
+    )
+    recompute: int | str = setting(
+        AUTO, "Blocks that are computed twice instead of kept for backward, or auto.", kind=int, group="machine"
+    )
+    stream: bool | str = setting(
+        AUTO, "Read blocks of the base from disk when they are needed, or auto.", kind=bool, group="machine"
+    )
+    quant: str = setting(
+        AUTO,
+        "Store the base's layers in 4 or 8 bits; auto does so only where nothing exact fits --memory.",
+        choices=("auto", "none", "nf4", "int8"),
+        group="machine",
+    )
 
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -308,8 +325,8 @@ def _contradictions(settings: Settings) -> list[str]:
         value = getattr(settings, name)
         if isinstance(value, int | float) and value <= 0:
             faults.append(f"{name} = {value}: must be above 0")
-    for name in ("clip", "weight_decay", "patience", "seed"):
-        if getattr(settings, name) < 0:
+    for name in ("clip", "weight_decay", "patience", "seed", "recompute"):
+        if getattr(settings, name) != AUTO and getattr(settings, name) < 0:
             faults.append(f"{name} = {getattr(settings, name)}: must not be below 0")
     for name in ("dropout", "warmup", "allow_lost"):
         if not 0 <= getattr(settings, name) <= 1:
@@ -319,6 +336,11 @@ def _contradictions(settings: Settings) -> list[str]:
             parse_pattern(getattr(settings, name), kind)
         except ValueError as error:
             faults.append(f"{name} = {', '.join(getattr(settings, name))}: {error}")
+    if settings.memory is not None:
+        try:
+            parse_bytes(settings.memory)
+        except ValueError as error:
+            faults.append(f"memory = {settings.memory!r}: {error}")
     if settings.date != AUTO:
         try:
             datetime.date.fromisoformat(settings.date)
@@ -348,6 +370,20 @@ def parse_pattern(entries: tuple[str, ...], kind: type) -> dict[str, Any]:
             raise ValueError(f"{entry} must be above 0")
         found[suffix] = number
     return found
+
+
+_UNITS = {
+    **{unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
+    **{unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib", "tib"), 1)},
+}
+
+
+def parse_bytes(text: str) -> int:
+    """4000000000 from "4GB" (10⁹), 943718400 from "900MiB" (2²⁰); ValueError when it is no such size."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([a-z]{1,3})", text.strip().lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise ValueError("must be a number with a unit, such as 4GB (10⁹ bytes) or 900MiB (2²⁰)")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from deltaw.api import evaluate_set, train_run
 from deltaw.base.builtin import token_cache
 from deltaw.config import Settings, make_settings
 from deltaw.data.prepare import prepare
-from deltaw.engine import train as engine
 from deltaw.engine.generate import generate
+from deltaw.engine.prepare import make_encoder
 from deltaw.engine.run import Run, create_run
 from deltaw.engine.train import Trainer
 from deltaw.engine.watcher import Watcher
@@ -65,7 +65,7 @@ def _measure_demo(trainer: Trainer, watcher: Watcher, *, adapted: bool) -> dict[
     base, injection = trainer.ready.base, trainer.injection
     injection.eject()
     watcher.say(f"Measuring the {'adapter' if adapted else 'base'} on the test split.")
-    encoder = engine.make_encoder(base, trainer.settings)
+    encoder = make_encoder(base, trainer.settings)
     test = prepare([snippets("test")], encoder, token_cache(trainer.run.tokens), keep_rows=True)
     using = inject(base.model, read_adapter(trainer.run.adapter), dtype=base.dtype) if adapted else None
     result = evaluate_set(base, test, getattr(watcher, "measured", None))

@@ -373,6 +373,12 @@ def measure_gemm(
     return 2 * m * k * n * num_calls / statistics.median(timings) / 1e9
 
 
+def rss_bytes() -> int:
+    """The main memory that this process holds now; its peak so far on a system that does not tell."""
+    status = PROC / "status"
+    return _kib(status, "VmRSS") if status.exists() else peak_rss_bytes()
+
+
 def peak_rss_bytes() -> int:
     """The most main memory that this process has held so far, mapped files that were touched included.
 

@@ -87,6 +87,10 @@ class TerminalWatcher(Watcher):
         if not self.quiet:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def planned(self, plan: dict[str, Any]) -> None:
+        for line in plan_lines(plan):
+            self.say(line)
+
     def reading(self, rows: int) -> None:
         if self.live and time.monotonic() - self.measured_at > 0.2:
             self.measured_at = time.monotonic()
@@ -242,6 +246,72 @@ def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
             norm,
         )
     console.print(table)
+
+
+def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
+    """What a run will cost, in a line or two."""
+    low, high = plan["peak_bytes_interval"]
+    spread = f"{human_bytes(plan['peak_bytes'])} ({human_bytes(low)} to {human_bytes(high)})"
+    yield f"plan      {spread} at its peak, of {human_bytes(plan['limit_bytes'])}; {_planned_time(plan)}"
+    chosen = [text for text in _chosen(plan["choice"]) if text]
+    if chosen:
+        yield f"{'':<10}to fit: {', '.join(chosen)}"
+
+
+def _planned_time(plan: dict[str, Any]) -> str:
+    step, rate = plan["step_seconds"], plan["tokens_per_second"]
+    about = f"{step:.2g} s a step" if step < 10 else f"{human_seconds(step)} a step"
+    if plan["run_seconds"] is None:
+        return f"about {about}, {rate:,.0f} tokens/s"
+    return f"about {human_seconds(plan['run_seconds'])} for {plan['steps']:,} steps, {about}, {rate:,.0f} tokens/s"
+
+
+def _chosen(choice: dict[str, Any]) -> Iterator[str]:
+    if choice["recompute"]:
+        yield f"{choice['recompute']} blocks computed twice"
+    if choice["stream"]:
+        yield "base read block by block"
+    if choice["quant"] != "none":
+        yield f"base in {choice['quant']}, which changes results a little"
+
+
+PLAN_BAR = 48
+PART_STYLES = dict(
+    zip(
+        ("fixed", "base", "factors", "activations", "loss", "workspace"),
+        (("░", "bright_black"), ("█", "blue"), ("▓", "magenta"), ("▒", "green"), ("▚", "yellow"), ("·", "cyan")),
+        strict=True,
+    )
+)
+
+
+def plan_page(console: Console, plan: dict[str, Any]) -> None:
+    """A bar for each phase, made of its parts, against the limit; then the numbers."""
+    whole = max(plan["limit_bytes"] if plan["limit_bytes"] < 4 * plan["peak_bytes"] else 0, plan["peak_bytes"])
+    for phase, parts in plan["phases"].items():
+        line, filled, total = Text(f"{phase:<12}"), 0, 0
+        for part, size in parts.items():
+            total += size
+            cells = round(PLAN_BAR * total / whole) - filled
+            mark, style = PART_STYLES[part]
+            line.append(mark * cells, style=style)
+            filled += cells
+        line.append(" " * (PLAN_BAR - filled) + f"  {human_bytes(total)}")
+        console.print(line)
+    marks = Text(" " * 12)
+    for part, (mark, style) in PART_STYLES.items():
+        marks.append(f"{mark} ", style=style).append(f"{part}  ")
+    console.print(marks)
+    peak, choice = plan["phases"][plan["peak_phase"]], plan["choice"]
+    low, high = plan["peak_bytes_interval"]
+    pairs(console, {
+        "peak": f"{human_bytes(plan['peak_bytes'])} ({human_bytes(low)} to {human_bytes(high)}), in "
+        f"{plan['peak_phase']}; the {plan['peak_is']}",
+        "of it": ", ".join(f"{part} {human_bytes(size)}" for part, size in peak.items() if size),
+        "limit": f"{human_bytes(plan['limit_bytes'])} ({plan['limit_source']})",
+        "time": _planned_time(plan) + ("" if plan["calibrated"] else ", by data sheet: not calibrated"),
+        "how": ", ".join([f"{choice['micro_tokens']} tokens a pass", *_chosen(choice)]) + f", by {plan['way']}",
+    })  # fmt: skip
 
 
 def bench_tables(console: Console, found: dict[str, Any]) -> None:

@@ -12,12 +12,16 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
 from deltaw.base import forward
 from deltaw.base.load import Base
 from deltaw.base.proof import prove_decoder
 from deltaw.data.chat import Encoder
+from deltaw.data.example import Example
 from deltaw.data.formats import Row
+from deltaw.data.pack import flat_batch
 from deltaw.data.store import TokenStore
+from deltaw.engine.objective import batch_loss, head_factors, score_batch
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -159,3 +163,35 @@ def flat_row(documents):
     """(tokens, positions, bounds) of documents laid end to end."""
     bounds = tuple(accumulate((len(d) for d in documents), initial=0))
     return torch.cat(documents), torch.cat([torch.arange(len(d)) for d in documents]), bounds
+
+
+# -- passes over a base ---------------------------------------------------------------------------------------------------
+
+
+def some_batch(seed=0, lengths=(40, 9, 130)):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, 200, (n,), generator=generator).int().numpy() for n in lengths]
+    return flat_batch([Example(row, (row % 3 > 0).astype("float32")) for row in rows])
+
+
+def slopes(base, **options):
+    """Loss, gradients of a random adapter, and the scores of an evaluation between two passes."""
+    spec = LoraSpec(rank=3, alpha=6, **options)
+    adapter = new_adapter(choose(base.model, spec), spec, 0)
+    generator = torch.Generator().manual_seed(0)
+    adapter = adapter.with_factors(
+        {
+            name: Factors(f.A, 0.05 * torch.randn(f.B.shape, generator=generator), f.magnitude)
+            for name, f in adapter.factors.items()
+        }
+    )
+    found = []
+    with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
+        injection.train(True)
+        for _ in range(2):
+            loss = batch_loss(base, some_batch(), head_factors(base, injection))
+            named = {f"{part} of {name}": tensor for name, part, tensor in injection.trained()}
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            found += [loss.detach(), *(grad for grad in grads if grad is not None)]
+            found.append(score_batch(base, some_batch(1)).losses_N)
+    return found

@@ -42,7 +42,7 @@ def _loss(model, data):
 def test_a_run_leaves_everything_that_it_promises(tiny_run):
     names = {path.name for path in tiny_run.folder.iterdir()}
     assert names == {
-        "adapter", "checkpoints", "config.yaml", "last", "metrics.jsonl", "report.html", "summary.json",
+        "adapter", "checkpoints", "config.yaml", "last", "metrics.jsonl", "plan.json", "report.html", "summary.json",
     }  # fmt: skip
     summary = tiny_run.read_summary()
     assert (summary["status"], summary["verb"], summary["steps"]) == ("done", "train", 4)

@@ -86,6 +86,7 @@ def test_every_verb_has_help_and_every_option_of_it_a_sentence():
     assert [*cli.main.commands] == [
         "demo",
         "train",
+        "plan",
         "eval",
         "generate",
         "merge",
@@ -223,10 +224,10 @@ def test_results_go_to_stdout_and_talk_to_stderr_without_escape_codes(tmp_path, 
     done = _run(*_training(llama_folder, chats, tmp_path / "run", "--steps=1"))
     assert done.exit_code == 0 and ESCAPE not in done.stdout + done.stderr
     assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [
-        "status", "best validation loss", "adapter", "report", "next",
+        "status", "best validation loss", "time of the steps", "peak memory", "adapter", "report", "next",
     ]  # fmt: skip
     first_words = [line.split()[0] for line in done.stderr.splitlines()]
-    assert first_words == ["base", "adapter", "data", "60", "2,387", "3", "run", "step", "step"]
+    assert first_words == ["plan", "base", "adapter", "data", "60", "2,387", "3", "run", "step", "step"]
     again = _run("train", "--resume", tmp_path / "run")
     assert again.exit_code == 0 and "has ended already; nothing is left to do" in again.stderr
 
@@ -241,7 +242,8 @@ def test_results_go_to_stdout_and_talk_to_stderr_without_escape_codes(tmp_path, 
         (["--steps=3", "--epochs=1"], 2, "steps and epochs are given"),
         (["--rank=0"], 2, "rank = 0: must be above 0"),
         (["--lr=nan"], 2, "lr = 'nan': must be a finite number"),
-        (["--memory=4GB"], 2, "--memory is not built yet"),
+        (["--memory=4G"], 2, "must be a number with a unit, such as 4GB"),
+        (["--memory=20MB"], 3, "What would fit"),
         (["--rank=2000"], 2, "between 1 and 1024"),
         (["--targets=no_such_layer"], 2, "'no_such_layer' matches nothing"),
         (["--rank-pattern=no_such_layer=2"], 2, "'no_such_layer' matches nothing"),

@@ -67,6 +67,10 @@ VALUES = {
     "device": ("cpu", "cpu"),
     "dtype": ("float32", "float32"),
     "threads": ("2", 2),
+    "memory": ("900MiB", "900MiB"),
+    "recompute": ("0", 0),
+    "stream": (False, False),
+    "quant": ("nf4", "nf4"),
 }
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deltaw.adapter import AdaptedLayer, Injection, injection_of
+from deltaw.base.forward import Recomputed
 from deltaw.base.reading import Block, Gate, Unreadable, read_block, read_norm
 from deltaw.kernels import Branch, Span, gated_sum, normed, normed_projections, projected_sum, rotary_attention
 
@@ -29,6 +31,7 @@ class Decoder:
         if set(parts) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
             raise Unreadable(f"it is made of {', '.join(parts)}")
         self.model, self.inner = model, inner
+        self.recompute = 0  # so many blocks, from the first on, keep only their input for backward and compute again
         by_kind = "layer_type" in inspect.signature(inner.rotary_emb.forward).parameters
         kinds = inner.config.layer_types if by_kind else [None] * len(inner.layers)
         self.blocks = [read_block(layer, kind) for layer, kind in zip(inner.layers, kinds, strict=True)]
@@ -49,7 +52,9 @@ class Decoder:
         ours = set() if injection is None else injection.hook_ids
         for module in self.bypassed:
             hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-            if any(hook not in ours for hook in hooks) or "forward" in module.__dict__:
+            if any(hook not in ours for hook in hooks) or not isinstance(
+                module.__dict__.get("forward"), Recomputed | None
+            ):
                 return f"someone else changed what its {type(module).__name__} does"
         for layer in _live(injection).values():
             if id(layer.target.owner) in self.known and layer.magnitude is not None:
@@ -66,9 +71,13 @@ class Decoder:
         live, strength = _live(injection), 1.0 if injection is None else injection.strength
         angles = {kind: self._angles(positions_T, kind) for kind in {block.angles for block in self.blocks}}
         x_TH = self.inner.embed_tokens(tokens_T)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             wanted_N = rows_N if block is self.blocks[-1] else None
-            x_TH = _run(block, x_TH, angles[block.angles], spans, live, strength, wanted_N)
+            rest = (angles[block.angles], spans, live, strength, wanted_N)
+            if number < self.recompute and torch.is_grad_enabled():
+                x_TH = checkpoint(_run, block, x_TH, *rest, use_reentrant=False)
+            else:
+                x_TH = _run(block, x_TH, *rest)
         return normed(x_TH, self.norm)
 
     def _angles(self, positions_T: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from deltaw.base.reading import TOLD, Told
@@ -168,6 +169,26 @@ def sees_later_tokens(model: Any) -> bool:
     finally:
         handle.remove()
     return bool(slope[0, seen:].count_nonzero())
+
+
+def recompute_modules(blocks: Sequence[nn.Module], count: int) -> None:
+    """Has the first `count` blocks, where they run as modules, keep their input for backward and nothing else."""
+    for number, block in enumerate(blocks):
+        block.__dict__.pop("forward", None)
+        if number < count:
+            block.__dict__["forward"] = Recomputed(block.forward)
+
+
+class Recomputed:
+    """A module's forward that is computed again in backward, instead of what it would keep."""
+
+    def __init__(self, forward: Any) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
 
 
 def own_attention(model: Any) -> str:

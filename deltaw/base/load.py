@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,9 @@ from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove_decoder
+from deltaw.base.quant import quantise
+from deltaw.base.stream import Pager, blocks_of, follow_modules
+from deltaw.base.stream import stream as streaming
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, look, set_threads, tune_memory
@@ -36,6 +39,7 @@ from deltaw.kernels import Span, spans_of
 MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
 # Layers: the deepest published models have about 130.
 _COUNTS, MAX_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4096
+MAX_CONTEXT = 1 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -55,6 +59,7 @@ class Base:
     decoder: Decoder | None = None
     module_reason: str | None = None
     revision: str | None = None
+    pager: Pager | None = None
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -85,7 +90,7 @@ class Base:
     @cached_property
     def context_tokens(self) -> int:
         """How many tokens the model was made for."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or MAX_CONTEXT)
 
     @cached_property
     def digest(self) -> str:
@@ -145,6 +150,12 @@ class Base:
             return self.module_reason or "it was not tried"
         return self.decoder.refusal()
 
+    def recompute(self, count: int) -> None:
+        """The first `count` blocks keep only their input for backward and compute the rest again, to the same bits."""
+        if self.decoder is not None:
+            self.decoder.recompute = count
+        forward.recompute_modules(blocks_of(self.model), count)
+
     def logits(self, h_NH: Tensor) -> Tensor:
         """Logits [N, V] from hidden states."""
         return forward.flat_logits(self.model, h_NH)
@@ -157,32 +168,54 @@ def load(
     dtype: str = "auto",
     revision: str | None = None,
     threads: int | None = None,
+    tokenizer: Any = None,
+    quant: str = "none",
+    stream: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Base:
-    """Opens a base by built-in name, local folder, GGUF file or hub id.
+    """Opens a base by built-in name, local folder, GGUF file or hub id; its tokenizer too, unless the caller has it.
 
+    `quant` "nf4" or "int8" stores the linear layers of its blocks in so many bits; `stream` reads blocks from their
+    files when they are needed and lets them go afterwards.
     `dtype` "auto" is bf16 where the processor or GPU computes in bf16, else fp32. Raises BaseError, saying what to do,
     when there is nothing to open or opening it would need code or pickles from the folder.
     """
     if threads is not None:
         set_threads(threads)
     tune_memory()
-    where = choose_device(device)
-    chosen = _dtype(dtype, where)
+    where, chosen = place(device, dtype)
     folder = locate(name, revision)
     check_folder(folder)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    model = _open_model(folder, chosen).to(where)
+    quiet_transformers()
+    model = _open_model(folder, "auto" if quant != "none" else chosen)
+    if quant == "none":
+        model = model.to(where)
+    else:
+        quantise(model, quant, weight_digest(folder), where, chosen, tell)
     model.requires_grad_(False).eval()
+    pager = streaming(model) if stream else None
     reason = forward.prove(model)
     if reason is not None and forward.sees_later_tokens(model):
         raise BaseError(
             f"The base in {folder} reads in both directions, so it cannot learn to write. Use a causal one."
         )
     decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
-    return Base(
-        public_name(name), folder, model, open_tokenizer(folder), reason, decoder, module_reason, revision
-    )  # fmt: skip
+    tokenizer = tokenizer or open_tokenizer(folder)
+    if pager is not None and decoder is None:
+        follow_modules(model)
+    return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager)
+
+
+def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Where a base computes, and in what. Raises UsageError."""
+    where = choose_device(device)
+    return where, _dtype(dtype, where)
+
+
+def quiet_transformers() -> None:
+    """Errors only, and no progress bars of its own."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -244,7 +277,7 @@ def _odd_settings(config: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _open_model(folder: Path, dtype: torch.dtype) -> Any:
+def _open_model(folder: Path, dtype: torch.dtype | str) -> Any:
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from deltaw.base.quant import QuantisedLinear
 from deltaw.kernels import Heads, Norm
 from deltaw.kernels.pointwise import rms_norm
 
@@ -130,8 +131,9 @@ def _gate(part: Any) -> Gate | None:
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
-    if type(layer) is not nn.Linear:
+    if type(layer) not in (nn.Linear, QuantisedLinear):
         raise Unreadable(f"a {type(layer).__name__} stands where a Linear is expected")
+    assert isinstance(layer, nn.Linear)
     return layer
 
 

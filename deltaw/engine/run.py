@@ -89,6 +89,11 @@ class Run:
         return self.folder / "tokens"
 
     @property
+    def plan(self) -> Path:
+        """What it was said to cost before it began."""
+        return self.folder / "plan.json"
+
+    @property
     def report(self) -> Path:
         """The page."""
         return self.folder / "report.html"

@@ -5,16 +5,14 @@ It owns no loop (deltaw/engine/loop.py) and draws nothing: what a person should 
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,77 +20,29 @@ import torch
 from torch import Tensor
 
 from deltaw import __version__, hardware
-from deltaw.adapter import (
-    Adapter,
-    Injection,
-    LoraSpec,
-    choose,
-    choose_for,
-    inject,
-    new_adapter,
-    read_adapter,
-    write_adapter,
-)
-from deltaw.adapter.layer import Target
-from deltaw.base.builtin import token_cache
-from deltaw.base.load import Base, load
-from deltaw.base.locate import tokenizer_digest
-from deltaw.config import (
-    AUTO,
-    DEFAULT_MAX_LENGTH,
-    Settings,
-    default_batch_tokens,
-    default_rank,
-    default_rate,
-    parse_layers,
-    parse_pattern,
-)
-from deltaw.data.agreement import examples_of, template_warning
-from deltaw.data.chat import Encoder
-from deltaw.data.check import check, summary_lines
-from deltaw.data.formats import parse_sources
+from deltaw.adapter import Injection, inject, write_adapter
+from deltaw.config import AUTO, Settings
+from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader
-from deltaw.data.prepare import DataSet, held_out_share, prepare
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.clock import WrittenClock
 from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog, open_trackers
 from deltaw.engine.loop import Abandoned, Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors, OptimSettings
+from deltaw.engine.prepare import Prepared, Sketch, prepare_run, sketch_run
 from deltaw.engine.probe import probe
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    AdapterError,
-    Interrupted,
-    NotFiniteError,
-    UsageError,
-    bullet_list,
-)
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, NotFiniteError, UsageError, bullet_list
 
 EVALUATIONS_PER_RUN = 6
-DEFAULT_MICRO_TOKENS = 1024
 SPIKE, SPIKE_WINDOW = 4.0, 20
 # Settings that change when something is written, and no number that is.
-FREE_TO_CHANGE = ("checkpoint_steps", "checkpoint_seconds", "keep_checkpoints", "patience", "allow_lost")
-
-
-@dataclass
-class Prepared:
-    """What a run needs before its first step."""
-
-    base: Base
-    data: dict[str, DataSet]
-    data_lines: list[str]
-    adapter: Adapter
-    targets: list[Target]
-
-    @property
-    def held_out(self) -> DataSet | None:
-        """What is measured during the run, if anything."""
-        return self.data.get("eval")
+FREE_TO_CHANGE = (
+    *("checkpoint_steps", "checkpoint_seconds", "keep_checkpoints", "patience", "allow_lost"),
+    *("memory", "recompute", "stream"),
+)
 
 
 class Trainer:
@@ -363,137 +313,6 @@ def _length(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
     return Length(loader.steps_until(stop)), stop
 
 
-# -- preparing ---------------------------------------------------------------------------------------------------------
-
-
-def prepare_run(run: Run, settings: Settings, watcher: Watcher) -> Prepared:
-    """Base, data and adapter of a run; resolves every `auto` in the settings by its rule."""
-    threads = settings.threads or min(torch.get_num_threads(), hardware.usable_cores())
-    base = load(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        revision=settings.revision,
-        threads=threads,
-    )
-    if base.plain_reason is not None:
-        watcher.say(f"One document at a time, in the model's own way: {base.plain_reason}.")
-    if settings.max_length == AUTO:
-        settings.put(
-            "max_length",
-            min(base.context_tokens, DEFAULT_MAX_LENGTH),
-            f"rule: the model's context, at most {DEFAULT_MAX_LENGTH}",
-        )
-    data, lines = _prepare_data(run, settings, base, watcher)
-    adapter, targets = _prepare_adapter(run, settings, base, watcher)
-    _resolve_rules(settings, base, data["train"])
-    return Prepared(base, data, lines, adapter, targets)
-
-
-def make_encoder(base: Base, settings: Settings) -> Encoder:
-    """The encoder that these settings ask for."""
-    today = None if settings.date == AUTO else datetime.date.fromisoformat(settings.date)
-    known = tokenizer_digest(base.folder) if base.folder != Path() else None
-    return Encoder(base.tokenizer, int(settings.max_length), settings.train_on, settings.allow, today, known)
-
-
-def _prepare_data(run: Run, settings: Settings, base: Base, watcher: Watcher) -> tuple[dict[str, DataSet], list[str]]:
-    """The data sets "train" and, if anything is held out, "eval"; and what the check says of them in a few lines."""
-    encoder, cache = make_encoder(base, settings), token_cache(run.tokens)
-
-    def part(texts: Sequence[str]) -> DataSet:
-        sources = parse_sources(texts, settings.columns)
-        return prepare(sources, encoder, cache, refuse_above=settings.allow_lost, progress=watcher.reading)
-
-    train = part(settings.data)
-    if settings.eval_data:
-        data = {"train": train, "eval": part(settings.eval_data)}
-        checked = check(train, data["eval"])
-    else:
-        below = held_out_share(train.row_shares)
-        checked = check(train)
-        data = dict(zip(("train", "eval"), train.split(below), strict=True)) if below else {"train": train}
-    return data, summary_lines(checked, settings.train_on, data)
-
-
-def spec_from(settings: Settings, rank: int) -> LoraSpec:
-    """The adapter's spec as the settings have it."""
-    return LoraSpec(
-        rank=rank,
-        alpha=settings.alpha,
-        targets=settings.targets,
-        exclude=settings.exclude,
-        layers=None if settings.layers is None else parse_layers(settings.layers),
-        dropout=settings.dropout,
-        rslora=settings.rslora,
-        dora=settings.dora,
-        rank_pattern=parse_pattern(settings.rank_pattern, int),
-        alpha_pattern=parse_pattern(settings.alpha_pattern, float),
-    )
-
-
-def _prepare_adapter(run: Run, settings: Settings, base: Base, watcher: Watcher) -> tuple[Adapter, list[Target]]:
-    if settings.adapter is not None:
-        adapter = read_adapter(run.start)
-        for line in origin_warnings(adapter, base):
-            watcher.say(line)
-        for name, value in start_settings(adapter).items():
-            settings.put(name, value, "the adapter it starts from")
-        return adapter, choose_for(base.model, adapter)
-    try:
-        if settings.rank == AUTO:
-            per_rank = sum(target.parameters for target in choose(base.model, spec_from(settings, 1).with_(dora=False)))
-            settings.put("rank", *default_rank(per_rank, base.parameters))
-        spec = spec_from(settings, int(settings.rank))
-        targets = choose(base.model, spec)
-    except AdapterError as error:  # what was asked for does not suit the base
-        raise UsageError(str(error)) from error
-    return new_adapter(targets, spec, settings.seed), targets
-
-
-def start_settings(adapter: Adapter) -> dict[str, Any]:
-    """The settings that an adapter to start from decides."""
-    spec = adapter.spec
-    return {
-        "rank": spec.rank,
-        "alpha": spec.alpha,
-        "targets": adapter.modules,
-        "rank_pattern": tuple(f"{key}={value}" for key, value in spec.rank_pattern.items()),
-        "alpha_pattern": tuple(f"{key}={value:g}" for key, value in spec.alpha_pattern.items()),
-        "dropout": spec.dropout,
-        "rslora": spec.rslora,
-        "dora": spec.dora,
-    }
-
-
-def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
-    """What to say of a base whose weights, tokenizer or template are not those that the adapter was trained with."""
-    origin, said = adapter.origin, []
-    if origin.get("base_digest", base.digest) != base.digest:
-        said.append("WARNING: the weights of this base are not those of the adapter's training; expect worse answers.")
-    if origin.get("template_digest", base.template_digest) != base.template_digest:
-        said.append(template_warning(origin.get("template_examples"), base.tokenizer))
-    return said
-
-
-def _resolve_rules(settings: Settings, base: Base, train: DataSet) -> None:
-    config = base.model.config.get_text_config()
-    if settings.lr == AUTO:
-        settings.put("lr", *default_rate(int(config.hidden_size), str(config.model_type)))
-    if settings.batch_tokens == AUTO:
-        settings.put("batch_tokens", *default_batch_tokens(float(train.store.lengths.mean())))
-    if settings.micro_tokens == AUTO:
-        micro = min(int(settings.batch_tokens), DEFAULT_MICRO_TOKENS)
-        settings.put("micro_tokens", micro, f"rule: the batch, at most {DEFAULT_MICRO_TOKENS}")
-    if settings.steps is None and settings.minutes is None and settings.epochs is None:
-        settings.put("epochs", 1.0, "default")
-    for name, now in (("device", str(base.device)), ("dtype", str(base.dtype).removeprefix("torch."))):
-        if getattr(settings, name) == AUTO:
-            settings.put(name, now, "rule: the fastest that this machine has")
-    if settings.threads is None:
-        settings.put("threads", torch.get_num_threads(), "rule: the cores that this process may use")
-
-
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
@@ -503,16 +322,21 @@ def train(
     watcher: Watcher,
     *,
     resume: bool = False,
+    plan: Callable[[Sketch], None] | None = None,
     before: Callable[[Trainer], None] | None = None,
 ) -> Trainer:
     """Trains a run to its end and leaves its adapters in the folder; the adapter stays injected in the base.
 
-    `before` is called between preparing and the first step (the demo measures the base there). Raises Interrupted after
-    saving when a signal asked to stop, and the errors of deltaw.errors otherwise.
+    `plan` is called before the base is opened, and may change how the settings fit it into memory; `before` between
+    preparing and the first step (the demo measures the base there). Raises Interrupted after saving when a signal asked
+    to stop, and the errors of deltaw.errors otherwise.
     """
     trackers = open_trackers(settings.track, run.folder)
     with run.locked():
-        trainer = Trainer(run, settings, prepare_run(run, settings, watcher), watcher)
+        sketch = sketch_run(run, settings, watcher)
+        if plan is not None:
+            plan(sketch)
+        trainer = Trainer(run, settings, prepare_run(sketch, settings, watcher), watcher)
         if resume and not trainer.resume():
             watcher.say("No checkpoint yet: starting from step 0.")
         run.write_settings(settings)

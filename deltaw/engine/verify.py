@@ -18,8 +18,9 @@ from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint, save_che
 from deltaw.engine.clock import WrittenClock
 from deltaw.engine.log import read_metrics
 from deltaw.engine.loop import Clock, Progress, StepRecord, fit
+from deltaw.engine.prepare import prepare_run, sketch_run
 from deltaw.engine.run import Run
-from deltaw.engine.train import Trainer, prepare_run
+from deltaw.engine.train import Trainer
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError
 
@@ -32,7 +33,8 @@ def verify(run: Run, watcher: Watcher, steps: int = 3) -> list[Check]:
     with run.locked():
         checks = _files(run)
         settings = run.settings()
-        trainer = Trainer(run, settings, prepare_run(run, settings, watcher), watcher)
+        sketch = sketch_run(run, settings, watcher)
+        trainer = Trainer(run, settings, prepare_run(sketch, settings, watcher), watcher)
         good = [path for path in list_checkpoints(run.checkpoints) if _read(path) is not None]
         if good:
             checks.append(

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 class Watcher:
     """What a run tells whoever watches; every method does nothing here. The command line draws, tests listen."""
 
+    def planned(self, plan: dict[str, Any]) -> None:
+        """What the run will cost, before its base is opened."""
+
     def say(self, text: str) -> None:
         """One line about what happens."""
 

@@ -198,6 +198,9 @@ def _memory_card(contents: ReportContents) -> Card | None:
     peaks = column(contents.steps, "peak_bytes").values
     peak = contents.summary.get("peak_bytes", float(peaks.max()) if len(peaks) else None)
     where = [str(contents.summary[key]) for key in ("device", "dtype") if contents.summary.get(key)]
+    planned = contents.summary.get("plan")
+    if planned:
+        where.append(f"planned {human_bytes(planned['peak_bytes'])}")
     return Card("Peak memory", human_bytes(peak), ", ".join(where))
 
 

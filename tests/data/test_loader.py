@@ -85,7 +85,9 @@ def test_micro_batches_are_as_few_as_possible_and_the_largest_as_small_as_possib
         lengths = [int(store.lengths[d]) for group in groups for d in group]
         assert len(groups) == len(loader.cut([d for group in groups for d in group], 120))
         others = itertools.combinations(range(1, len(lengths)), len(groups) - 1)
-        largest = min(max(sum(lengths[a:b]) for a, b in itertools.pairwise((0, *cuts, len(lengths)))) for cuts in others)
+        largest = min(
+            max(sum(lengths[a:b]) for a, b in itertools.pairwise((0, *cuts, len(lengths)))) for cuts in others
+        )
         assert max(sum(int(store.lengths[d]) for d in group) for group in groups) == largest
 
 

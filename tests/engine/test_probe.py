@@ -17,8 +17,9 @@ from deltaw.config import make_settings
 from deltaw.data.example import Example
 from deltaw.data.store import TokenStore
 from deltaw.engine import probe as probing
+from deltaw.engine.prepare import prepare_run, sketch_run
 from deltaw.engine.run import create_run
-from deltaw.engine.train import Trainer, prepare_run
+from deltaw.engine.train import Trainer
 from deltaw.engine.watcher import Watcher
 
 
@@ -30,7 +31,7 @@ def trainer(tmp_path, llama_folder, chats, monkeypatch):
         "dropout": 0.3, "batch_tokens": 256, "device": "cpu", "dtype": "float32",
     })  # fmt: skip
     run = create_run(settings)
-    return Trainer(run, settings, prepare_run(run, settings, Watcher()), Watcher())
+    return Trainer(run, settings, prepare_run(sketch_run(run, settings, Watcher()), settings, Watcher()), Watcher())
 
 
 def test_a_probe_leaves_factors_optimiser_random_numbers_and_folder_as_they_were(trainer):

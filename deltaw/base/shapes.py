@@ -1,0 +1,125 @@
+"""What a base is made of, known from its folder alone: no weight is read, and nothing is allocated for one.
+
+The model is built on torch's meta device, so every architecture of transformers tells its own shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deltaw.base.load import MAX_CONTEXT, check_folder, quiet_transformers
+from deltaw.base.locate import locate, open_tokenizer, public_name
+from deltaw.base.stream import blocks_of
+from deltaw.errors import BaseError
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A base before it is opened: name, folder and tokenizer, and a model without weights (on the meta device)."""
+
+    name: str
+    folder: Path
+    tokenizer: Any
+    model: Any
+
+    @property
+    def config(self) -> Any:
+        """The part of the model's config that speaks of text."""
+        return self.model.config.get_text_config()
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens the model was made for."""
+        return int(getattr(self.config, "max_position_embeddings", 0) or MAX_CONTEXT)
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the stream between blocks."""
+        return int(self.config.hidden_size)
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return int(self.config.num_attention_heads)
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return int(getattr(self.config, "head_dim", None) or self.hidden // self.heads)
+
+    @property
+    def key_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+
+    @property
+    def inner(self) -> int:
+        """Width of the MLP, of all experts that see a token."""
+        width = int(getattr(self.config, "intermediate_size", None) or 4 * self.hidden)
+        experts = getattr(self.config, "num_experts_per_tok", None)
+        return width if experts is None else int(getattr(self.config, "moe_intermediate_size", None) or width) * experts
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers in the whole model, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def block_parameters(self) -> int:
+        """Numbers in one decoder block; in the largest, where they differ."""
+        return max((sum(p.numel() for p in block.parameters()) for block in blocks_of(self.model)), default=0)
+
+    @cached_property
+    def head_shape(self) -> tuple[int, int]:
+        """(vocabulary, width) of the output head."""
+        rows, width = self.model.get_output_embeddings().weight.shape
+        return int(rows), int(width)
+
+    @cached_property
+    def product_parameters(self) -> int:
+        """Numbers in the linear layers of the blocks that a token is multiplied with. Of experts, those that see it."""
+        modules = [module for block in blocks_of(self.model) for module in block.modules()]
+        linear = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+        stacked = sum(p.numel() for m in modules for p in m.parameters(recurse=False) if p.dim() == 3)
+        count = getattr(self.config, "num_experts", None) or getattr(self.config, "num_local_experts", None)
+        return linear + round(stacked * int(self.config.num_experts_per_tok) / int(count)) if count else linear
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files on disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """In what most of the weights in a folder are stored, by the header of its largest file."""
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    with safe_open(file, "pt") as opened:
+        key = next(iter(opened.keys()))
+        return opened.get_slice(key)[:0].dtype
+
+
+def outline(name: str | Path, revision: str | None = None) -> Outline:
+    """The outline of a base by built-in name, local folder, GGUF file or hub id. Raises BaseError as `load` would."""
+    folder = locate(name, revision)
+    check_folder(folder)
+    quiet_transformers()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a strange config makes every part of transformers fail in its own way
+        raise BaseError(f"The base in {folder} cannot be opened: {error}") from error
+    return Outline(public_name(name), folder, open_tokenizer(folder), model)

@@ -1,0 +1,229 @@
+"""From settings to what a run needs before its first step, in two halves: a sketch without any weight, then the base.
+
+The sketch knows shapes, token lengths and every setting that a rule decides; what a run will cost follows from it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deltaw import hardware
+from deltaw.adapter import Adapter, LoraSpec, choose, choose_for, new_adapter, read_adapter
+from deltaw.adapter.layer import Target
+from deltaw.base.builtin import token_cache
+from deltaw.base.load import Base, load, place
+from deltaw.base.locate import tokenizer_digest
+from deltaw.base.shapes import Outline, outline
+from deltaw.config import (
+    AUTO,
+    DEFAULT_MAX_LENGTH,
+    Settings,
+    default_batch_tokens,
+    default_rank,
+    default_rate,
+    parse_layers,
+    parse_pattern,
+)
+from deltaw.data.agreement import template_warning
+from deltaw.data.chat import Encoder
+from deltaw.data.check import check, summary_lines
+from deltaw.data.formats import parse_sources
+from deltaw.data.prepare import DataSet, held_out_share, prepare
+from deltaw.engine.run import Run
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import AdapterError, UsageError
+
+DEFAULT_MICRO_TOKENS = 1024
+
+
+@dataclass
+class Sketch:
+    """A run before its base is opened. `targets` are layers of a model without weights."""
+
+    outline: Outline
+    data: dict[str, DataSet]
+    data_lines: list[str]
+    start: Adapter | None
+    targets: list[Target]
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(target.parameters for target in self.targets)
+
+
+@dataclass
+class Prepared:
+    """What a run needs before its first step."""
+
+    base: Base
+    data: dict[str, DataSet]
+    data_lines: list[str]
+    adapter: Adapter
+    targets: list[Target]
+
+    @property
+    def held_out(self) -> DataSet | None:
+        """What is measured during the run, if anything."""
+        return self.data.get("eval")
+
+
+def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
+    """Shapes, data and targets of a run; resolves every `auto` in the settings by its rule. No weight is read."""
+    threads = settings.threads or min(torch.get_num_threads(), hardware.usable_cores())
+    hardware.set_threads(threads)
+    known = outline(settings.model, settings.revision)
+    if settings.max_length == AUTO:
+        settings.put(
+            "max_length",
+            min(known.context_tokens, DEFAULT_MAX_LENGTH),
+            f"rule: the model's context, at most {DEFAULT_MAX_LENGTH}",
+        )
+    data, lines = _prepare_data(run, settings, known, watcher)
+    start = None if settings.adapter is None else read_adapter(run.start)
+    targets = _choose_targets(settings, known, start)
+    _resolve_rules(settings, known, data["train"])
+    return Sketch(known, data, lines, start, targets)
+
+
+def prepare_run(sketch: Sketch, settings: Settings, watcher: Watcher) -> Prepared:
+    """Opens the base of a sketched run, as its settings say by now."""
+    base = load(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        threads=settings.threads,
+        tokenizer=sketch.outline.tokenizer,
+        quant=settings.quant,
+        stream=bool(settings.stream),
+        tell=watcher.say,
+    )
+    base.recompute(int(settings.recompute))
+    if base.plain_reason is not None:
+        watcher.say(f"One document at a time, in the model's own way: {base.plain_reason}.")
+    if sketch.start is not None:
+        for line in origin_warnings(sketch.start, base):
+            watcher.say(line)
+        adapter, targets = sketch.start, choose_for(base.model, sketch.start)
+    else:
+        spec = spec_from(settings, int(settings.rank))
+        targets = choose(base.model, spec)
+        adapter = new_adapter(targets, spec, settings.seed)
+    return Prepared(base, sketch.data, sketch.data_lines, adapter, targets)
+
+
+def make_encoder(base: Base | Outline, settings: Settings) -> Encoder:
+    """The encoder that these settings ask for."""
+    today = None if settings.date == AUTO else datetime.date.fromisoformat(settings.date)
+    return Encoder(
+        base.tokenizer,
+        int(settings.max_length),
+        settings.train_on,
+        settings.allow,
+        today,
+        tokenizer_digest(base.folder),
+    )
+
+
+def _prepare_data(
+    run: Run, settings: Settings, known: Outline, watcher: Watcher
+) -> tuple[dict[str, DataSet], list[str]]:
+    """The data sets "train" and, if anything is held out, "eval"; and what the check says of them in a few lines."""
+    encoder, cache = make_encoder(known, settings), token_cache(run.tokens)
+
+    def part(texts: Sequence[str]) -> DataSet:
+        sources = parse_sources(texts, settings.columns)
+        return prepare(sources, encoder, cache, refuse_above=settings.allow_lost, progress=watcher.reading)
+
+    train = part(settings.data)
+    if settings.eval_data:
+        data = {"train": train, "eval": part(settings.eval_data)}
+        checked = check(train, data["eval"])
+    else:
+        below = held_out_share(train.row_shares)
+        checked = check(train)
+        data = dict(zip(("train", "eval"), train.split(below), strict=True)) if below else {"train": train}
+    return data, summary_lines(checked, settings.train_on, data)
+
+
+def spec_from(settings: Settings, rank: int) -> LoraSpec:
+    """The adapter's spec as the settings have it."""
+    return LoraSpec(
+        rank=rank,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        exclude=settings.exclude,
+        layers=None if settings.layers is None else parse_layers(settings.layers),
+        dropout=settings.dropout,
+        rslora=settings.rslora,
+        dora=settings.dora,
+        rank_pattern=parse_pattern(settings.rank_pattern, int),
+        alpha_pattern=parse_pattern(settings.alpha_pattern, float),
+    )
+
+
+def _choose_targets(settings: Settings, known: Outline, start: Adapter | None) -> list[Target]:
+    """The layers that get factors, and the settings that follow from them or from the adapter to start from."""
+    if start is not None:
+        for name, value in start_settings(start).items():
+            settings.put(name, value, "the adapter it starts from")
+        return choose_for(known.model, start)
+    try:
+        if settings.rank == AUTO:
+            plain = choose(known.model, spec_from(settings, 1).with_(dora=False))
+            settings.put("rank", *default_rank(sum(target.parameters for target in plain), known.parameters))
+        return choose(known.model, spec_from(settings, int(settings.rank)))
+    except AdapterError as error:  # what was asked for does not suit the base
+        raise UsageError(str(error)) from error
+
+
+def start_settings(adapter: Adapter) -> dict[str, Any]:
+    """The settings that an adapter to start from decides."""
+    spec = adapter.spec
+    return {
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "targets": adapter.modules,
+        "rank_pattern": tuple(f"{key}={value}" for key, value in spec.rank_pattern.items()),
+        "alpha_pattern": tuple(f"{key}={value:g}" for key, value in spec.alpha_pattern.items()),
+        "dropout": spec.dropout,
+        "rslora": spec.rslora,
+        "dora": spec.dora,
+    }
+
+
+def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
+    """What to say of a base whose weights, tokenizer or template are not those that the adapter was trained with."""
+    origin, said = adapter.origin, []
+    if origin.get("base_digest", base.digest) != base.digest:
+        said.append("WARNING: the weights of this base are not those of the adapter's training; expect worse answers.")
+    if origin.get("template_digest", base.template_digest) != base.template_digest:
+        said.append(template_warning(origin.get("template_examples"), base.tokenizer))
+    return said
+
+
+def _resolve_rules(settings: Settings, known: Outline, train: DataSet) -> None:
+    device, dtype = place(settings.device, settings.dtype)
+    if settings.lr == AUTO:
+        settings.put("lr", *default_rate(known.hidden, str(known.config.model_type)))
+    if settings.batch_tokens == AUTO:
+        settings.put("batch_tokens", *default_batch_tokens(float(train.store.lengths.mean())))
+    if settings.micro_tokens == AUTO:
+        micro = min(int(settings.batch_tokens), DEFAULT_MICRO_TOKENS)
+        settings.put("micro_tokens", micro, f"rule: the batch, at most {DEFAULT_MICRO_TOKENS}")
+    if settings.steps is None and settings.minutes is None and settings.epochs is None:
+        settings.put("epochs", 1.0, "default")
+    for name, now in (("device", str(device)), ("dtype", str(dtype).removeprefix("torch."))):
+        if getattr(settings, name) == AUTO:
+            settings.put(name, now, "rule: the fastest that this machine has")
+    for name, plain in (("recompute", 0), ("stream", False), ("quant", "none")):
+        if getattr(settings, name) == AUTO:
+            settings.put(name, plain, "rule: the fastest")
+    if settings.threads is None:
+        settings.put("threads", torch.get_num_threads(), "rule: the cores that this process may use")

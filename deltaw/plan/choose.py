@@ -1,0 +1,189 @@
+"""The plan of a run: of all ways to fit it into memory, the fastest; exact ones first. Or what would make it fit.
+
+Micro-batch, recomputed blocks and streaming change no result beyond rounding. Quantised storage does, so it is chosen
+only where it was asked for, or nothing exact fits and it was not refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deltaw.base.quant import BYTES
+from deltaw.errors import DoesNotFitError, bullet_list
+from deltaw.plan.demand import Choice, Demand
+from deltaw.plan.memory import Memory, memory
+from deltaw.plan.speed import EVALUATIONS, Clock
+
+# How far peaks and times may lie from what is predicted: 95 of 100 runs of benchmarks/plan_accuracy.py.
+MEMORY_SPREAD, TIME_SPREAD = (0.12, 0.03), (0.25, 0.25)
+UNCALIBRATED_SPREAD = (0.6, 0.6)
+LEAST_MICRO = 64
+RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory a run may take, who says so, and what the process holds without base and run."""
+
+    limit_bytes: int
+    source: str
+    fixed_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost. Intervals are (low, high)."""
+
+    choice: Choice
+    memory: Memory
+    room: Room
+    step_seconds: float
+    run_seconds: float | None
+    steps: int | None
+    tokens_per_second: float
+    way: str
+    machine: str
+    calibrated: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        low, high = TIME_SPREAD if self.calibrated else UNCALIBRATED_SPREAD
+        over, under = MEMORY_SPREAD
+        peak = self.memory.peak_bytes
+        return {
+            "choice": self.choice._asdict(),
+            "peak_bytes": peak,
+            "peak_bytes_interval": [round(peak * (1 - over)), round(peak * (1 + under))],
+            "peak_phase": self.memory.peak_phase,
+            "peak_is": self.memory.measure,
+            "phases": {phase: dict(parts) for phase, parts in self.memory.phases.items()},
+            "limit_bytes": self.room.limit_bytes,
+            "limit_source": self.room.source,
+            "step_seconds": self.step_seconds,
+            "step_seconds_interval": [self.step_seconds * (1 - low), self.step_seconds * (1 + high)],
+            "run_seconds": self.run_seconds,
+            "steps": self.steps,
+            "tokens_per_second": self.tokens_per_second,
+            "way": self.way,
+            "machine": self.machine,
+            "calibrated": self.calibrated,
+        }
+
+
+def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
+    """The fastest choice that fits. Raises DoesNotFitError with three ways out."""
+    plans = [_plan(demand, choice, room, clock) for choice in _choices(demand)]
+    fitting = [plan for plan in plans if plan.memory.peak_bytes <= room.limit_bytes]
+    if plans[0] in fitting:
+        return plans[0]  # as the settings have it: no timing, however noisy, shall change a run that fits
+    if fitting:
+        return min(fitting, key=lambda plan: (plan.choice.quant != demand.settings.quant, plan.step_seconds))
+    least = min(plans, key=lambda plan: plan.memory.peak_bytes)
+    raise DoesNotFitError(
+        f"This run needs at least {_megabytes(least.memory.peak_bytes)} ({_described(least.choice)}), and may take "
+        f"{_megabytes(room.limit_bytes)} ({room.source}). What would fit:\n"
+        + bullet_list(_ways_out(demand, room, clock))
+    )
+
+
+def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
+    steps = demand.steps(choice.micro_tokens, share=clock.share)
+    seconds = sum(clock.step(choice, step) for step in steps) / len(steps)
+    tokens = sum(one.tokens for step in steps for one in step) / len(steps)
+    count = demand.step_count
+    run = None if count is None else count * seconds + EVALUATIONS * clock.evaluation(choice)
+    machine = "this machine" if clock.device is None else clock.device.name
+    held = memory(demand, choice, clock.way, room.fixed_bytes)
+    calibrated = clock.device is None
+    return Plan(choice, held, room, seconds, run, count, tokens / seconds, clock.way, machine, calibrated)
+
+
+# -- choices ----------------------------------------------------------------------------------------------------------
+
+
+def _free(demand: Demand, name: str) -> bool:
+    """Whether a rule, and not the user, set it."""
+    return demand.settings.sources.get(name, "").startswith("rule")
+
+
+def _choices(demand: Demand) -> Iterator[Choice]:
+    settings, layers = demand.settings, demand.outline.layers
+    micro = int(settings.micro_tokens)
+    micros = [micro]
+    while _free(demand, "micro_tokens") and micros[-1] // 2 >= LEAST_MICRO:
+        micros.append(micros[-1] // 2)
+    recomputed = [int(settings.recompute)]
+    if _free(demand, "recompute"):
+        recomputed = sorted({round(share * layers) for share in RECOMPUTED_SHARES})
+    quants = [settings.quant]
+    if _free(demand, "quant") and demand.device.type in ("cpu", "cuda") and has_bitsandbytes():
+        quants += [kind for kind in BYTES if kind != settings.quant]
+    for quant in quants:
+        streams = [bool(settings.stream)]
+        if _free(demand, "stream") and demand.may_stream(quant):
+            streams = [False, True]
+        for stream in streams:
+            for blocks in recomputed:
+                for size in micros:
+                    yield Choice(size, blocks, stream, quant)
+
+
+def has_bitsandbytes() -> bool:
+    """Whether bases can be quantised here."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+# -- ways out ---------------------------------------------------------------------------------------------------------
+
+
+def _ways_out(demand: Demand, room: Room, clock: Clock) -> list[str]:
+    """Three changes, each of which was tried on the same formulas: cheap ones that fit, then more memory."""
+    found, more = [], []
+    for text, changed in _changes(demand):
+        least = _least(changed, room, clock)
+        if least <= room.limit_bytes:
+            found.append(text)
+        more.append((least, text))
+    own = _least(demand, room, clock)
+    rest = [f"--memory {_megabytes(own)}"]
+    rest += [f"--memory {_megabytes(least)} {text}" for least, text in sorted(more) if least < own]
+    return (found + rest)[:3]
+
+
+def _least(demand: Demand, room: Room, clock: Clock) -> int:
+    peaks = [memory(demand, choice, clock.way, room.fixed_bytes).peak_bytes for choice in _choices(demand)]
+    return min(peaks)
+
+
+def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
+    longest = int(demand.data["train"].store.lengths.max())
+    length = 1 << (longest - 1).bit_length() - 1
+    while length >= LEAST_MICRO:
+        yield f"--max-length {length}", replace(demand, longest_tokens=length)
+        length //= 2
+    rank = int(demand.settings.rank)
+    if _free(demand, "rank") or rank > 1:
+        yield f"--rank {max(1, rank // 4)}", replace(demand, rank_share=max(1, rank // 4) / rank)
+        yield f"--rank 1 --max-length {LEAST_MICRO}", replace(demand, rank_share=1 / rank, longest_tokens=LEAST_MICRO)
+
+
+def _megabytes(number: float) -> str:
+    """As a size that `--memory` takes, rounded up."""
+    if number >= 10e9:
+        return f"{math.ceil(number / 1e8) / 10:g}GB"
+    return f"{math.ceil(number / 1e6)}MB"
+
+
+def _described(choice: Choice) -> str:
+    parts = [f"{choice.micro_tokens} tokens a pass"]
+    if choice.recompute:
+        parts.append(f"{choice.recompute} blocks computed twice")
+    if choice.stream:
+        parts.append("base streamed")
+    if choice.quant != "none":
+        parts.append(f"base in {choice.quant}")
+    return ", ".join(parts)

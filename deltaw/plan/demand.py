@@ -1,0 +1,135 @@
+"""What a run asks of a machine, and the choices that a plan may make for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from deltaw.adapter.layer import Target
+from deltaw.base.load import MAX_CONTEXT
+from deltaw.base.shapes import Outline, stored_dtype
+from deltaw.config import Settings
+from deltaw.data.loader import Loader
+from deltaw.data.prepare import DataSet
+
+SAMPLED_STEPS = 16
+
+
+class Choice(NamedTuple):
+    """How a run is fitted into memory; none of it but `quant` changes a result beyond rounding."""
+
+    micro_tokens: int
+    recompute: int = 0
+    stream: bool = False
+    quant: str = "none"
+
+
+class Pass(NamedTuple):
+    """One forward pass: the lengths of its documents as they are computed, and how many tokens carry loss."""
+
+    lengths: tuple[int, ...]
+    labelled: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A run before its base is opened: shapes, settings with every rule resolved, adapted layers, encoded data."""
+
+    outline: Outline
+    settings: Settings
+    targets: Sequence[Target]
+    data: Mapping[str, DataSet]
+    longest_tokens: int = MAX_CONTEXT  # what if documents were cut here,
+    rank_share: float = 1.0  # and the adapter so many times as large
+    _steps: dict[tuple[int, bool], list[list[Pass]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device(self.settings.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        dtype: torch.dtype = getattr(torch, self.settings.dtype)
+        return dtype
+
+    @cached_property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return round(self.rank_share * sum(target.parameters for target in self.targets))
+
+    @cached_property
+    def ranks(self) -> int:
+        """The sum of the ranks of all adapted layers."""
+        return round(self.rank_share * sum(target.rank for target in self.targets))
+
+    def loader(self, micro_tokens: int, *, share: bool) -> Loader:
+        """The order in which the run takes its documents."""
+        train, settings = self.data["train"], self.settings
+        return Loader(train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share)
+
+    def steps(self, micro_tokens: int, *, share: bool) -> list[list[Pass]]:
+        """The passes of the run's first steps."""
+        if (micro_tokens, share) not in self._steps:
+            self._steps[micro_tokens, share] = self._first_steps(micro_tokens, share=share)
+        return self._steps[micro_tokens, share]
+
+    def _first_steps(self, micro_tokens: int, *, share: bool) -> list[list[Pass]]:
+        loader, position, found = self.loader(micro_tokens, share=share), 0, []
+        for _ in range(SAMPLED_STEPS):
+            step = loader.step(position)
+            batches = loader.batches(step)
+            found.append([Pass(tuple(np.diff(b.bounds).tolist()), b.trained_tokens) for b in batches])
+            position = step.next_position
+        return found
+
+    def heaviest(self, micro_tokens: int) -> Pass:
+        """The longest document, and as many of the next longest as one pass may hold beside it."""
+        store = self.data["train"].store
+        order = store.lengths.argsort(kind="stable")[::-1]
+        lengths = np.minimum(store.lengths[order], self.longest_tokens)
+        count = max(1, int(np.searchsorted(lengths.cumsum(), micro_tokens, side="right")))
+        labelled = np.minimum(store.trained[order[:count]], lengths[:count]).sum()
+        return Pass(tuple(int(n) for n in lengths[:count]), int(labelled))
+
+    @cached_property
+    def step_count(self) -> int | None:
+        """How many optimiser steps the run has; None where minutes bound it."""
+        settings = self.settings
+        if settings.minutes is not None:
+            return None
+        if settings.steps is not None:
+            return settings.steps
+        loader = self.loader(int(settings.batch_tokens), share=False)
+        return loader.steps_until(max(1, round((settings.epochs or 1.0) * loader.epoch_documents)))
+
+    @cached_property
+    def labelled_share(self) -> float:
+        """Share of the tokens that carry loss."""
+        store = self.data["train"].store
+        return store.trained_tokens / max(1, store.tokens)
+
+    def may_stream(self, quant: str) -> bool:
+        """Whether blocks can be read from disk as they are needed: mapped files, in the dtype that is computed in."""
+        if self.device.type != "cpu" or not sys.platform.startswith("linux"):
+            return False
+        return quant != "none" or stored_dtype(self.outline.folder) == self.dtype
+
+    @cached_property
+    def evaluated_tokens(self) -> int:
+        """Tokens of one evaluation."""
+        if "eval" not in self.data:
+            return 0
+        return int(self.data["eval"].store.lengths[: self.settings.eval_rows].sum())

@@ -1,0 +1,202 @@
+"""How fast this machine computes a block of a base: one block of its shapes with random weights, timed for two seconds.
+
+A block is run by the code that will train it, so the time needs no model of caches, kernels or threads; it tells too
+whether the kernels know the architecture. What was measured is kept in the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from deltaw import hardware
+from deltaw.adapter import LoraSpec, choose, inject, new_adapter
+from deltaw.base import forward
+from deltaw.base.builtin import cache_folder
+from deltaw.base.load import Base
+from deltaw.base.proof import prove_decoder
+from deltaw.disk import write_text
+from deltaw.errors import DiskError
+from deltaw.kernels import labelled_loss
+from deltaw.plan.demand import Demand, Pass
+
+SECONDS, MOST_CALLS = 0.4, 10
+HEAD_ROWS, HEAD_LABELS = 16_384, 128
+MOST_VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One block and one pass: seconds forward, and forward with backward."""
+
+    tokens: int
+    forward_seconds: float
+    both_seconds: float
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What one block takes for a few passes, and the head for a labelled token. `way` as in Base.way."""
+
+    way: str
+    timed: tuple[Timed, ...]
+    label_seconds: float
+    update_seconds: float
+
+    def block_seconds(self, tokens: int, *, recompute: bool = False) -> float:
+        """Of one block, forward and backward, for a pass of so many tokens."""
+        parts = [(t.tokens, t.both_seconds + (t.forward_seconds if recompute else 0)) for t in self.timed]
+        return _between(parts, tokens)
+
+    def forward_seconds(self, tokens: int) -> float:
+        """Of one block, forward alone."""
+        return _between([(t.tokens, t.forward_seconds) for t in self.timed], tokens)
+
+
+def _between(parts: list[tuple[int, float]], tokens: int) -> float:
+    """On the line through the first and the last of (tokens, seconds); in proportion where that would fall."""
+    (t0, s0), (t1, s1) = min(parts), max(parts)
+    if t0 == t1 or s1 <= s0:
+        return s1 * tokens / t1
+    return max(s0 * tokens / t0 if tokens < t0 else 0.0, s0 + (s1 - s0) * (tokens - t0) / (t1 - t0))
+
+
+def measure_pace(demand: Demand) -> Pace:
+    """Times a usual pass of the run and a part of it, or takes what was measured here before for the same."""
+    passes = _usual_passes(demand)
+    memory = cache_folder() / "pace" / f"{_key(demand, passes)}.json"
+    if memory.is_file():
+        known = json.loads(memory.read_text("utf-8"))
+        return Pace(**{**known, "timed": tuple(Timed(**timed) for timed in known["timed"])})
+    found = _measure(demand, passes)
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_text(memory, json.dumps(asdict(found)))
+    except (OSError, DiskError):  # a cache that cannot be written only costs time
+        pass
+    return found
+
+
+def _usual_passes(demand: Demand) -> list[Pass]:
+    """The pass of middle size among the first steps' ones, and its first quarter."""
+    steps = demand.steps(int(demand.settings.micro_tokens), share=False)
+    passes = sorted((one for step in steps for one in step), key=lambda one: one.tokens)
+    usual = passes[len(passes) // 2]
+    part: list[int] = []
+    for length in usual.lengths:
+        part.append(min(length, max(2, usual.tokens // 4 - sum(part))))
+        if sum(part) >= usual.tokens // 4:
+            break
+    return [usual, Pass(tuple(part), 0)]
+
+
+def _key(demand: Demand, passes: list[Pass]) -> str:
+    machine, settings = hardware.look(), demand.settings
+    config = demand.outline.model.config.to_json_string()
+    parts = [
+        machine.cpu_name, machine.cores, settings.device, settings.dtype, settings.threads, torch.__version__, config,
+        demand.ranks, demand.trained, settings.dora, settings.dropout, [list(map(int, p.lengths)) for p in passes],
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def _measure(demand: Demand, passes: list[Pass]) -> Pace:
+    base, blocks = _one_block(demand)
+    spec = LoraSpec(rank=max(1, round(demand.ranks / max(1, len(demand.targets)))), dora=demand.settings.dora)
+    adapter = new_adapter(choose(base.model, spec), spec, seed=0)
+    with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
+        injection.train(True)
+        way, timed = base.way, [_time(base, one, blocks) for one in passes]
+    return Pace(way, tuple(timed), _label_seconds(demand), _update_seconds(demand))
+
+
+def _one_block(demand: Demand) -> tuple[Base, int]:
+    """A base of one block of each kind that the architecture has, with a small vocabulary; and how many blocks."""
+    config = copy.deepcopy(demand.outline.model.config)
+    text = config.get_text_config()
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ["one"]))
+    if getattr(text, "layer_types", None):
+        text.layer_types = kinds
+    text.num_hidden_layers = len(kinds)
+    text.vocab_size = min(int(text.vocab_size), MOST_VOCABULARY)
+    text.pad_token_id = None
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=demand.dtype, trust_remote_code=False)
+    model = model.to(demand.device).requires_grad_(False).eval()
+    reason = forward.prove(model)
+    decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
+    return Base("pace", Path(), model, None, reason, decoder, module_reason), len(kinds)
+
+
+def _time(base: Base, one: Pass, blocks: int) -> Timed:
+    tokens_T = torch.arange(one.tokens, device=base.device) % base.vocabulary
+    positions_T = torch.cat([torch.arange(n, device=base.device) for n in one.lengths])
+    bounds = (0, *torch.tensor(one.lengths).cumsum(0).tolist())
+
+    def lead(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:  # blocks above the lowest need their input's slope
+        return out.detach().requires_grad_()
+
+    handle = base.model.get_input_embeddings().register_forward_hook(lead)
+
+    def ahead() -> None:
+        with torch.no_grad():
+            _states(base, tokens_T, positions_T, bounds)
+
+    def both() -> None:
+        states = _states(base, tokens_T, positions_T, bounds)
+        states.backward(torch.ones_like(states))
+
+    try:
+        return Timed(one.tokens, _median(ahead, base.device) / blocks, _median(both, base.device) / blocks)
+    finally:
+        handle.remove()
+
+
+def _states(base: Base, tokens_T: Tensor, positions_T: Tensor, bounds: tuple[int, ...]) -> Tensor:
+    if base.plain_reason is None:
+        return base.hidden_states(tokens_T, positions_T, bounds)
+    with forward.plain_attention(base.model):
+        parts = [
+            base.model.base_model(input_ids=tokens_T[None, a:b], use_cache=False).last_hidden_state[0]
+            for a, b in pairwise(bounds)
+        ]
+    return torch.cat(parts)
+
+
+def _label_seconds(demand: Demand) -> float:
+    rows, width = demand.outline.head_shape
+    taken = min(rows, HEAD_ROWS)
+    W_VH = torch.randn(taken, width).to(demand.device, demand.dtype)
+    h_NH = torch.randn(HEAD_LABELS, width).to(demand.device, demand.dtype).requires_grad_()
+    targets_N, weights_N = torch.zeros(HEAD_LABELS, dtype=torch.long), torch.ones(HEAD_LABELS)
+    targets_N, weights_N = targets_N.to(demand.device), weights_N.to(demand.device)
+
+    def call() -> None:
+        labelled_loss(h_NH, lambda h: h @ W_VH.T, targets_N, weights_N, taken).backward()
+
+    return _median(call, demand.device) / HEAD_LABELS * rows / taken
+
+
+def _update_seconds(demand: Demand) -> float:
+    numbers = min(demand.trained, 1 << 20)
+    master = torch.zeros(numbers, device=demand.device, requires_grad=True)
+    master.grad = torch.ones_like(master)
+    optimiser = torch.optim.AdamW([master], fused=True)
+    return _median(optimiser.step, demand.device, 0.05) * demand.trained / max(1, numbers)
+
+
+def _median(call: Any, device: torch.device, seconds: float = SECONDS) -> float:
+    hardware.time_calls(call, 1, device)
+    found: list[float] = []
+    while len(found) < 3 or (sum(found) < seconds and len(found) < MOST_CALLS):
+        found.append(hardware.time_calls(call, 1, device))
+    return statistics.median(found)

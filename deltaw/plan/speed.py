@@ -1,0 +1,112 @@
+"""How long steps take: by the measured pace of this machine, or by the data sheet of another."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from deltaw.plan.demand import Choice, Demand, Pass
+from deltaw.plan.devices import CPU_SHARE, GPU_SHARE, Device
+from deltaw.plan.pace import Pace
+
+EVALUATIONS = 6
+DEQUANTISED_PER_SECOND = 4e9  # weights; on two cores, and no part of the measured pace
+STREAMED_SHARE = 0.03  # of a step: what the reading thread takes from the computing ones
+SHEET_DISK_BYTES_PER_SECOND = 2e9
+_PROBED_BYTES, _READ_BYTES = 64 << 20, 1 << 20
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of the parts of a run, from what was measured here or from a data sheet (then `pace` is None)."""
+
+    demand: Demand
+    pace: Pace | None
+    device: Device | None = None
+
+    @property
+    def way(self) -> str:
+        """How a batch is computed, as in Base.way."""
+        return "kernels" if self.pace is None else self.pace.way
+
+    @property
+    def share(self) -> bool:
+        """Whether what documents have in common is computed once."""
+        return self.demand.settings.share_prefixes and self.way == "kernels"
+
+    @cached_property
+    def disk_bytes_per_second(self) -> float:
+        """How fast the base's files are read when they lie in no cache."""
+        return SHEET_DISK_BYTES_PER_SECOND if self.device is not None else read_rate(self.demand.outline.folder)
+
+    def step(self, choice: Choice, passes: Sequence[Pass]) -> float:
+        """One optimiser step of these passes."""
+        return sum(self._pass(choice, one) for one in passes) + self._update()
+
+    def evaluation(self, choice: Choice) -> float:
+        """One evaluation: forward alone."""
+        tokens = self.demand.evaluated_tokens
+        if not tokens:
+            return 0.0
+        size = min(tokens, choice.micro_tokens)
+        outline = self.demand.outline
+        if self.pace is None:
+            return 2 * outline.product_parameters * tokens / self._rate
+        labelled = tokens * self.demand.labelled_share
+        forward = outline.layers * self.pace.forward_seconds(size) * tokens / size
+        return forward + labelled * self.pace.label_seconds / 2
+
+    def _pass(self, choice: Choice, one: Pass) -> float:
+        outline = self.demand.outline
+        twice = choice.recompute
+        seconds = (outline.layers - twice) * self._block(one, again=False) + twice * self._block(one, again=True)
+        seconds += self._labels(one.labelled)
+        if choice.quant != "none":
+            seconds += (2 + twice / outline.layers) * outline.product_parameters / DEQUANTISED_PER_SECOND
+        if not choice.stream:
+            return seconds
+        read = 2 * outline.layers * outline.block_parameters * self.demand.dtype.itemsize
+        return max(seconds * (1 + STREAMED_SHARE), read / self.disk_bytes_per_second)
+
+    @property
+    def _rate(self) -> float:
+        """Floating-point operations a second that training sustains on the machine of the data sheet."""
+        assert self.device is not None
+        return self.device.tflops * 1e12 * (GPU_SHARE if self.device.kind == "cuda" else CPU_SHARE)
+
+    def _block(self, one: Pass, *, again: bool) -> float:
+        if self.pace is not None:
+            return self.pace.block_seconds(one.tokens, recompute=again)
+        outline = self.demand.outline
+        squares = sum(n * n for n in one.lengths) * outline.heads * outline.head_width
+        products = one.tokens * outline.product_parameters / max(1, outline.layers)
+        return ((6 if again else 4) * products + (9 if again else 7) * squares) / self._rate
+
+    def _labels(self, labelled: int) -> float:
+        if self.pace is not None:
+            return labelled * self.pace.label_seconds
+        rows, width = self.demand.outline.head_shape
+        return 4 * labelled * rows * width / self._rate
+
+    def _update(self) -> float:
+        return 0.0 if self.pace is None else self.pace.update_seconds
+
+
+def read_rate(folder: Path) -> float:
+    """Bytes a second of a file of weights that the system does not hold, from the first 64 MB of one."""
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        size = min(_PROBED_BYTES, file.stat().st_size)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
+        since, read = time.perf_counter(), 0
+        while read < size and (part := os.read(descriptor, _READ_BYTES)):
+            read += len(part)
+        return read / max(1e-6, time.perf_counter() - since)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,158 @@
+"""A base that is read block by block, or computes blocks twice, gives the bits of one that lies in memory."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import SMALL, byte_tokenizer, lively_model, slopes, some_batch
+
+from deltaw.adapter import LoraSpec, choose, inject, new_adapter
+from deltaw.base.load import load
+from deltaw.base.stream import Pager, blocks_of, release
+from deltaw.engine.objective import batch_loss, head_factors
+from deltaw.errors import BaseError
+
+KINDS = ("llama", "llama-tied", "gemma3", "gpt_neox", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("bases") / kind
+            lively_model(kind).save_pretrained(made[kind])
+            byte_tokenizer().save_pretrained(made[kind])
+        return made[kind]
+
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_streamed_base_computes_the_same_bits(folders, kind):
+    plain, streamed = load(folders(kind), dtype="float32"), load(folders(kind), dtype="float32", stream=True)
+    try:
+        for one, other in zip(slopes(plain), slopes(streamed), strict=True):
+            assert torch.equal(one, other)
+        assert 0 <= streamed.pager.current <= len(blocks_of(streamed.model))
+    finally:
+        streamed.pager.close()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_moe"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_blocks_that_are_computed_again_give_the_same_bits(folders, kind, count):
+    base = load(folders(kind), dtype="float32")
+    wanted = slopes(base)
+    base.recompute(count)
+    way = base.way
+    for one, other in zip(wanted, slopes(base), strict=True):
+        assert torch.equal(one, other)
+    base.recompute(0)
+    assert base.way == way and all("forward" not in block.__dict__ for block in blocks_of(base.model))
+
+
+def test_blocks_with_dora_and_dropout_are_computed_again_with_the_same_random_numbers(folders):
+    base = load(folders("llama"), dtype="float32")
+    torch.manual_seed(5)
+    wanted = slopes(base, dora=True, dropout=0.3)
+    base.recompute(2)
+    torch.manual_seed(5)
+    for one, other in zip(wanted, slopes(base, dora=True, dropout=0.3), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_recomputed_is_not_kept(folders):
+    base = load(folders("llama"), dtype="float32")
+
+    def kept():
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes) or t, lambda t: t):
+            spec = LoraSpec(rank=3)
+            with inject(base.model, new_adapter(choose(base.model, spec), spec, 0), trainable=True) as injection:
+                batch_loss(base, some_batch(), head_factors(base, injection))
+        return sum(held)
+
+    whole = kept()
+    base.recompute(2)
+    assert kept() < whole / 4
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Eight blocks of 1.6 MB, so that pages can be told apart."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = transformers.LlamaConfig(
+        **{**SMALL, "num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 1024}
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def resident_bytes(folder):
+    """What of the folder's weight files is in this process's memory."""
+    total, ours = 0, False
+    with Path("/proc/self/smaps").open() as lines:
+        for line in lines:
+            if "-" in line.split(maxsplit=1)[0]:
+                ours = str(folder) in line
+            elif ours and line.startswith("Rss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_at_most_a_few_blocks_are_in_memory_while_a_streamed_base_trains(wide):
+    streamed = load(wide, dtype="float32", stream=True)
+    block = sum(parameter.nbytes for parameter in blocks_of(streamed.model)[0].parameters())
+    seen = []
+    enter = streamed.pager.enter
+
+    def watched(number):
+        enter(number)
+        if not seen or seen[-1][0] != number:
+            seen.append((number, resident_bytes(wide)))
+
+    for number, section in enumerate(blocks_of(streamed.model)):
+        for module in section.modules():
+            module.__dict__["_deltaw_on_read"] = lambda number=number: watched(number)
+    release(streamed.model.parameters())
+    slopes(streamed)
+    numbers = [number for number, _ in seen]
+    turns = [a for a, b in itertools.pairwise(numbers) if a != b]
+    assert turns[:15] == [0, 1, 2, 3, 4, 5, 6, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert max(size for _, size in seen) < 4 * block
+    streamed.pager.close()
+    release(streamed.model.parameters())
+    assert resident_bytes(wide) < block / 4
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("llama", "bfloat16"), ("qwen3_moe", "float32")])
+def test_a_base_whose_weights_were_converted_or_stacked_is_refused(folders, kind, dtype):
+    with pytest.raises(BaseError, match="cannot be streamed"):
+        load(folders(kind), dtype=dtype, stream=True)
+
+
+def test_only_pages_of_mapped_files_are_let_go():
+    mine = torch.arange(1 << 16)
+    release([mine])
+    assert torch.equal(mine, torch.arange(1 << 16))
+
+
+def test_the_pager_turns_at_both_ends_and_holds_two_sections():
+    pager = Pager([[] for _ in range(4)])
+    held = []
+    for number in (0, 1, 2, 3, 2, 1, 0, 1, 3, 0):
+        pager.enter(number)
+        held.append(pager.held)
+    pager.close()
+    assert held == [{0, 1}, {1, 2}, {2, 3}, {3, 2}, {2, 1}, {1, 0}, {0, 1}, {1, 2}, {3, 2}, {0, 1}]

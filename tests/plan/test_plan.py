@@ -1,0 +1,244 @@
+"""Plans: what is counted where, the choice that is made, ways out that work, and other machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from models import save_base
+
+from deltaw import api, hardware
+from deltaw.base.shapes import outline, stored_dtype
+from deltaw.config import make_settings, parse_bytes
+from deltaw.engine.prepare import sketch_run
+from deltaw.engine.run import create_run
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import DoesNotFitError, UsageError
+from deltaw.plan.choose import Room, make_plan
+from deltaw.plan.demand import Choice, Demand, Pass
+from deltaw.plan.devices import DEVICES
+from deltaw.plan.memory import PARTS, base_bytes, memory
+from deltaw.plan.pace import Pace, Timed, measure_pace
+from deltaw.plan.speed import Clock
+
+MB = 1_000_000
+# One block of the small models: 2 ms for 64 tokens and 8 ms for 512, a third of it forward.
+PACE = Pace("kernels", (Timed(64, 0.0007, 0.002), Timed(512, 0.0027, 0.008)), 1e-5, 1e-4)
+
+
+@pytest.fixture
+def demand(llama_folder, chats, tmp_path):
+    """A run of a small base over the tests' chats, as far as it is known before the base is opened."""
+
+    def make(**changes):
+        given = {"model": str(llama_folder), "data": [str(chats)], "dtype": "float32", "rank": 4, "steps": 3, **changes}
+        settings = make_settings({**given, "out": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}")})
+        sketch = sketch_run(create_run(settings), settings, Watcher())
+        return Demand(sketch.outline, settings, sketch.targets, sketch.data)
+
+    return make
+
+
+def room(limit, fixed=0):
+    return Room(limit, "--memory", fixed)
+
+
+def plan(demand, limit, fixed=0):
+    return make_plan(demand, room(limit, fixed), Clock(demand, PACE))
+
+
+# -- shapes and memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "gpt_neox", "gpt2", "qwen3_moe", "phi3"])
+def test_an_outline_counts_what_the_opened_model_holds(kind, tmp_path):
+    known = outline(save_base(tmp_path / kind, kind))
+    assert all(parameter.is_meta for parameter in known.model.parameters())
+    base = api.load(tmp_path / kind).base
+    assert known.parameters == base.parameters and known.head_shape[0] == base.vocabulary
+    assert known.layers == 2 and known.hidden == 32 and known.heads == 4
+    assert known.context_tokens == base.context_tokens and stored_dtype(known.folder) == torch.float32
+    linear = sum(
+        m.weight.numel()
+        for n, m in base.model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not base.model.get_output_embeddings()
+    )
+    if kind not in ("gpt2", "qwen3_moe"):  # which have other layers than Linear
+        assert known.product_parameters == linear
+
+
+def test_every_choice_changes_the_parts_that_it_should_and_no_other(demand):
+    asked = demand(micro_tokens=256)
+    plain = memory(asked, Choice(256), "kernels", 100 * MB).phases["step"]
+    assert set(plain) == set(PARTS) and plain["fixed"] == 100 * MB
+    for choice, lower in (
+        (Choice(128), {"activations", "loss", "workspace"}),
+        (Choice(256, recompute=2), {"activations"}),
+        (Choice(256, stream=True), set()),  # two blocks are all that this model has
+    ):
+        other = memory(asked, choice, "kernels", 100 * MB).phases["step"]
+        assert {part for part in PARTS if other[part] < plain[part]} >= lower - {"loss"}
+        assert all(other[part] == plain[part] for part in set(PARTS) - lower - {"base"})
+
+
+def test_a_base_in_memory_a_streamed_and_a_quantised_one_are_counted_by_their_weights(demand):
+    asked = demand()
+    known = asked.outline
+    assert base_bytes(asked, Choice(64)) == 4 * known.parameters
+    rows, width = known.head_shape
+    assert base_bytes(asked, Choice(64, stream=True)) == 4 * (2 * known.block_parameters + rows * width)
+    small = base_bytes(asked, Choice(64, quant="nf4"))
+    assert small < base_bytes(asked, Choice(64, quant="int8")) < base_bytes(asked, Choice(64))
+    assert 4 * known.parameters - small == pytest.approx(known.product_parameters * (4 - 0.516), rel=0.01)
+
+
+def test_the_heaviest_pass_is_the_longest_documents_that_fit_together(demand):
+    asked = demand()
+    lengths = np.sort(asked.data["train"].store.lengths)[::-1]
+    assert asked.heaviest(1).lengths == (int(lengths[0]),)
+    heavy = asked.heaviest(int(lengths[:3].sum()))
+    assert heavy.lengths == tuple(int(n) for n in lengths[:3])
+    assert 0 < heavy.labelled < heavy.tokens
+    cut = dataclasses.replace(asked, longest_tokens=20).heaviest(40)
+    assert cut.lengths == (20, 20)
+
+
+# -- choices ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_fits_is_left_as_it_is(demand):
+    asked = demand()
+    made = plan(asked, 10**12)
+    assert made.choice == Choice(int(asked.settings.micro_tokens))
+    assert made.calibrated and made.steps == 3 and made.run_seconds > 3 * made.step_seconds > 0
+
+
+def test_the_fastest_exact_choice_that_fits_is_made_and_less_memory_never_costs_less_time(demand):
+    asked = demand()
+    least = min(memory(asked, Choice(64, 2, True), "kernels", 0).peak_bytes, 10**12)
+    most = memory(asked, Choice(int(asked.settings.micro_tokens)), "kernels", 0).peak_bytes
+    seconds = []
+    for limit in np.linspace(most, least, 12).astype(int).tolist():
+        made = plan(asked, limit)
+        assert made.memory.peak_bytes <= limit
+        seconds.append(made.step_seconds)
+    assert seconds == sorted(seconds)
+    assert plan(asked, least).choice.quant in ("none", "nf4", "int8")
+
+
+def test_what_the_user_set_is_not_changed(demand):
+    asked = demand(micro_tokens=512, recompute=0, stream=False, quant="none")
+    peak = memory(asked, Choice(512), "kernels", 0).peak_bytes
+    assert plan(asked, peak).choice == Choice(512)
+    with pytest.raises(DoesNotFitError):
+        plan(asked, peak - 1)
+
+
+def test_a_refusal_names_three_ways_out_and_each_of_them_fits(demand):
+    asked = demand()
+    with pytest.raises(DoesNotFitError) as caught:
+        plan(asked, 1000, fixed=50 * MB)
+    ways = re.findall(r"^  - (.*)$", str(caught.value), re.M)
+    assert len(ways) == 3 and "least 5" in str(caught.value)
+    for way in ways:
+        flags = dict(re.findall(r"--([a-z-]+) (\S+)", way))
+        limit = parse_bytes(flags.pop("memory", "1000b"))
+        changed = {name.replace("-", "_"): int(value) for name, value in flags.items()}
+        assert plan(demand(**changed, allow_lost=1.0), limit, fixed=50 * MB).memory.peak_bytes <= limit
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_is_measured_for_two_passes_and_remembered(demand, monkeypatch):
+    asked = demand()
+    found = measure_pace(asked)
+    assert found.way == "kernels" and len(found.timed) == 2 and found.label_seconds > 0
+    usual, part = (timed.tokens for timed in found.timed)
+    assert part <= usual // 4 + 2
+    monkeypatch.setattr("deltaw.plan.pace._measure", lambda *_: pytest.fail("measured again"))
+    assert measure_pace(asked) == found
+
+
+def test_times_lie_on_the_line_through_what_was_measured():
+    assert PACE.block_seconds(512) == 0.008 and PACE.block_seconds(64) == 0.002
+    assert PACE.block_seconds(288) == pytest.approx(0.005)
+    assert PACE.block_seconds(512, recompute=True) == pytest.approx(0.0107)
+    assert PACE.block_seconds(32) == pytest.approx(0.002 - 32 * 0.006 / 448)
+    noisy = Pace("kernels", (Timed(64, 0.1, 0.1), Timed(512, 0.01, 0.02)), 0, 0)
+    assert noisy.block_seconds(256) == pytest.approx(0.01)
+
+
+def test_recomputing_and_quantising_take_longer_and_streaming_waits_for_the_disk(demand):
+    asked = demand()
+    clock, passes = Clock(asked, PACE), [Pass((100, 50), 30)]
+    plain = clock.step(Choice(256), passes)
+    assert plain == pytest.approx(2 * PACE.block_seconds(150) + 30 * 1e-5 + 1e-4)
+    assert clock.step(Choice(256, recompute=1), passes) > plain
+    assert clock.step(Choice(256, quant="nf4"), passes) > plain
+    clock.__dict__["disk_bytes_per_second"] = 1000.0
+    read = 2 * 2 * asked.outline.block_parameters * 4 / 1000
+    assert clock.step(Choice(256, stream=True), passes) == pytest.approx(read + 1e-4)
+
+
+# -- from outside -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_reads_no_weight_and_leaves_nothing_behind(llama_folder, chats, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deltaw.base.load._open_model", lambda *_: pytest.fail("opened"))
+    made = api.plan(model=llama_folder, data=[chats], steps=3)
+    assert list(tmp_path.iterdir()) == []
+    written = made.as_dict()
+    low, high = written["peak_bytes_interval"]
+    assert low < written["peak_bytes"] < high and set(written["phases"]) == {"load", "step", "evaluation", "save"}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_other_machines_are_planned_by_their_data_sheet_and_marked(llama_folder, chats, name):
+    made = api.plan(model=llama_folder, data=[chats], steps=3, on=name)
+    assert not made.calibrated and made.machine == name and made.step_seconds > 0
+    assert made.room.limit_bytes < DEVICES[name].memory_bytes
+
+
+def test_an_unknown_machine_is_refused_with_the_known_ones(llama_folder, chats):
+    with pytest.raises(UsageError, match="rtx4090-24gb"):
+        api.plan(model=llama_folder, data=[chats], on="cray")
+
+
+def test_a_run_keeps_its_plan_and_carries_it_out_and_says_so(llama_folder, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "rss_bytes", lambda: 400 * MB)  # what other tests left here says nothing of the run
+    said = []
+
+    class Listening(Watcher):
+        def planned(self, plan):
+            said.append(plan)
+
+    given = {"model": llama_folder, "data": [chats], "steps": 2, "rank": 4}
+    plain = api.train(out=tmp_path / "plain", watcher=Listening(), **given)
+    assert said[0]["choice"]["recompute"] == 0 and said[0]["peak_bytes"] > 0
+    summary = plain.read_summary()
+    assert summary["plan"] == said[0]
+    tight = said[0]["peak_bytes"] - said[0]["phases"]["step"]["activations"] // 2
+    fitted = api.train(out=tmp_path / "fitted", memory=f"{tight}B", watcher=Listening(), **given)
+    settings = fitted.settings()
+    assert said[1]["choice"] != said[0]["choice"]
+    for name, value in said[1]["choice"].items():
+        assert getattr(settings, name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4GB", 4 * 10**9), ("900 MiB", 900 << 20), ("1.5gib", 3 << 29), ("77B", 77), ("1622210340B", 1622210340)],
+)
+def test_sizes_are_read_with_their_units(text, number):
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "4", "4G", "-1GB", "0MB", "1e9B", "4 GBs", "nanGB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="must be a number with a unit"):
+        parse_bytes(text)
