@@ -18,7 +18,7 @@ from deltaw.plan.demand import Choice, Demand
 from deltaw.plan.memory import Memory, memory
 from deltaw.plan.speed import EVALUATIONS, Clock
 
-# How far peaks and times may lie from what is predicted: 95 of 100 runs of benchmarks/plan_accuracy.py.
+# How far peaks and times may lie below and above what is predicted. Assumed: not yet measured on a grid of runs.
 MEMORY_SPREAD, TIME_SPREAD = (0.12, 0.03), (0.25, 0.25)
 UNCALIBRATED_SPREAD = (0.6, 0.6)
 LEAST_MICRO = 64

@@ -1,8 +1,7 @@
 """Peak memory of a run, by part and phase, from shapes and token counts: nothing is measured here.
 
 Counted is what deltaw's own kernels keep, tensor by tensor (deltaw/kernels/block.py); for models that run by their
-modules, what transformers' layers keep under autograd. The few constants are fitted on some runs of
-benchmarks/plan_accuracy.py and tried on others.
+modules, what transformers' layers keep under autograd. What the process holds is given.
 
 Legend: T tokens of the heaviest pass, N of them labelled; H hidden, A heads·width, K key heads·width, I inner width,
 V vocabulary, L blocks; b bytes of a number in the compute dtype.
