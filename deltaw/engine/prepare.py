@@ -77,6 +77,7 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
     """Shapes, data and targets of a run; resolves every `auto` in the settings by its rule. No weight is read."""
     threads = settings.threads or min(torch.get_num_threads(), hardware.usable_cores())
     hardware.set_threads(threads)
+    hardware.tune_memory()
     known = outline(settings.model, settings.revision)
     if settings.max_length == AUTO:
         settings.put(

@@ -40,12 +40,13 @@ def probe(trainer: Trainer) -> None:
     if memory.is_file():
         return
     documents = longest_micro_batch(trainer.ready.data["train"].store, int(trainer.settings.micro_tokens))
+    lengths = trainer.ready.data["train"].store.lengths[documents]
     random_state = torch.get_rng_state()
     master = trainer.flat.master.clone()
     try:
-        _step(trainer, documents)
-        _evaluate(trainer, trainer.ready.data["train"].store.lengths[documents])
-        _save(trainer)
+        for heaviest in (lambda: _step(trainer, documents), lambda: _evaluate(trainer, lengths), lambda: _save(trainer)):
+            heaviest()
+            hardware.give_memory_back()
     except (RuntimeError, MemoryError) as error:
         raise _too_much(error, trainer, documents) from error
     finally:

@@ -1,0 +1,213 @@
+"""How near a plan comes to the run: peak memory and time of steps, on a grid of bases, ranks, lengths and ways to fit.
+
+    python benchmarks/plan_accuracy.py [NAME ...]
+
+Each case is a fresh `deltaw train` that plans with a pace of its own, measured then, and trains a few steps. Peak
+memory is the kernel's high-water mark of the process; of a streamed base, whose pages can be taken back at any time,
+the lowest cgroup limit under which the run finishes within three times its time, found to 2 %. Cases by whose figures
+no constant of deltaw/plan was chosen are reported apart. Rows go to results/plan_accuracy.jsonl as they are measured;
+a case that has its row is not run again. results/plan_accuracy.json holds rows and errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bases import FOLDER, base
+from limits import run_under
+
+RESULTS = Path(__file__).parent / "results"
+ROWS, SUMMARY = RESULTS / "plan_accuracy.jsonl", RESULTS / "plan_accuracy.json"
+STEPS = 6
+BISECTIONS, RANGE = 5, 0.4  # of the prediction, to either side
+WORDS = "time year people way day man thing woman life child world school state family student group country".split()
+
+
+class Case(NamedTuple):
+    """One run of the grid. `recompute` is a share of the blocks; `fitted`: constants may have been chosen by it."""
+
+    base: str
+    rank: int
+    length: int
+    tokens: int
+    options: tuple[str, ...] = ()
+    fitted: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its row is found by."""
+        return " ".join([self.base.removesuffix("-shape"), f"r{self.rank}", f"{self.length}", *self.options])
+
+
+CASES = [
+    Case("smollm2-135m-shape", 4, 64, 1024, fitted=True),
+    Case("smollm2-135m-shape", 16, 256, 1024, fitted=True),
+    Case("smollm2-135m-shape", 64, 1024, 2048, fitted=True),
+    Case("smollm2-135m-shape", 16, 1024, 2048, ("--recompute", "15"), fitted=True),
+    Case("smollm2-135m-shape", 16, 2048, 2048, ("--recompute", "30"), fitted=True),
+    Case("smollm2-135m-shape", 16, 256, 1024, ("--quant", "nf4"), fitted=True),
+    Case("smollm2-135m-shape", 16, 256, 1024, ("--stream",), fitted=True),
+    Case("smollm2-360m-shape", 8, 512, 1024),
+    Case("smollm2-360m-shape", 32, 2048, 2048),
+    Case("smollm2-360m-shape", 16, 128, 1024, ("--recompute", "16")),
+    Case("llama-3.2-1b-shape", 16, 256, 512),
+    Case("llama-3.2-1b-shape", 16, 512, 512, ("--quant", "int8")),
+    Case("smollm2-1.7b-shape", 8, 256, 512),
+    Case("smollm2-1.7b-shape", 16, 256, 512, ("--stream",)),
+    Case("qwen3-0.6b-shape", 16, 64, 1024, fitted=True),
+    Case("qwen3-0.6b-shape", 16, 1024, 1024, fitted=True),
+    Case("qwen3-0.6b-shape", 4, 256, 1024, ("--recompute", "28")),
+    Case("qwen3-0.6b-shape", 64, 256, 1024, ("--quant", "nf4")),
+    Case("qwen3-0.6b-shape", 16, 256, 512, ("--stream",)),
+    Case("qwen3-1.7b-shape", 16, 128, 512, ("--quant", "nf4", "--stream")),
+    Case("gemma-3-270m-shape", 16, 256, 1024, fitted=True),
+    Case("gemma-3-270m-shape", 4, 2048, 2048, fitted=True),
+    Case("gemma-3-1b-shape", 16, 512, 512),
+    Case("gemma-3-1b-shape", 32, 64, 512, ("--recompute", "13")),
+    Case("pythia-160m-shape", 16, 256, 1024, fitted=True),
+    Case("pythia-160m-shape", 64, 1024, 1024, fitted=True),
+    Case("pythia-160m-shape", 4, 64, 1024, ("--recompute", "6"), fitted=True),
+    Case("pythia-410m-shape", 16, 512, 1024),
+    Case("pythia-410m-shape", 16, 128, 1024, ("--recompute", "24")),
+    Case("pythia-1.4b-shape", 8, 256, 512),
+]
+
+
+def main(names: list[str]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
+    known = {row["name"] for row in rows}
+    for case in CASES:
+        if case.name in known or (names and not any(name in case.name for name in names)):
+            continue
+        rows.append(measure(case))
+        with ROWS.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(_line(rows[-1]), file=sys.stderr, flush=True)
+    found = {"errors": errors(rows), "rows": rows}
+    SUMMARY.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found["errors"], indent=1))
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The row of one case."""
+    folder, cache = base(case.base), FOLDER / "cache"
+    shutil.rmtree(cache / "pace", ignore_errors=True)  # a pace of its own, and the heaviest step is taken in each run
+    with tempfile.TemporaryDirectory() as work:
+        data = Path(work) / "chats.jsonl"
+        write_chats(data, case)
+        summary, plan, seconds = _train(case, folder, data, cache, Path(work) / "run")
+        found = summary["peak_bytes"]
+        if "--stream" in case.options:
+            found = _lowest_limit(case, folder, data, cache, Path(work), plan["peak_bytes"], summary["train_seconds"])
+    planned = plan["phases"][plan["peak_phase"]]
+    return {
+        "name": case.name,
+        "case": case._asdict(),
+        "peak_is": plan["peak_is"],
+        "peak_bytes": found,
+        "planned_peak_bytes": plan["peak_bytes"],
+        "peak_error": plan["peak_bytes"] / found - 1,
+        "high_water_bytes": summary["peak_bytes"],
+        "peak_phase": plan["peak_phase"],
+        "planned_parts": planned,
+        "step_seconds": seconds,
+        "planned_step_seconds": plan["step_seconds"],
+        "time_error": plan["step_seconds"] / seconds - 1,
+        "way": plan["way"],
+        "gemm_gflops": summary["gemm_gflops"],
+    }
+
+
+def _command(case: Case, folder: Path, data: Path, run: Path) -> list[str]:
+    given = {
+        "--model": folder, "--data": data, "--out": run, "--rank": case.rank, "--steps": STEPS,
+        "--batch-tokens": case.tokens, "--micro-tokens": case.tokens, "--max-length": max(case.length, 64),
+        "--eval-rows": 8,
+    }  # fmt: skip
+    plain = [str(part) for pair in given.items() for part in pair]
+    return [sys.executable, "-m", "deltaw", "train", *plain, *_numbers(case), "--json"]
+
+
+def _numbers(case: Case) -> list[str]:
+    return list(case.options)
+
+
+def _train(case: Case, folder: Path, data: Path, cache: Path, run: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """(summary, plan, median seconds of the steps after the first)."""
+    shutil.rmtree(cache / "probes", ignore_errors=True)
+    done = subprocess.run(
+        _command(case, folder, data, run),
+        env={**os.environ, "DELTAW_CACHE": str(cache)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{case.name} failed:\n{done.stderr[-3000:]}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = statistics.median([line["seconds"] for line in lines if "seconds" in line][1:])
+    return json.loads(done.stdout), json.loads((run / "plan.json").read_text()), seconds
+
+
+def _lowest_limit(
+    case: Case, folder: Path, data: Path, cache: Path, work: Path, planned: int, seconds: float
+) -> int:
+    low, high = planned * (1 - RANGE), planned * (1 + RANGE)
+    files = [*folder.glob("*.safetensors"), *(cache / "quantised").rglob("*.safetensors")]
+    for number in range(BISECTIONS):
+        middle = (low + high) / 2
+        command = _command(case, folder, data, work / f"run{number}")
+        ran = run_under(int(middle), ["env", f"DELTAW_CACHE={cache}", *command], files, 3 * seconds + 60)
+        low, high = (middle, high) if ran.killed else (low, middle)
+    return round(high)
+
+
+def write_chats(path: Path, case: Case) -> None:
+    """Chats of about the length, between a half and all of it; a third of each is the answer."""
+    words = random.Random(case.name)
+    lines, left = [], (STEPS + 4) * case.tokens + 40 * case.length
+    while left > 0:
+        count = max(12, round(case.length * words.uniform(0.5, 1.0)) - 40)
+        text = [words.choice(WORDS) for _ in range(count)]
+        asked, answered = " ".join(text[: 2 * count // 3]), " ".join(text[2 * count // 3 :])
+        roles = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        lines.append(json.dumps({"messages": roles}))
+        left -= count + 40
+    path.write_text("\n".join(lines) + "\n")
+
+
+def errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors over all cases, and apart over those by which nothing was chosen."""
+    found = {}
+    for label, some in (("all", rows), ("held out", [row for row in rows if not row["case"]["fitted"]])):
+        peaks, times = ([abs(row[key]) for row in some] for key in ("peak_error", "time_error"))
+        if some:
+            found[label] = {
+                "runs": len(some),
+                "peak_median": statistics.median(peaks),
+                "peak_95th": sorted(peaks)[max(0, -(-95 * len(peaks) // 100) - 1)],
+                "peak_most_under": -min(0.0, *(row["peak_error"] for row in some)),
+                "peak_most_over": max(row["peak_error"] for row in some),
+                "time_median": statistics.median(times),
+                "time_most": max(times),
+            }
+    return found
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['name']:50} peak {row['peak_bytes'] / 1e6:7,.0f} MB, planned {row['planned_peak_bytes'] / 1e6:7,.0f} "
+        f"({row['peak_error']:+.1%})  step {row['step_seconds']:6.2f} s, planned {row['planned_step_seconds']:6.2f} "
+        f"({row['time_error']:+.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
