@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 ROWS, SUMMARY = RESULTS / "plan_accuracy.jsonl", RESULTS / "plan_accuracy.json"
 STEPS = 6
 BISECTIONS, RANGE = 5, 0.4  # of the prediction, to either side
-WORDS = "time year people way day man thing woman life child world school state family student group country".split()
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
 class Case(NamedTuple):
@@ -135,20 +135,20 @@ def _command(case: Case, folder: Path, data: Path, run: Path) -> list[str]:
         "--eval-rows": 8,
     }  # fmt: skip
     plain = [str(part) for pair in given.items() for part in pair]
-    return [sys.executable, "-m", "deltaw", "train", *plain, *_numbers(case), "--json"]
+    return [sys.executable, "-m", "deltaw", "train", *plain, *case.options, "--json"]
 
 
-def _numbers(case: Case) -> list[str]:
-    return list(case.options)
-
-
-def _train(case: Case, folder: Path, data: Path, cache: Path, run: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
+def _train(
+    case: Case, folder: Path, data: Path, cache: Path, run: Path
+) -> tuple[dict[str, Any], dict[str, Any], float]:
     """(summary, plan, median seconds of the steps after the first)."""
     shutil.rmtree(cache / "probes", ignore_errors=True)
     done = subprocess.run(
         _command(case, folder, data, run),
-        env={**os.environ, "DELTAW_CACHE": str(cache)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env={**os.environ, "DELTAW_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"{case.name} failed:\n{done.stderr[-3000:]}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -156,9 +156,7 @@ def _train(case: Case, folder: Path, data: Path, cache: Path, run: Path) -> tupl
     return json.loads(done.stdout), json.loads((run / "plan.json").read_text()), seconds
 
 
-def _lowest_limit(
-    case: Case, folder: Path, data: Path, cache: Path, work: Path, planned: int, seconds: float
-) -> int:
+def _lowest_limit(case: Case, folder: Path, data: Path, cache: Path, work: Path, planned: int, seconds: float) -> int:
     low, high = planned * (1 - RANGE), planned * (1 + RANGE)
     files = [*folder.glob("*.safetensors"), *(cache / "quantised").rglob("*.safetensors")]
     for number in range(BISECTIONS):

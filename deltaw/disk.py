@@ -40,14 +40,19 @@ def fsync_path(path: Path) -> None:
 
 def write_bytes(path: Path, *chunks: bytes | memoryview) -> None:
     """Writes a whole file under a temporary name and renames it; raises DiskError and leaves the old one otherwise."""
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends without an error. Raises DiskError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors("write", path):
         try:
-            with temporary.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            fsync_path(temporary)
             temporary.replace(path)
             fsync_path(path.parent)
         finally:

@@ -78,10 +78,10 @@ def write_adapter(adapter: Adapter, folder: Path | str) -> Path:
     return Path(folder)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
     """Writes a safetensors file. Raises OSError where the disk fails; the library wraps that in an error of its own."""
     try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
         raise OSError(str(error)) from error
 

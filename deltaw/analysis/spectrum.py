@@ -86,7 +86,7 @@ def energy_rank(S_R: Tensor, share: float) -> int:
 
 def numerical_rank(S_R: Tensor) -> int:
     """How many values are more than rounding."""
-    return int((S_R > NEGLIGIBLE * S_R.max()).sum()) if float(S_R.max()) else 0
+    return int((NEGLIGIBLE * S_R.max() < S_R).sum()) if float(S_R.max()) else 0
 
 
 def noise_floor(A_RI: Tensor, B_OR: Tensor, s: float, seed: int = 0) -> float:

@@ -16,7 +16,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from deltaw.disk import disk_errors, write_bytes
+from deltaw.adapter.files import save_tensors
+from deltaw.disk import disk_errors, new_file, sha256_file
 
 _MAGIC = b"deltaw01"
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
@@ -26,9 +27,12 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     """Writes the checkpoint of `step` and removes all but the newest `keep`. Raises DiskError; older ones then stay."""
     with disk_errors("make", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    payload = safetensors.torch.save(tensors, metadata={"state": json.dumps(state)})
     path = folder / f"step-{step:08d}.ckpt"
-    write_bytes(path, payload, hashlib.sha256(payload).digest(), _MAGIC)
+    with new_file(path) as temporary:  # written from where the tensors lie: a copy of them may be too much
+        save_tensors(tensors, temporary, state=json.dumps(state))
+        digest = bytes.fromhex(sha256_file(temporary))
+        with temporary.open("ab") as file:
+            file.write(digest + _MAGIC)
     for old in list_checkpoints(folder)[keep:]:
         with disk_errors("remove", old):
             old.unlink()

@@ -40,18 +40,18 @@ def probe(trainer: Trainer) -> None:
     if memory.is_file():
         return
     documents = longest_micro_batch(trainer.ready.data["train"].store, int(trainer.settings.micro_tokens))
-    lengths = trainer.ready.data["train"].store.lengths[documents]
     random_state = torch.get_rng_state()
     master = trainer.flat.master.clone()
     try:
-        for heaviest in (lambda: _step(trainer, documents), lambda: _evaluate(trainer, lengths), lambda: _save(trainer)):
-            heaviest()
-            hardware.give_memory_back()
+        _step(trainer, documents)
+        _evaluate(trainer, trainer.ready.data["train"].store.lengths[documents])
+        _save(trainer)
     except (RuntimeError, MemoryError) as error:
         raise _too_much(error, trainer, documents) from error
     finally:
         trainer.flat.reset(master)
         torch.set_rng_state(random_state)
+        hardware.give_memory_back()
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_text(memory, "")

@@ -160,7 +160,6 @@ class Trainer:
 
         Raises NotFiniteError, and keeps the older checkpoints, when a factor is not finite.
         """
-        hardware.give_memory_back()
         state = self.state()
         self._require_finite("its factors are", self.flat.master)
         tensors = {name: tensor.detach().cpu() for name, tensor in self.flat.state().items()}
@@ -229,7 +228,6 @@ class Trainer:
         """Measures the held-out loss and keeps the best adapter; False when patience has run out."""
         if self.ready.held_out is None:
             return True
-        hardware.give_memory_back()
         self.progress.abandonable = True
         loss_sum, tokens, seconds = held_out_loss(
             self.ready.base, self.ready.held_out.store, int(self.settings.micro_tokens), self.settings.eval_rows
@@ -243,7 +241,6 @@ class Trainer:
         self.metrics.write(line)
         better = loss < self.best_loss
         if better:
-            hardware.give_memory_back()
             self.best_loss, self.best_step, self.bad_evaluations = loss, self.progress.step, 0
             self.best = self.flat.master.detach().cpu().clone()
             self._write(self.best, self.run.adapter)
