@@ -68,9 +68,12 @@ class FlatFactors:
         self.grad = torch.zeros_like(self.master)
         self.work = self.master if live.dtype == torch.float32 else torch.zeros_like(self.master, dtype=live.dtype)
         for place in self.places:
-            source = dict(injection.adapters[place.adapter].factors[place.name].tensors())[place.part]
-            self.master[place.start : place.stop] = source.detach().flatten().to(self.master)
+            factors = injection.adapters[place.adapter].factors[place.name]
+            mine = self.master[place.start : place.stop]
+            mine.copy_(getattr(factors, place.part).detach().flatten())
+            setattr(factors, place.part, mine.view(place.shape))  # a copy less for as long as the run lasts
             self._point_at(place)
+        self.moments = {name: torch.zeros_like(self.master) for name in ("exp_avg", "exp_avg_sq")}
         self.optimizer = self._optimizer()
         self.write_work()
 
@@ -101,7 +104,18 @@ class FlatFactors:
                     {"params": [parameter], "ratio": ratio, "adapter": index, "weight_decay": settings.weight_decay}
                 )
         fused = self.master.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        for group in groups:
+            (parameter,) = group["params"]
+            start = parameter.storage_offset()
+            flat = {name: moment[start : start + parameter.numel()] for name, moment in self.moments.items()}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=self.master.device), **flat}
+        return optimizer
+
+    @property
+    def _counts(self) -> list[Tensor]:
+        """How many steps each group has taken, as AdamW counts them."""
+        return [self.optimizer.state[group["params"][0]]["step"] for group in self.optimizer.param_groups]
 
     def write_work(self) -> None:
         """Copies the masters into the working copy, if there is one."""
@@ -130,8 +144,8 @@ class FlatFactors:
     def reset(self, master: Tensor) -> None:
         """These numbers, no gradient, and an optimiser that has not seen a step."""
         self.master.copy_(master)
-        self.grad.zero_()
-        self.optimizer.state.clear()
+        for tensor in (self.grad, *self.moments.values(), *self._counts):
+            tensor.zero_()
         self.write_work()
 
     def adapter(self, index: int = 0, values: Tensor | None = None) -> Adapter:
@@ -151,27 +165,17 @@ class FlatFactors:
         return {place.name for place in mine if not values[place.start : place.stop].any()}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything the optimiser needs to go on, as flat tensors (no copies)."""
-        state = {"master": self.master}
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            values = [self.optimizer.state[g["params"][0]].get(key) for g in self.optimizer.param_groups]
-            if all(value is not None for value in values):
-                state[key] = torch.cat([value.reshape(-1) for value in values])
-        return state
+        """Everything the optimiser needs to go on, as flat tensors, not copied."""
+        return {"master": self.master, **self.moments, "step": torch.stack(self._counts)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes `state()` of a run with the same layout."""
         assert state["master"].shape == self.master.shape, "checkpoint and adapter differ in layout"
         self.master.copy_(state["master"])
-        self.optimizer.state.clear()
-        for number, group in enumerate(self.optimizer.param_groups if "exp_avg" in state else []):
-            parameter = group["params"][0]
-            start = parameter.storage_offset()
-            part = slice(start, start + parameter.numel())
-            parts: dict[str, int | slice] = {"step": number, "exp_avg": part, "exp_avg_sq": part}
-            self.optimizer.state[parameter] = {
-                key: state[key][where].clone().to(self.master.device) for key, where in parts.items()
-            }
+        for name, moment in self.moments.items():
+            moment.copy_(state[name])
+        for count, taken in zip(self._counts, state["step"], strict=True):
+            count.copy_(taken)
         self.write_work()
 
 

@@ -337,6 +337,7 @@ def train(
         if plan is not None:
             plan(sketch)
         trainer = Trainer(run, settings, prepare_run(sketch, settings, watcher), watcher)
+        hardware.give_memory_back()  # what proving and quantising took
         if resume and not trainer.resume():
             watcher.say("No checkpoint yet: starting from step 0.")
         run.write_settings(settings)
