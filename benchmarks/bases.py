@@ -1,4 +1,4 @@
-"""Bases of published shapes with random weights, written block by block: what memory and time are measured on.
+"""Bases of published shapes with random weights, written shard by shard: what memory and time are measured on.
 
 A benchmark asks for one by name and gets its folder; it is written once, with the tokenizer of the built-in base, into
 the folder that DELTAW_BENCH names (default: .bases beside the benchmarks' project). Usage alone:
@@ -91,9 +91,8 @@ def _write(config: Any, folder: Path) -> None:
     config.dtype = "bfloat16"
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
     config.save_pretrained(folder)
-    for file in locate(TOKENIZER).glob("*token*"):
-        shutil.copy(file, folder)
-    for file in locate(TOKENIZER).glob("*.jinja"):
+    tokenizer = locate(TOKENIZER)
+    for file in (*tokenizer.glob("*token*"), *tokenizer.glob("*.jinja")):
         shutil.copy(file, folder)
     places, total = {}, 0
     shards = list(_shards(config))
@@ -112,8 +111,7 @@ def _shards(config: Any) -> Iterator[list[tuple[str, torch.Size]]]:
         model = transformers.AutoModelForCausalLM.from_config(config)
     kept = model.state_dict()
     if config.tie_word_embeddings:
-        kept = {name: tensor for name, tensor in kept.items() if tensor is not model.get_output_embeddings().weight}
-        kept.pop("lm_head.weight", None)
+        del kept["lm_head.weight"]
     shard: list[tuple[str, torch.Size]] = []
     held = 0
     for name, tensor in kept.items():

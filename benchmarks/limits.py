@@ -1,4 +1,4 @@
-"""A command in a memory cgroup of its own, and the lowest limit under which it still finishes.
+"""A command in a memory cgroup of its own.
 
 Pages of files count against whoever touches them first, so the files that a run maps are dropped from the system's
 cache before each run: none is used for free that another process read.
@@ -8,57 +8,37 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import sysconfig
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from deltaw import hardware
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-_LIMITS = ("memory.max", "memory.limit_in_bytes")
-_SWAPPING = {"memory.swap.max": "0", "memory.swappiness": "0"}
+from cgroups import new_cgroup
 
-
-class Ran(NamedTuple):
-    """A finished command. `killed`: by the limit, or because it took too long."""
-
-    killed: bool
-    seconds: float
-    output: str
+_LIMITS, _SWAPPING = ("memory.max", "memory.limit_in_bytes"), ("memory.swap.max", "memory.swappiness")
 
 
-def run_under(limit_bytes: int, command: Sequence[str], files: Iterable[Path], timeout: float) -> Ran:
-    """Runs a command under a limit. Raises OSError where no memory cgroup can be made, RuntimeError when it fails."""
+def finishes_under(limit_bytes: int, command: Sequence[str], files: Iterable[Path], timeout: float) -> bool:
+    """Whether a command ends well under a limit and in time.
+
+    Raises OSError where no memory cgroup can be made, RuntimeError when the command fails by itself.
+    """
     forget([*files, *Path(sysconfig.get_path("platlib")).rglob("*.so*")])
-    parent = next(folder for folder in hardware._cgroup_folders("memory") if (folder / "cgroup.procs").exists())
-    group = parent / f"deltaw_bench_{os.getpid()}"
-    group.mkdir()
-    try:
-        next(group / name for name in _LIMITS if (group / name).exists()).write_text(str(limit_bytes))
-        for name, value in _SWAPPING.items():
-            if (group / name).exists():
-                (group / name).write_text(value)
-        began = time.monotonic()
+    with new_cgroup("memory", {_LIMITS: str(limit_bytes), _SWAPPING: "0"}) as group:
+        if group is None:
+            raise OSError("no memory cgroup can be made here")
         joined = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
-        done = subprocess.Popen(joined, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            output, errors = done.communicate(timeout=timeout)
-            killed = done.returncode in (-9, 137)
+            done = subprocess.run(joined, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
-            done.kill()
-            output, errors = done.communicate()
-            killed = True
-        if not killed and done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{errors[-2000:]}")
-        return Ran(killed, time.monotonic() - began, output)
-    finally:
-        for _ in range(100):  # its processes may not have left yet
-            try:
-                group.rmdir()
-                break
-            except OSError:
-                time.sleep(0.05)
+            return False
+        if done.returncode in (-9, 137):
+            return False
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        return True
 
 
 def forget(files: Iterable[Path]) -> None:

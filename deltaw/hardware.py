@@ -330,7 +330,7 @@ def tune_memory() -> None:
 def give_memory_back() -> None:
     """Has the C library return what it kept of freed memory: before a phase of a run that needs memory of its own.
 
-    Takes milliseconds, and the pages are zeroed anew when they are needed again, so it is nothing for every step.
+    Nothing for every step: it takes 30 ms itself, and pages that are needed again are zeroed anew (dev/LOG.md).
     """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library without it

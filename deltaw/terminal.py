@@ -253,9 +253,11 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     low, high = plan["peak_bytes_interval"]
     spread = f"{human_bytes(plan['peak_bytes'])} ({human_bytes(low)} to {human_bytes(high)})"
     yield f"plan      {spread} at its peak, of {human_bytes(plan['limit_bytes'])}; {_planned_time(plan)}"
-    chosen = [text for text in _chosen(plan["choice"]) if text]
+    chosen = list(_chosen(plan["choice"]))
     if chosen:
         yield f"{'':<10}to fit: {', '.join(chosen)}"
+    if high > plan["limit_bytes"]:
+        yield f"{'':<10}it may take more than it was given; smaller --micro-tokens or more --recompute make it safer"
 
 
 def _planned_time(plan: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """What deltaw.hardware says agrees with the kernel: real cgroups, real ulimits, the processor's own list."""
 
-import contextlib
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cgroups import new_cgroup, own_cgroup
 
 from deltaw import hardware
 from deltaw.errors import UsageError
@@ -43,35 +43,6 @@ def look_in_child(preparation):
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout)
-
-
-def own_cgroup(controller):
-    """Where this process can be put back; StopIteration where the controller is not mounted."""
-    return next(folder for folder in hardware._cgroup_folders(controller) if (folder / "cgroup.procs").exists())
-
-
-@contextlib.contextmanager
-def new_cgroup(controller, *levels):
-    """The innermost of new cgroups below our own, one in the other, each with its {(name in either version): value}.
-
-    None where this user, or this container, may not make one.
-    """
-    made = []
-    try:
-        try:
-            for values in levels:
-                made.append((made[-1] if made else own_cgroup(controller)) / f"deltaw_test_{os.getpid()}")
-                made[-1].mkdir()
-                for names, value in values.items():
-                    next(made[-1] / name for name in names if (made[-1] / name).exists()).write_text(value)
-            innermost = made[-1]
-        except (OSError, StopIteration):
-            innermost = None
-        yield innermost
-    finally:
-        for folder in reversed(made):
-            if folder.exists():
-                folder.rmdir()
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +212,19 @@ def test_threads_are_set_to_what_is_usable():
             hardware.set_threads(0)
     finally:
         torch.set_num_threads(before)
+
+
+@linux
+def test_memory_that_was_freed_is_given_back():
+    code = """
+        from deltaw import hardware
+        hardware.tune_memory()
+        blocks = [bytearray(1 << 16) for _ in range(4000)]
+        held = blocks[-1]
+        del blocks
+        before = hardware.rss_bytes()
+        hardware.give_memory_back()
+        print(before - hardware.rss_bytes())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 200 << 20

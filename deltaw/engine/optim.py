@@ -68,11 +68,11 @@ class FlatFactors:
         self.grad = torch.zeros_like(self.master)
         self.work = self.master if live.dtype == torch.float32 else torch.zeros_like(self.master, dtype=live.dtype)
         for place in self.places:
-            factors = injection.adapters[place.adapter].factors[place.name]
-            mine = self.master[place.start : place.stop]
-            mine.copy_(getattr(factors, place.part).detach().flatten())
-            setattr(factors, place.part, mine.view(place.shape))  # a copy less for as long as the run lasts
+            given = getattr(injection.adapters[place.adapter].factors[place.name], place.part)
+            self.master[place.start : place.stop].copy_(given.detach().flatten())
             self._point_at(place)
+        # Views, so that whoever made the adapters may let them go: a copy less for as long as the run lasts.
+        injection.adapters = [self._view(index, self.master) for index in range(len(injection.adapters))]
         self.moments = {name: torch.zeros_like(self.master) for name in ("exp_avg", "exp_avg_sq")}
         self.optimizer = self._optimizer()
         self.write_work()
@@ -150,12 +150,20 @@ class FlatFactors:
 
     def adapter(self, index: int = 0, values: Tensor | None = None) -> Adapter:
         """Adapter `index` with the numbers of `values`, a flat tensor like `master` (default: the masters'), copied."""
-        flat = self.master if values is None else values
+        viewed = self._view(index, self.master if values is None else values)
+        return viewed.with_factors(
+            {
+                name: Factors(**{part: tensor.cpu().clone() for part, tensor in factors.tensors()})
+                for name, factors in viewed.factors.items()
+            }
+        )
+
+    def _view(self, index: int, flat: Tensor) -> Adapter:
+        """Adapter `index` as views of a flat tensor."""
         parts: dict[str, dict[str, Tensor]] = {}
         for place in self.places:
             if place.adapter == index:
-                value = flat[place.start : place.stop].view(place.shape).cpu().clone()
-                parts.setdefault(place.name, {})[place.part] = value
+                parts.setdefault(place.name, {})[place.part] = flat[place.start : place.stop].view(place.shape)
         source = self.injection.adapters[index]
         return source.with_factors({name: Factors(**parts[name]) for name in source.factors})
 

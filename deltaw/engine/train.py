@@ -56,6 +56,7 @@ class Trainer:
         if ready.base.way == "modules":
             watcher.say(f"By the model's own modules, which is slower: {ready.base.slow_reason}.")
         self.flat = FlatFactors(self.injection, [_optim_settings(settings)])
+        ready.adapter = self.injection.adapters[0]
         train = ready.data["train"]
         micro_tokens = int(settings.micro_tokens)
         share = settings.share_prefixes and ready.base.shares_prefixes

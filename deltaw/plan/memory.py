@@ -21,8 +21,8 @@ from deltaw.plan.demand import Choice, Demand, Pass
 PARTS = ("fixed", "base", "factors", "activations", "loss", "workspace")
 # A master, a gradient and two moments of each trained number, in fp32; and the best so far, kept after an evaluation.
 STATE_BYTES, BEST_BYTES = 16, 4
-# While a checkpoint is written: the state's bytes once more.
-SAVED_BYTES = 12
+# While an adapter is written: a copy of its numbers, and what is read back. A checkpoint takes none.
+SAVED_BYTES = 8
 MODULE_FACTOR = 1.0
 
 

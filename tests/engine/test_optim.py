@@ -27,6 +27,19 @@ def _flat(settings, dtype=torch.float32, **spec):
     return FlatFactors(inject(model, *adapters, trainable=True, dtype=dtype), settings)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adapter_that_was_given_stays_as_it_is_and_two_may_start_from_one(dtype):
+    model, wanted = small_model("llama"), LoraSpec(rank=2, targets=("q_proj",))
+    given = new_adapter(choose(model, wanted), wanted, 0)
+    before = [tensor.clone() for _, _, tensor in given.tensors()]
+    flat = FlatFactors(inject(model, given, given, trainable=True, dtype=dtype), [OptimSettings(1e-2)] * 2)
+    flat.grad.normal_()
+    flat.step([0.0, 1.0])
+    assert all(torch.equal(a, b) for a, (_, _, b) in zip(before, given.tensors(), strict=True))
+    assert all(torch.equal(a, b) for a, (_, _, b) in zip(before, flat.adapter(0).tensors(), strict=True))
+    assert not all(torch.equal(a, b) for a, (_, _, b) in zip(before, flat.adapter(1).tensors(), strict=True))
+
+
 def _parts(flat):
     """{(adapter, name, part): its slice of the flat buffer}."""
     return {(p.adapter, p.name, p.part): slice(p.start, p.stop) for p in flat.places}

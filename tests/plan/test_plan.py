@@ -23,6 +23,7 @@ from deltaw.plan.devices import DEVICES
 from deltaw.plan.memory import PARTS, base_bytes, memory
 from deltaw.plan.pace import Pace, Timed, measure_pace
 from deltaw.plan.speed import Clock
+from deltaw.terminal import plan_lines
 
 MB = 1_000_000
 # One block of the small models: 2 ms for 64 tokens and 8 ms for 512, a third of it forward.
@@ -182,6 +183,23 @@ def test_recomputing_and_quantising_take_longer_and_streaming_waits_for_the_disk
     clock.__dict__["disk_bytes_per_second"] = 1000.0
     read = 2 * 2 * asked.outline.block_parameters * 4 / 1000
     assert clock.step(Choice(256, stream=True), passes) == pytest.approx(read + 1e-4)
+
+
+def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypatch):
+    hardware.tune_memory.cache_clear()
+    bounded = []
+    monkeypatch.setattr(
+        api, "measure_pace", lambda _: bounded.append(hardware.tune_memory.cache_info().currsize) or PACE
+    )
+    api.plan(model=llama_folder, data=[chats], steps=3)
+    assert bounded == [1]
+
+
+def test_a_plan_says_when_the_run_may_take_more_than_it_was_given(demand):
+    asked = demand()
+    peak = memory(asked, Choice(int(asked.settings.micro_tokens)), "kernels", 0).peak_bytes
+    assert "more than it was given" in "".join(plan_lines(plan(asked, peak).as_dict()))
+    assert "more than it was given" not in "".join(plan_lines(plan(asked, 10 * peak).as_dict()))
 
 
 # -- from outside -----------------------------------------------------------------------------------------------------
