@@ -95,10 +95,11 @@ def _write(config: Any, folder: Path) -> None:
     for file in (*tokenizer.glob("*token*"), *tokenizer.glob("*.jinja")):
         shutil.copy(file, folder)
     places, total = {}, 0
+    norm = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's norms add one to what is stored
     shards = list(_shards(config))
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _random(name, shape) for name, shape in names}
+        tensors = {name: _random(name, shape, norm) for name, shape in names}
         save_file(tensors, folder / file, {"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -123,10 +124,10 @@ def _shards(config: Any) -> Iterator[list[tuple[str, torch.Size]]]:
     yield shard
 
 
-def _random(name: str, shape: torch.Size) -> torch.Tensor:
-    """Norms that change nothing, and small random numbers elsewhere. Gemma's norms add one to what is stored."""
+def _random(name: str, shape: torch.Size, norm: float) -> torch.Tensor:
+    """Norms that change nothing, biases of zero, and small random numbers elsewhere."""
     if len(shape) == 1:
-        return torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=torch.bfloat16)
+        return torch.full(shape, norm * ("norm" in name and name.endswith("weight")), dtype=torch.bfloat16)
     return (torch.randn(shape, dtype=torch.float32) * DEVIATION).bfloat16()
 
 

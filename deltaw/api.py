@@ -203,7 +203,7 @@ def _room(settings: Settings, fixed_bytes: int, on: str | None) -> Room:
     limit = round(total * (1 - HELD_BACK))
     if settings.memory is not None and parse_bytes(settings.memory) <= limit:
         limit, source = parse_bytes(settings.memory), "--memory"
-    return Room(limit, source, fixed_bytes)
+    return Room(limit, source, fixed_bytes, min(fixed_bytes, hardware.file_rss_bytes()))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -303,6 +303,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "best_eval_loss": trainer.best_loss if trainer.best_step else None,
         "train_seconds": trainer.progress.seconds,
         "peak_bytes": engine.peak_bytes(),
+        "opened_bytes": trainer.opened_bytes,  # the peak until the base was open
         "tokens": track.tokens,
         "trained_tokens": track.trained_tokens,
         "plan": json.loads(trainer.run.plan.read_text("utf-8")) if trainer.run.plan.is_file() else None,

@@ -390,6 +390,12 @@ def rss_bytes() -> int:
     return _kib(status, "VmRSS") if status.exists() else peak_rss_bytes()
 
 
+def file_rss_bytes() -> int:
+    """How much of `rss_bytes` are pages of files, which the system can take back; 0 where it does not tell."""
+    status = PROC / "status"
+    return _kib(status, "RssFile") if status.exists() else 0
+
+
 def peak_rss_bytes() -> int:
     """The most main memory that this process has held so far, mapped files that were touched included.
 

@@ -256,16 +256,15 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     chosen = list(_chosen(plan["choice"]))
     if chosen:
         yield f"{'':<10}to fit: {', '.join(chosen)}"
-    if high > plan["limit_bytes"]:
-        yield f"{'':<10}it may take more than it was given; smaller --micro-tokens or more --recompute make it safer"
 
 
 def _planned_time(plan: dict[str, Any]) -> str:
     step, rate = plan["step_seconds"], plan["tokens_per_second"]
+    count = "step" if plan["steps"] == 1 else "steps"
     about = f"{step:.2g} s a step" if step < 10 else f"{human_seconds(step)} a step"
     if plan["run_seconds"] is None:
         return f"about {about}, {rate:,.0f} tokens/s"
-    return f"about {human_seconds(plan['run_seconds'])} for {plan['steps']:,} steps, {about}, {rate:,.0f} tokens/s"
+    return f"about {human_seconds(plan['run_seconds'])} for {plan['steps']:,} {count}, {about}, {rate:,.0f} tokens/s"
 
 
 def _chosen(choice: dict[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ class Ground:
                 code = 0
             except (DeltawError, Interrupted) as error:
                 code = error.exit_code
+                if code == 1:
+                    (self.folder / "last_error").write_text(traceback.format_exc())
             except KeyboardInterrupt:  # before training handles it, as the command line does
                 code = 130
             except BaseException:
@@ -253,7 +256,14 @@ def signals(ground: Ground, count: int, random_: random.Random) -> dict[str, Any
         waits.append(time.monotonic() - started)
         outcomes.append(ground.finish(name))
     counted = {str(code): codes.count(code) for code in sorted(set(codes))}
-    return {"signals": count, "exit_codes": counted, "longest_seconds": max(waits), **_counts(outcomes)}
+    error = ground.folder / "last_error"
+    return {
+        "signals": count,
+        "exit_codes": counted,
+        "longest_seconds": max(waits),
+        "last_error": error.read_text() if error.is_file() else None,
+        **_counts(outcomes),
+    }
 
 
 def nans(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:

@@ -107,6 +107,12 @@ def _exchange(layer: nn.Linear, parts: dict[str, Tensor], codec: _Codec, dtype: 
         layer.bias.data = layer.bias.data.to(device, dtype)
 
 
+def quantised_reader(layer: nn.Linear, kind: str) -> Callable[[], Tensor]:
+    """What forms the weight of this layer anew, as it does where the base is stored as `kind`."""
+    codec, weight = _codec(kind), layer.weight.detach()
+    return _Reader(codec, codec.encode(weight), weight.shape, weight.dtype)
+
+
 class _Reader:
     """W of one layer, formed anew at each call."""
 

@@ -72,6 +72,11 @@ class Outline:
         experts = getattr(self.config, "num_experts_per_tok", None)
         return width if experts is None else int(getattr(self.config, "moe_intermediate_size", None) or width) * experts
 
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two projections, as those of Llama's kind do, or has one."""
+        return any("gate" in name for name, _ in self.model.named_modules())
+
     @cached_property
     def parameters(self) -> int:
         """Numbers in the whole model, tied ones once."""

@@ -74,6 +74,8 @@ class Trainer:
         self.losses: list[float] = []
         self.saved_at = time.monotonic()
         self.signal: int | None = None
+        hardware.give_memory_back()  # what proving and quantising took
+        self.opened_bytes = peak_bytes()
 
     def _resolve_intervals(self) -> None:
         """Evaluations and checkpoints in steps, where the length of the run is known in steps."""
@@ -113,7 +115,7 @@ class Trainer:
         self.best_step, self.bad_evaluations = state["best_step"], state["bad_evaluations"]
         self.owed = state["owed"]
         if self.best_step:
-            self.best_loss, self.best = state["best_loss"], tensors.get("best", tensors["master"])
+            self.best_loss, self.best = state["best_loss"], tensors.get("best", tensors["master"])  # ours alone
 
     def require_same(self, state: dict[str, Any]) -> None:
         """Raises UsageError with every difference that would make the result depend on when the run was stopped."""
@@ -243,8 +245,9 @@ class Trainer:
         better = loss < self.best_loss
         if better:
             self.best_loss, self.best_step, self.bad_evaluations = loss, self.progress.step, 0
-            self.best = self.flat.master.detach().cpu().clone()
-            self._write(self.best, self.run.adapter)
+            if self.best is None:
+                self.best = torch.empty_like(self.flat.master, device="cpu")
+            self._write(self.best.copy_(self.flat.master), self.run.adapter)
         else:
             self.bad_evaluations += 1
         self.watcher.evaluation(line, better)
@@ -338,7 +341,6 @@ def train(
         if plan is not None:
             plan(sketch)
         trainer = Trainer(run, settings, prepare_run(sketch, settings, watcher), watcher)
-        hardware.give_memory_back()  # what proving and quantising took
         if resume and not trainer.resume():
             watcher.say("No checkpoint yet: starting from step 0.")
         run.write_settings(settings)

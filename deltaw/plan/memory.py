@@ -15,15 +15,23 @@ from dataclasses import dataclass
 import torch
 
 from deltaw.base.quant import BYTES
-from deltaw.kernels.loss import CHUNK_BYTES, PIECE_BYTES, chunk_rows
+from deltaw.kernels.attention import TILE_TOKENS, WHOLE_TOKENS
+from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
 
 PARTS = ("fixed", "base", "factors", "activations", "loss", "workspace")
 # A master, a gradient and two moments of each trained number, in fp32; and the best so far, kept after an evaluation.
 STATE_BYTES, BEST_BYTES = 16, 4
-# While an adapter is written: a copy of its numbers, and what is read back. A checkpoint takes none.
-SAVED_BYTES = 8
-MODULE_FACTOR = 1.0
+# While an adapter is made: its first numbers and their live copies. While it is written: what is read back.
+MADE_BYTES, SAVED_BYTES = 8, 4
+# Score-sized tensors that attention holds at once in backward, and the widths beside them.
+TILES, TILE_WIDTHS = 4, 6
+
+# Fitted to measured peaks (benchmarks/plan_accuracy.py, cases marked "fitted"): what a run adds to the process beyond
+# its tensors (threads, prepared products, pages of libraries), more where modules run and where bitsandbytes is loaded;
+# and how often the heap comes to hold what a block needs for a moment, as steps of other lengths leave other gaps.
+RUNNING_BYTES, MODULE_RUNNING_BYTES, QUANT_RUNNING_BYTES = 125_000_000, 185_000_000, 100_000_000
+GAPS = 4
 
 
 @dataclass(frozen=True)
@@ -44,35 +52,49 @@ class Memory:
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
 
-def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int) -> Memory:
-    """What each phase holds, with `fixed_bytes` for the process without base and run; `way` as in Base.way."""
+def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_bytes: int = 0) -> Memory:
+    """What each phase holds. `way` as in Base.way.
+
+    `fixed_bytes` is held by the process without base and run, `file_bytes` of it as pages of files, which count as
+    little as the base's own where the measure is the lowest limit.
+    """
     heavy, b = demand.heaviest(choice.micro_tokens), demand.dtype.itemsize
-    fixed = {"fixed": fixed_bytes, "base": base_bytes(demand, choice)}
-    factors = demand.trained * STATE_BYTES
-    kept = _kept(demand, choice, heavy, way, b)
-    loss = _loss(demand, heavy, b)
-    work = _workspace(demand, choice, heavy, b)
+    held = fixed_bytes - (file_bytes if choice.stream else 0) + _running_bytes(choice, way)
+    fixed = {"fixed": held, "base": base_bytes(demand, choice)}
     best = demand.trained * BEST_BYTES if "eval" in demand.data else 0
+    factors = demand.trained * STATE_BYTES + best
+    step = {
+        **fixed,
+        "factors": factors,
+        "activations": _kept(demand, choice, heavy, way, b),
+        "loss": _loss(demand, heavy, b),
+        "workspace": _workspace(demand, choice, heavy, b),
+    }
     phases = {
-        "load": fixed,
-        "step": {**fixed, "factors": factors + best, "activations": kept, "loss": loss, "workspace": work},
-        "evaluation": {**fixed, "factors": factors + best, "loss": _scored(demand, heavy), "workspace": work},
-        "save": {**fixed, "factors": factors + best + demand.trained * SAVED_BYTES},
+        "load": {**fixed, "factors": demand.trained * (STATE_BYTES + MADE_BYTES)},
+        "step": step,
+        # What a step has freed stays with the process, ready for the next one.
+        "evaluation": step,
+        "save": {**step, "factors": factors + demand.trained * SAVED_BYTES},
     }
     measure = "lowest memory limit" if choice.stream else "high-water mark of the process"
     return Memory({name: {part: parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}, measure)
 
 
+def _running_bytes(choice: Choice, way: str) -> int:
+    running = RUNNING_BYTES if way == "kernels" else MODULE_RUNNING_BYTES
+    return running + (QUANT_RUNNING_BYTES if choice.quant != "none" else 0)
+
+
 def base_bytes(demand: Demand, choice: Choice) -> int:
-    """What of the base is in memory at once."""
+    """What of the base has to be in memory at once; of a streamed one the block that computes."""
     outline, b = demand.outline, demand.dtype.itemsize
     per_block = outline.product_parameters / max(1, outline.layers)
     block = outline.block_parameters * b
     if choice.quant != "none":  # the linear layers small, and one of them dense at a time
         block = round(block + per_block * (BYTES[choice.quant] - b))
-    rows, width = outline.head_shape
     if choice.stream:
-        return 2 * block + rows * width * b
+        return block
     rest = (outline.parameters - outline.layers * outline.block_parameters) * b
     return outline.layers * block + rest
 
@@ -91,15 +113,21 @@ def _block_bytes(demand: Demand, way: str, b: int) -> float:
     H, A, K, I = o.hidden, o.heads * o.head_width, o.key_heads * o.head_width, o.inner
     if way == "kernels":
         return b * (2 * H + 2 * A + 2 * K + 2 * I + demand.ranks / o.layers)
-    # transformers under autograd: fp32 copies of norms, activations and their product, inputs of adapted layers.
-    return MODULE_FACTOR * (b / 2) * (12 * H + 10 * A + 8 * I + 2 * demand.ranks / o.layers)
+    # transformers under autograd, its norms in fp32 where they are its own: inputs, projections, the MLP's widths.
+    norms, width, inner = (12, 10, 8) if o.gated else (6, 6, 4)
+    return (b / 2) * (norms * H + width * A + inner * I + 2 * demand.ranks / o.layers)
 
 
 def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int) -> int:
-    """What one block holds for a moment: of the gated product in backward four widths and the stream in fp32."""
+    """What backward of one block comes to hold: for the gated product or for attention, whichever is more."""
     o, T = demand.outline, heavy.tokens
     dense = 0 if choice.quant == "none" else max(o.inner, o.hidden) * o.hidden * b
-    return round(T * (4 * b * o.inner + (4 + 4 + b) * o.hidden) + dense)
+    gated = T * (4 * b * o.inner + (4 + 4 + b) * o.hidden)
+    scores = sum(n * n if n <= WHOLE_TOKENS else 0 for n in heavy.lengths)
+    scores = max(scores, *(TILE_TOKENS * n if n > WHOLE_TOKENS else 0 for n in heavy.lengths))
+    A, K = o.heads * o.head_width, o.key_heads * o.head_width
+    attention = TILES * b * o.heads * scores + T * (TILE_WIDTHS * b * A + 2 * 4 * K)
+    return round(GAPS * max(gated, attention) + dense)
 
 
 def _loss(demand: Demand, heavy: Pass, b: int) -> int:
@@ -107,8 +135,3 @@ def _loss(demand: Demand, heavy: Pass, b: int) -> int:
     rows, _ = demand.outline.head_shape
     chunk = min(heavy.labelled, chunk_rows(rows, torch.float32 if b == 4 else torch.bfloat16))
     return 2 * chunk * rows * b + PIECE_BYTES + 2 * heavy.labelled * demand.outline.hidden * b
-
-
-def _scored(demand: Demand, heavy: Pass) -> int:
-    rows, _ = demand.outline.head_shape
-    return min(heavy.labelled * rows * 4, CHUNK_BYTES) * 2

@@ -1,12 +1,14 @@
-"""How fast this machine computes a block of a base: one block of its shapes with random weights, timed for two seconds.
+"""How fast this machine computes a block of a base: a few of its shapes with random weights, timed for two seconds.
 
-A block is run by the code that will train it, so the time needs no model of caches, kernels or threads; it tells too
-whether the kernels know the architecture. What was measured is kept in the cache.
+Blocks are run by the code that will train them, so the time needs no model of caches, kernels or threads; it tells too
+whether the kernels know the architecture. Small blocks are several, so that their weights come from memory as they
+will in a run, not from the processor's cache. What was measured is kept in the cache.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import statistics
@@ -25,6 +27,7 @@ from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.load import Base
 from deltaw.base.proof import prove_decoder
+from deltaw.base.quant import quantised_reader
 from deltaw.disk import write_text
 from deltaw.errors import DiskError
 from deltaw.kernels import labelled_loss
@@ -32,6 +35,9 @@ from deltaw.plan.demand import Demand, Pass
 
 SECONDS, MOST_CALLS = 0.4, 10
 HEAD_ROWS, HEAD_LABELS = 16_384, 128
+MOST_BLOCKS, MOST_PARAMETERS = 6, 48_000_000
+MOST_UPDATED = MOST_DENSE = 1 << 22
+USUAL_DENSE_SECONDS = 0.5e-9
 MOST_VOCABULARY = 512
 
 
@@ -46,12 +52,13 @@ class Timed:
 
 @dataclass(frozen=True)
 class Pace:
-    """What one block takes for a few passes, and the head for a labelled token. `way` as in Base.way."""
+    """What one block takes for a few passes, the head for a labelled token, and the rest. `way` as in Base.way."""
 
     way: str
     timed: tuple[Timed, ...]
     label_seconds: float
     update_seconds: float
+    dense_seconds: float  # of a weight that is stored quantised
 
     def block_seconds(self, tokens: int, *, recompute: bool = False) -> float:
         """Of one block, forward and backward, for a pass of so many tokens."""
@@ -79,6 +86,8 @@ def measure_pace(demand: Demand) -> Pace:
         known = json.loads(memory.read_text("utf-8"))
         return Pace(**{**known, "timed": tuple(Timed(**timed) for timed in known["timed"])})
     found = _measure(demand, passes)
+    gc.collect()  # modules and hooks refer to each other in circles, so the blocks would stay
+    hardware.give_memory_back()
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_text(memory, json.dumps(asdict(found)))
@@ -105,36 +114,39 @@ def _key(demand: Demand, passes: list[Pass]) -> str:
     config = demand.outline.model.config.to_json_string()
     parts = [
         machine.cpu_name, machine.cores, settings.device, settings.dtype, settings.threads, torch.__version__, config,
-        demand.ranks, demand.trained, settings.dora, settings.dropout, [list(map(int, p.lengths)) for p in passes],
+        demand.ranks, demand.trained, settings.dora, settings.dropout, settings.quant,
+        [list(map(int, p.lengths)) for p in passes],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
 def _measure(demand: Demand, passes: list[Pass]) -> Pace:
-    base, blocks = _one_block(demand)
+    base, blocks = _few_blocks(demand)
     spec = LoraSpec(rank=max(1, round(demand.ranks / max(1, len(demand.targets)))), dora=demand.settings.dora)
     adapter = new_adapter(choose(base.model, spec), spec, seed=0)
     with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
         injection.train(True)
         way, timed = base.way, [_time(base, one, blocks) for one in passes]
-    return Pace(way, tuple(timed), _label_seconds(demand), _update_seconds(demand))
+    return Pace(way, tuple(timed), _label_seconds(demand), _update_seconds(demand), _dense_seconds(demand))
 
 
-def _one_block(demand: Demand) -> tuple[Base, int]:
-    """A base of one block of each kind that the architecture has, with a small vocabulary; and how many blocks."""
+def _few_blocks(demand: Demand) -> tuple[Base, int]:
+    """A base of the first few blocks, or of one of each kind that the architecture has; and how many blocks."""
     config = copy.deepcopy(demand.outline.model.config)
     text = config.get_text_config()
-    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ["one"]))
-    if getattr(text, "layer_types", None):
-        text.layer_types = kinds
-    text.num_hidden_layers = len(kinds)
+    count = min(MOST_BLOCKS, demand.outline.layers, max(1, MOST_PARAMETERS // demand.outline.block_parameters))
+    if kinds := getattr(text, "layer_types", None):
+        first = kinds[:count]
+        text.layer_types = first if set(first) == set(kinds) else list(dict.fromkeys(kinds))
+        count = len(text.layer_types)
+    text.num_hidden_layers = count
     text.vocab_size = min(int(text.vocab_size), MOST_VOCABULARY)
     text.pad_token_id = None
     model: Any = AutoModelForCausalLM.from_config(config, dtype=demand.dtype, trust_remote_code=False)
     model = model.to(demand.device).requires_grad_(False).eval()
     reason = forward.prove(model)
     decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
-    return Base("pace", Path(), model, None, reason, decoder, module_reason), len(kinds)
+    return Base("pace", Path(), model, None, reason, decoder, module_reason), count
 
 
 def _time(base: Base, one: Pass, blocks: int) -> Timed:
@@ -187,11 +199,22 @@ def _label_seconds(demand: Demand) -> float:
 
 
 def _update_seconds(demand: Demand) -> float:
-    numbers = min(demand.trained, 1 << 20)
+    numbers = min(demand.trained, MOST_UPDATED)
     master = torch.zeros(numbers, device=demand.device, requires_grad=True)
     master.grad = torch.ones_like(master)
     optimiser = torch.optim.AdamW([master], fused=True)
     return _median(optimiser.step, demand.device, 0.05) * demand.trained / max(1, numbers)
+
+
+def _dense_seconds(demand: Demand) -> float:
+    """Of forming one weight from how it is stored; a usual figure where nothing is quantised."""
+    kind, hidden = demand.settings.quant, demand.outline.hidden
+    if kind == "none":
+        return USUAL_DENSE_SECONDS
+    rows = max(1, min(demand.outline.inner, MOST_DENSE // hidden))  # small enough for memory that is used again
+    layer = nn.Linear(hidden, rows, bias=False, dtype=demand.dtype)
+    reader = quantised_reader(layer.to(demand.device), kind)
+    return _median(reader, demand.device, 0.1) / layer.weight.numel()
 
 
 def _median(call: Any, device: torch.device, seconds: float = SECONDS) -> float:

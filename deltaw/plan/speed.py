@@ -14,7 +14,7 @@ from deltaw.plan.devices import CPU_SHARE, GPU_SHARE, Device
 from deltaw.plan.pace import Pace
 
 EVALUATIONS = 6
-DEQUANTISED_PER_SECOND = 4e9  # weights; on two cores, and no part of the measured pace
+SHEET_DENSE_SECONDS = 1e-11  # of a quantised weight on a GPU: its 2.5 bytes, read and written
 STREAMED_SHARE = 0.03  # of a step: what the reading thread takes from the computing ones
 SHEET_DISK_BYTES_PER_SECOND = 2e9
 _PROBED_BYTES, _READ_BYTES = 64 << 20, 1 << 20
@@ -66,11 +66,15 @@ class Clock:
         seconds = (outline.layers - twice) * self._block(one, again=False) + twice * self._block(one, again=True)
         seconds += self._labels(one.labelled)
         if choice.quant != "none":
-            seconds += (2 + twice / outline.layers) * outline.product_parameters / DEQUANTISED_PER_SECOND
+            seconds += (2 + twice / outline.layers) * outline.product_parameters * self._dense_seconds
         if not choice.stream:
             return seconds
         read = 2 * outline.layers * outline.block_parameters * self.demand.dtype.itemsize
         return max(seconds * (1 + STREAMED_SHARE), read / self.disk_bytes_per_second)
+
+    @property
+    def _dense_seconds(self) -> float:
+        return SHEET_DENSE_SECONDS if self.pace is None else self.pace.dense_seconds
 
     @property
     def _rate(self) -> float:

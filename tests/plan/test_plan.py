@@ -17,17 +17,16 @@ from deltaw.engine.prepare import sketch_run
 from deltaw.engine.run import create_run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DoesNotFitError, UsageError
-from deltaw.plan.choose import Room, make_plan
+from deltaw.plan.choose import MEMORY_SPREAD, Room, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import DEVICES
-from deltaw.plan.memory import PARTS, base_bytes, memory
+from deltaw.plan.memory import PARTS, RUNNING_BYTES, base_bytes, memory
 from deltaw.plan.pace import Pace, Timed, measure_pace
 from deltaw.plan.speed import Clock
-from deltaw.terminal import plan_lines
 
 MB = 1_000_000
 # One block of the small models: 2 ms for 64 tokens and 8 ms for 512, a third of it forward.
-PACE = Pace("kernels", (Timed(64, 0.0007, 0.002), Timed(512, 0.0027, 0.008)), 1e-5, 1e-4)
+PACE = Pace("kernels", (Timed(64, 0.0007, 0.002), Timed(512, 0.0027, 0.008)), 1e-5, 1e-4, 1e-9)
 
 
 @pytest.fixture
@@ -49,6 +48,11 @@ def room(limit, fixed=0):
 
 def plan(demand, limit, fixed=0):
     return make_plan(demand, room(limit, fixed), Clock(demand, PACE))
+
+
+def needed(demand, choice):
+    """The limit under which this choice just fits: the upper end of what its peak may be."""
+    return round(memory(demand, choice, "kernels", 0).peak_bytes * (1 + MEMORY_SPREAD[1]))
 
 
 # -- shapes and memory ------------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ def test_an_outline_counts_what_the_opened_model_holds(kind, tmp_path):
 def test_every_choice_changes_the_parts_that_it_should_and_no_other(demand):
     asked = demand(micro_tokens=256)
     plain = memory(asked, Choice(256), "kernels", 100 * MB).phases["step"]
-    assert set(plain) == set(PARTS) and plain["fixed"] == 100 * MB
+    assert set(plain) == set(PARTS) and plain["fixed"] == 100 * MB + RUNNING_BYTES
     for choice, lower in (
         (Choice(128), {"activations", "loss", "workspace"}),
         (Choice(256, recompute=2), {"activations"}),
@@ -89,8 +93,7 @@ def test_a_base_in_memory_a_streamed_and_a_quantised_one_are_counted_by_their_we
     asked = demand()
     known = asked.outline
     assert base_bytes(asked, Choice(64)) == 4 * known.parameters
-    rows, width = known.head_shape
-    assert base_bytes(asked, Choice(64, stream=True)) == 4 * (2 * known.block_parameters + rows * width)
+    assert base_bytes(asked, Choice(64, stream=True)) == 4 * known.block_parameters
     small = base_bytes(asked, Choice(64, quant="nf4"))
     assert small < base_bytes(asked, Choice(64, quant="int8")) < base_bytes(asked, Choice(64))
     assert 4 * known.parameters - small == pytest.approx(known.product_parameters * (4 - 0.516), rel=0.01)
@@ -119,12 +122,12 @@ def test_what_fits_is_left_as_it_is(demand):
 
 def test_the_fastest_exact_choice_that_fits_is_made_and_less_memory_never_costs_less_time(demand):
     asked = demand()
-    least = min(memory(asked, Choice(64, 2, True), "kernels", 0).peak_bytes, 10**12)
-    most = memory(asked, Choice(int(asked.settings.micro_tokens)), "kernels", 0).peak_bytes
+    least = needed(asked, Choice(64, 2, True))
+    most = needed(asked, Choice(int(asked.settings.micro_tokens)))
     seconds = []
     for limit in np.linspace(most, least, 12).astype(int).tolist():
         made = plan(asked, limit)
-        assert made.memory.peak_bytes <= limit
+        assert made.needed_bytes <= limit
         seconds.append(made.step_seconds)
     assert seconds == sorted(seconds)
     assert plan(asked, least).choice.quant in ("none", "nf4", "int8")
@@ -132,7 +135,7 @@ def test_the_fastest_exact_choice_that_fits_is_made_and_less_memory_never_costs_
 
 def test_what_the_user_set_is_not_changed(demand):
     asked = demand(micro_tokens=512, recompute=0, stream=False, quant="none")
-    peak = memory(asked, Choice(512), "kernels", 0).peak_bytes
+    peak = needed(asked, Choice(512))
     assert plan(asked, peak).choice == Choice(512)
     with pytest.raises(DoesNotFitError):
         plan(asked, peak - 1)
@@ -143,12 +146,12 @@ def test_a_refusal_names_three_ways_out_and_each_of_them_fits(demand):
     with pytest.raises(DoesNotFitError) as caught:
         plan(asked, 1000, fixed=50 * MB)
     ways = re.findall(r"^  - (.*)$", str(caught.value), re.M)
-    assert len(ways) == 3 and "least 5" in str(caught.value)
+    assert len(ways) == 3 and "least 18" in str(caught.value)
     for way in ways:
         flags = dict(re.findall(r"--([a-z-]+) (\S+)", way))
         limit = parse_bytes(flags.pop("memory", "1000b"))
         changed = {name.replace("-", "_"): int(value) for name, value in flags.items()}
-        assert plan(demand(**changed, allow_lost=1.0), limit, fixed=50 * MB).memory.peak_bytes <= limit
+        assert plan(demand(**changed, allow_lost=1.0), limit, fixed=50 * MB).needed_bytes <= limit
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def test_times_lie_on_the_line_through_what_was_measured():
     assert PACE.block_seconds(288) == pytest.approx(0.005)
     assert PACE.block_seconds(512, recompute=True) == pytest.approx(0.0107)
     assert PACE.block_seconds(32) == pytest.approx(0.002 - 32 * 0.006 / 448)
-    noisy = Pace("kernels", (Timed(64, 0.1, 0.1), Timed(512, 0.01, 0.02)), 0, 0)
+    noisy = Pace("kernels", (Timed(64, 0.1, 0.1), Timed(512, 0.01, 0.02)), 0, 0, 0)
     assert noisy.block_seconds(256) == pytest.approx(0.01)
 
 
@@ -193,13 +196,6 @@ def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypa
     )
     api.plan(model=llama_folder, data=[chats], steps=3)
     assert bounded == [1]
-
-
-def test_a_plan_says_when_the_run_may_take_more_than_it_was_given(demand):
-    asked = demand()
-    peak = memory(asked, Choice(int(asked.settings.micro_tokens)), "kernels", 0).peak_bytes
-    assert "more than it was given" in "".join(plan_lines(plan(asked, peak).as_dict()))
-    assert "more than it was given" not in "".join(plan_lines(plan(asked, 10 * peak).as_dict()))
 
 
 # -- from outside -----------------------------------------------------------------------------------------------------
@@ -240,7 +236,7 @@ def test_a_run_keeps_its_plan_and_carries_it_out_and_says_so(llama_folder, chats
     assert said[0]["choice"]["recompute"] == 0 and said[0]["peak_bytes"] > 0
     summary = plain.read_summary()
     assert summary["plan"] == said[0]
-    tight = said[0]["peak_bytes"] - said[0]["phases"]["step"]["activations"] // 2
+    tight = said[0]["peak_bytes_interval"][1] - said[0]["phases"]["step"]["activations"] // 2
     fitted = api.train(out=tmp_path / "fitted", memory=f"{tight}B", watcher=Listening(), **given)
     settings = fitted.settings()
     assert said[1]["choice"] != said[0]["choice"]
