@@ -120,14 +120,12 @@ def test_interference_is_its_formula_0_for_orthogonal_adapters_and_1_for_equal_o
     one, two = spectrum(first, "layer"), spectrum(second, "layer")
     U, V = torch.cat([one.U_OK, two.U_OK], 1), torch.cat([one.V_IK, two.V_IK], 1)
     sigma = torch.cat([one.sigma_K, two.sigma_K])
-    naive = 0.0
-    for a in range(5):
-        for b in range(5):
-            cross = [
-                float((U.T @ U)[a, c] - (a == c)) * float(sigma[c]) * float((V.T @ V)[c, b] - (c == b))
-                for c in range(5)
-            ]
-            naive += abs(sum(cross))
+    crossed = [(X.T @ X - torch.eye(5)).tolist() for X in (U, V)]
+    naive = sum(
+        abs(sum(crossed[0][a][c] * sigma.tolist()[c] * crossed[1][c][b] for c in range(5)))
+        for a in range(5)
+        for b in range(5)
+    )
     assert interference(one, two) == pytest.approx(naive / float(sigma.sum()), rel=1e-9)
     assert interference(one, one) == pytest.approx(1, abs=EXACT)
     basis = random_basis(9, 5, torch.Generator().manual_seed(0)), random_basis(11, 5, torch.Generator().manual_seed(1))

@@ -171,14 +171,14 @@ def test_chosen_ranks_keep_the_most_energy_that_any_ranks_keep():
         assert discarded_energy(known, ranks) == pytest.approx(least, rel=1e-9, abs=1e-15)
 
 
-def test_energy_counts_per_number_so_cheap_layers_win_at_equal_energy():
-    adapter = linear(LoraSpec(rank=2, alpha=2), cheap=(4, 4), dear=(40, 40))
+def test_energy_counts_per_number_so_small_layers_win_at_equal_energy():
+    adapter = linear(LoraSpec(rank=2, alpha=2), large=(40, 40), small=(4, 4))
     for factors in adapter.factors.values():
         torch.nn.init.eye_(factors.A)
         torch.nn.init.eye_(factors.B)
-    assert ranks_within(adapter, spectra(adapter), 8 + 80 + 8) == {"cheap": 2, "dear": 1}
-    assert ranks_within(adapter, spectra(adapter), 8 + 80 + 80) == {"cheap": 2, "dear": 1}
-    assert ranks_within(adapter, spectra(adapter), 8 + 80 + 88) == {"cheap": 2, "dear": 2}
+    assert ranks_within(adapter, spectra(adapter), 8 + 80 + 8) == {"small": 2, "large": 1}
+    assert ranks_within(adapter, spectra(adapter), 8 + 80 + 80) == {"small": 2, "large": 1}
+    assert ranks_within(adapter, spectra(adapter), 8 + 80 + 88) == {"small": 2, "large": 2}
 
 
 def test_a_direction_that_holds_nothing_takes_no_numbers():
