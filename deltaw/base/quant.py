@@ -10,10 +10,12 @@ base is never in memory.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ from deltaw.errors import UsageError
 # Bytes for each weight: NF4 in blocks of 64 with 8-bit scales, and 8 bit in blocks of 64 with fp32 scales.
 BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1 + 4 / 64}
 _BLOCK, _VERSION = 64, 1
+# Scales of NF4 are themselves quantised, in blocks of 256; a piece that is decoded at once is a multiple of both.
+_NESTED = 256 * _BLOCK
+_PIECE, _ROW = 64 * _NESTED, 1024
 
 
 class QuantisedLinear(nn.Linear):
@@ -113,6 +118,38 @@ def quantised_reader(layer: nn.Linear, kind: str) -> Callable[[], Tensor]:
     return _Reader(codec, codec.encode(weight), weight.shape, weight.dtype)
 
 
+class _Buffers:
+    """Memory for dense weights, lent again as soon as nobody holds what was formed in it.
+
+    On the heap, something small that lives longer would settle in each hole that a weight leaves, and the next weight
+    would need new memory: steps of 1.7B parameters in NF4 came to hold 6 GB.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def lend(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor of this shape, in memory that is nobody else's."""
+        with self._lock:
+            known = self._known.setdefault((shape.numel(), dtype, device), [])
+            for buffer in known:
+                if _holders(buffer) <= _IDLE_HOLDERS:
+                    return buffer.view(shape)
+            known.append(torch.empty(shape.numel(), dtype=dtype, device=device))
+            return known[-1].view(shape)
+
+
+def _holders(buffer: Tensor) -> int:
+    """How many tensors and storages refer to this memory, this call's own among them."""
+    count: int = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
+    return count
+
+
+_BUFFERS = _Buffers()
+_IDLE_HOLDERS = _holders(torch.empty(1))
+
+
 class _Reader:
     """W of one layer, formed anew at each call."""
 
@@ -141,13 +178,42 @@ class _Codec:
 
     def decoder(self, parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Callable[[], Tensor]:
         codes = parts["codes"]
+        state, read = self._state(parts, dtype), self.functional.dequantize_blockwise
         if self.kind == "nf4":
-            rest = {key: value for key, value in parts.items() if key != "codes"}
-            state = self.functional.QuantState.from_dict(rest, codes.device)
-            state.dtype = dtype
-            return lambda: self.functional.dequantize_4bit(codes, state)
-        state = self.functional.QuantState(parts["absmax"], code=parts["map"], blocksize=_BLOCK, dtype=dtype)
-        return lambda: self.functional.dequantize_blockwise(codes, state).view(shape)
+            read = self.functional.dequantize_4bit
+        if codes.is_cuda:
+            return lambda: read(codes, state).view(shape)
+        pieces = list(self._pieces(codes.flatten(), state, shape.numel()))
+
+        def form() -> Tensor:
+            dense = _BUFFERS.lend(shape, dtype, codes.device)
+            for place, piece_codes, piece_state in pieces:
+                dense.view(-1)[place] = read(piece_codes, piece_state).view(-1)
+            return dense
+
+        return form
+
+    def _state(self, parts: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        if self.kind != "nf4":
+            return self.functional.QuantState(parts["absmax"], code=parts["map"], blocksize=_BLOCK, dtype=dtype)
+        rest = {key: value for key, value in parts.items() if key != "codes"}
+        state = self.functional.QuantState.from_dict(rest, parts["codes"].device)
+        state.dtype = dtype
+        return state
+
+    def _pieces(self, codes: Tensor, state: Any, count: int) -> Iterator[tuple[slice, Tensor, Any]]:
+        """(where, codes, state) of a part of the weight at a time, since bitsandbytes writes to new memory only."""
+        for start in range(0, count, _PIECE):
+            stop = min(count, start + _PIECE)
+            part = copy.copy(state)
+            part.absmax = state.absmax[start // _BLOCK : -(-stop // _BLOCK)]
+            width = _ROW if (stop - start) % _ROW == 0 else stop - start  # threads share rows
+            part.shape = torch.Size([(stop - start) // width, width])
+            if state.nested:
+                part.state2 = copy.copy(state.state2)
+                part.state2.absmax = state.state2.absmax[start // _NESTED : -(-stop // _NESTED)]
+            per_byte = 2 if self.kind == "nf4" else 1
+            yield slice(start, stop), codes[start // per_byte : -(-stop // per_byte)], part
 
 
 def _codec(kind: str) -> _Codec:

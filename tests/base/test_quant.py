@@ -9,7 +9,7 @@ from models import SMALL, byte_tokenizer, slopes, some_batch
 
 from deltaw.adapter.weight import dense_weight, stored_tensors
 from deltaw.base.load import load
-from deltaw.base.quant import BYTES, QuantisedLinear
+from deltaw.base.quant import BYTES, QuantisedLinear, quantised_reader
 from deltaw.base.stream import blocks_of
 from deltaw.engine.objective import score_batch
 
@@ -98,3 +98,27 @@ def test_a_base_is_quantised_once_and_then_read_from_the_cache(folder, tmp_path)
     assert len(said) == 2 and len(list(tmp_path.glob("quantised/*/block-*.safetensors"))) == 2
     for one, other in zip(stored_tensors(first.model), stored_tensors(second.model), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("shape", [(96, 64), (1030, 2048), (577, 1537)])
+def test_a_weight_is_formed_in_pieces_to_the_bit_and_its_memory_is_lent_again_but_never_while_held(kind, shape):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
+    weight = layer.weight.detach()
+    if kind == "nf4":
+        codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        whole = functional.dequantize_4bit(codes, state)
+    else:
+        codes, state = functional.quantize_blockwise(weight, blocksize=64)
+        whole = functional.dequantize_blockwise(codes, state).view(shape)
+    read = quantised_reader(layer, kind)
+    first, second = read(), read()
+    assert torch.equal(first, whole.to(torch.bfloat16)) and torch.equal(second, first)
+    places = {first.data_ptr(), second.data_ptr()}
+    kept = second[:1].detach()  # a view holds the memory as its owner does
+    assert len(places) == 2
+    del first, second
+    assert read().data_ptr() in places - {kept.data_ptr()}
+    third, fourth = read(), read()
+    assert kept.data_ptr() not in (third.data_ptr(), fourth.data_ptr())
