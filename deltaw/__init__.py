@@ -26,6 +26,10 @@ _HOME = {
     "merge": "deltaw.api",
     "inspect": "deltaw.api",
     "verify": "deltaw.api",
+    "rank": "deltaw.ranks",
+    "compress": "deltaw.adapters",
+    "combine": "deltaw.adapters",
+    "sweep": "deltaw.sweeps",
     "demo": "deltaw.demonstration",
     "DeltawError": "deltaw.errors",
 }

@@ -141,13 +141,13 @@ def open_adapter(
     adapter = read_adapter(adapter_folder(path))
     if model is None and options.get("revision") is None and "revision" in adapter.origin:
         options = {**options, "revision": adapter.origin["revision"]}
-    base = base_load.load(model or _base_of(Path(path), adapter), **options)
+    base = base_load.load(model or base_of(Path(path), adapter), **options)
     for line in origin_warnings(adapter, base):
         say(line)
     return _over(base, adapter)
 
 
-def _base_of(path: Path, adapter: Adapter) -> str:
+def base_of(path: Path, adapter: Adapter) -> str:
     """Where the base lies: what the run was given, else the name in the adapter, if it says where to look."""
     run = run_of(path)
     if run is not None:

@@ -106,12 +106,13 @@ def main() -> None:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _settings_options(*names: str) -> Decorator:
-    """One option for each of these settings, or for all, in the order of deltaw/config.py."""
+def _settings_options(*names: str, without: tuple[str, ...] = ()) -> Decorator:
+    """One option for each of these settings, or for all but some, in the order of deltaw/config.py."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed([field for field in settings_fields() if not names or field.name in names]):
-            function = _option(field)(function)
+            if field.name not in without:
+                function = _option(field)(function)
         return function
 
     return decorate
@@ -387,21 +388,184 @@ def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options:
 
 @main.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="OTHER", help="Compare with another adapter.")
+@click.option("--base", "with_base", is_flag=True, help="Also compare each update with the weight that it changes.")
+@click.option("--layers", "by_layer", is_flag=True, help="One line for each layer, with ranks of its spectrum.")
+@model_option
+@_machine_options
 @json_option
-def inspect(adapter: Path, as_json: bool) -> None:
-    """What an adapter adapts: layers, ranks, effective scale, sizes, origin. Opens no base."""
+def inspect(
+    adapter: Path, against: Path | None, with_base: bool, by_layer: bool, model: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """What an adapter adapts: layers, ranks, effective scale, sizes, origin. Opens no base, unless --base is given."""
     from deltaw import api
-    from deltaw.terminal import human_bytes, inspect_table, make_console, pairs, show_json
+    from deltaw.tables import beside_table, compare_page, spectra_table
+    from deltaw.terminal import TerminalWatcher, inspect_page, make_console, show_json
 
     facts = api.inspect(adapter)
+    if against or with_base or by_layer:
+        from deltaw import adapters
+
+        watcher = TerminalWatcher(make_console(stderr=True))
+        facts["spectra"] = adapters.layer_spectra(adapter)
+        if with_base:
+            facts["beside"] = adapters.beside_base(adapter, model, _say, watcher.measured, **_machine(options))
+        if against is not None:
+            facts["against"] = adapters.compare(adapter, against)
     if as_json:
         show_json(facts)
         return
     console = make_console()
-    size = f"{facts['parameters'] / 1e6:.2f}M parameters, {human_bytes(facts['bytes'])}"
-    origin = {name: value for name, value in facts["origin"].items() if name not in ("config", "template_examples")}
-    pairs(console, {"adapter": f"{facts['folder']} ({facts['variant']}, {size})", **origin})
-    inspect_table(console, facts["layers"])
+    inspect_page(console, facts)
+    if by_layer:
+        spectra_table(console, facts["spectra"])
+    if with_base:
+        beside_table(console, facts["beside"])
+    if against is not None:
+        compare_page(console, facts["against"], str(against))
+
+
+@main.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@_settings_options(without=("rank", "lr", "minutes", "adapter", "memory"))
+@click.option("--rank", "ranks", metavar="N,N", default="", help="Ranks to train, such as 2,4,8,16,32.")
+@click.option("--lr", "rates", metavar="X,X", default="", help="Learning rates to train, such as 5e-4,1e-3,2e-3.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Seeds of each.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER", help="Go on with an interrupted sweep.")
+@quiet_option
+@json_option
+def sweep(
+    recipe: Path | None, ranks: str, rates: str, seeds: int, resume: Path | None, quiet: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Train several ranks, rates and seeds over one base in one run, and compare them. RECIPE as for `train`."""
+    from deltaw import sweeps
+    from deltaw.tables import sweep_page
+    from deltaw.terminal import TerminalWatcher, make_console, show_json
+
+    watcher, given = TerminalWatcher(make_console(stderr=True), quiet), _given(options)
+    if resume is not None:
+        if given or recipe or ranks or rates:
+            raise UsageError("--resume goes on with the settings of the sweep; leave out the others.")
+        found = sweeps.resume_sweep(resume, watcher)
+    else:
+        settings = make_settings(given, read_recipe(recipe) if recipe else None)
+        found = sweeps.sweep(
+            settings, None, _numbers(ranks, int, "--rank"), _numbers(rates, float, "--lr"), seeds, watcher
+        )
+    if as_json:
+        show_json(found)
+    else:
+        sweep_page(make_console(), found)
+
+
+def _numbers(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise UsageError(f"{flag} takes numbers with commas between them, not {text!r}.") from None
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, required=True, metavar="FILE", help="Held-out data; may be repeated.")
+@click.option("--all", "everything", is_flag=True, help="Measure every document, however long it takes.")
+@click.option("--seconds", type=click.FloatRange(0), metavar="X", help="Time for it.  [default: 15 % of the training]")
+@click.option("--orders", is_flag=True, help="Compare ways to choose directions at equal numbers of parameters.")
+@_settings_options("columns", "allow_lost")
+@model_option
+@_machine_options
+@json_option
+def rank(
+    adapter: Path, data: tuple[str, ...], everything: bool, seconds: float | None, orders: bool, model: str | None,
+    as_json: bool, columns: tuple[str, ...], allow_lost: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """What rank the task needed: held-out loss against rank, from one trained adapter, with intervals."""
+    from deltaw import ranks
+    from deltaw.tables import rank_page
+    from deltaw.terminal import TerminalWatcher, make_console, show_json
+
+    reading = make_settings(_given({"columns": columns, "allow_lost": allow_lost}))
+    found = ranks.rank(
+        adapter, data, model, everything=everything, seconds=seconds, orders=orders, columns=reading.columns,
+        allow_lost=reading.allow_lost, say=_say, progress=TerminalWatcher(make_console(stderr=True)).measured,
+        **_machine(options),
+    )  # fmt: skip
+    if as_json:
+        show_json(found)
+    else:
+        rank_page(make_console(), found)
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="N", help="The same rank in every layer; a higher one is exact."
+)
+@click.option("--budget", metavar="SIZE", help="Largest file, such as 2MB; ranks are chosen layer by layer.")
+@click.option("--keep", type=float, metavar="X", help="Share of the held-out gain to keep, such as 0.99; needs --data.")
+@click.option("--data", multiple=True, metavar="FILE", help="Held-out data, to measure the loss before and after.")
+@click.option("--heal", type=click.IntRange(1), metavar="STEPS", help="Train the result for so many steps.")
+@click.option("--train-data", multiple=True, metavar="FILE", help="What to heal with.")
+@model_option
+@_machine_options
+@json_option
+def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Make an adapter of lower rank, each layer the best of its rank; without --data no base is opened."""
+    from deltaw import adapters
+    from deltaw.tables import compress_page
+    from deltaw.terminal import TerminalWatcher, make_console, show_json
+
+    watcher = TerminalWatcher(make_console(stderr=True))
+    chosen = {name: options.pop(name) for name in ("rank", "budget", "keep", "data", "heal", "train_data", "model")}
+    record = adapters.compress(
+        adapter, out, **chosen, say=_say, progress=watcher.measured, watcher=watcher, **_machine(options)
+    )
+    if as_json:
+        show_json(record)
+    else:
+        compress_page(make_console(), record)
+
+
+@main.command()
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
+@click.option("--weights", metavar="X,X", help="A weight for each, such as 0.7,0.3 or 1,-1.  [default: the mean]")
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="N", help="Rank of the result.  [default: one that loses nothing]"
+)
+@click.option(
+    "--method", type=click.Choice(("sum", "ties", "dare")), default="sum", show_default=True, help="How to add."
+)
+@click.option(
+    "--density", type=float, default=0.5, show_default=True, metavar="X", help="Entries that ties, dare keep."
+)
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of dare.")
+@json_option
+def combine(
+    adapters: tuple[Path, ...], out: Path, weights: str | None, rank: int | None, method: str, density: float,
+    seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Add adapters: exactly, on ΔW itself, whatever their ranks and scales. Opens no base."""
+    from deltaw.adapters import combine as add
+    from deltaw.terminal import make_console, pairs, show_json
+
+    try:
+        numbers = [float(part) for part in weights.split(",")] if weights else []
+    except ValueError:
+        raise UsageError(f"--weights takes numbers with commas between them, not {weights!r}.") from None
+    record = add(adapters, out, numbers, rank, method, density, seed)
+    if as_json:
+        show_json(record)
+        return
+    least, most = record["ranks"].values()
+    pairs(make_console(), {
+        "adapter": str(record["folder"]),
+        "rank": str(most) if least == most else f"{least} to {most}, layer by layer",
+        "energy left out": f"{record['discarded_energy']:.2%}",
+    })  # fmt: skip
 
 
 @main.command()

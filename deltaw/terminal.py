@@ -228,6 +228,14 @@ def working(console: Console, text: str) -> Iterator[None]:
         yield
 
 
+def inspect_page(console: Console, facts: dict[str, Any]) -> None:
+    """Where an adapter comes from, and one line per kind of adapted layer."""
+    size = f"{facts['parameters'] / 1e6:.2f}M parameters, {human_bytes(facts['bytes'])}"
+    origin = {name: value for name, value in facts["origin"].items() if name not in ("config", "template_examples")}
+    pairs(console, {"adapter": f"{facts['folder']} ({facts['variant']}, {size})", **origin})
+    inspect_table(console, facts["layers"])
+
+
 def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
     """One line per kind of adapted layer."""
     table = Table(box=None, pad_edge=False, header_style="bold")

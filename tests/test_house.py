@@ -24,8 +24,10 @@ LAYERS = [
     {"plan", "engine"},
     {"report", "serve"},
     {"api", "datasets"},
-    {"demonstration"},
+    {"demonstration", "ranks"},
+    {"adapters", "sweeps"},
     {"terminal"},
+    {"tables"},
     {"cli"},
 ]
 ABOVE = {"__init__", "__main__"}

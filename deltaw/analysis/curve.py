@@ -110,6 +110,12 @@ def retained_gain(
     return Curve(tuple(points), float(base / tokens), improvement, len(tokens_D), int(tokens))
 
 
+def mean_interval(sums_D: np.ndarray, tokens_D: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of Σ sums/Σ tokens when documents are drawn anew (Efron 1979)."""
+    weights_SD = _resamples(len(tokens_D), seed)
+    return _interval((weights_SD @ sums_D) / (weights_SD @ tokens_D))
+
+
 def _resamples(documents: int, seed: int) -> np.ndarray:
     """How often each document is drawn, [S, D]."""
     shares = np.full(documents, 1 / documents)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ FREE_TO_CHANGE = (
 )
 
 
+class Stoppable(Protocol):
+    """A loop that a signal may ask to stop: what it is told by, and what it is to look at."""
+
+    progress: Progress
+    watcher: Watcher
+    signal: int | None
+
+
 class Trainer:
     """A run in progress: everything that `train` prepares, and what it keeps while the loop runs."""
 
@@ -55,7 +63,7 @@ class Trainer:
         self.injection: Injection = inject(ready.base.model, ready.adapter, trainable=True, dtype=torch.float32)
         if ready.base.way == "modules":
             watcher.say(f"By the model's own modules, which is slower: {ready.base.slow_reason}.")
-        self.flat = FlatFactors(self.injection, [_optim_settings(settings)])
+        self.flat = FlatFactors(self.injection, [optim_settings(settings)])
         ready.adapter = self.injection.adapters[0]
         train = ready.data["train"]
         micro_tokens = int(settings.micro_tokens)
@@ -63,7 +71,7 @@ class Trainer:
         self.loader = Loader(
             train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share
         )
-        self.length, stop = _length(settings, self.loader)
+        self.length, stop = length_of(settings, self.loader)
         self._resolve_intervals()
         self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
         self.best_loss, self.best_step, self.bad_evaluations = math.inf, 0, 0
@@ -182,7 +190,7 @@ class Trainer:
 
     def observe(self, record: StepRecord, progress: Progress) -> bool:
         """Logs the step, evaluates and saves where it is due; False ends the run early."""
-        line = _metrics_line(record)
+        line = metrics_line(record)
         assert self.metrics is not None
         self.metrics.write(line)
         self.watcher.step(line, progress, self.length)
@@ -256,19 +264,8 @@ class Trainer:
     def _write(self, values: Tensor, folder: Path) -> None:
         """Writes the factors in `values` as an adapter folder."""
         adapter = self.flat.adapter(0, values)
-        adapter.origin = {**self.ready.base.origin, **self._run_origin()}
+        adapter.origin = origin_of(self.ready, self.settings)
         write_adapter(adapter, folder)
-
-    def _run_origin(self) -> dict[str, str]:
-        return {
-            "data_digest": self.ready.data["train"].report.digest,
-            "deltaw_version": __version__,
-            "task_type": "CAUSAL_LM",
-            "config": json.dumps(
-                {name: value for name, value in self.settings.without_places().items() if name not in FREE_TO_CHANGE}
-            ),
-            "template_examples": examples_of(self.ready.base.tokenizer),
-        }
 
     def finish(self) -> None:
         """Saves the last adapter, and as the run's adapter the best one, or the last where nothing was held out."""
@@ -277,16 +274,30 @@ class Trainer:
         self._write(last if self.best is None else self.best, self.run.adapter)
 
 
-def _metrics_line(record: StepRecord) -> dict[str, Any]:
+def origin_of(ready: Prepared, settings: Settings) -> dict[str, str]:
+    """Where an adapter of this run comes from: base, data, settings, template."""
+    config = {name: value for name, value in settings.without_places().items() if name not in FREE_TO_CHANGE}
+    return {
+        **ready.base.origin,
+        "data_digest": ready.data["train"].report.digest,
+        "deltaw_version": __version__,
+        "task_type": "CAUSAL_LM",
+        "config": json.dumps(config),
+        "template_examples": examples_of(ready.base.tokenizer),
+    }
+
+
+def metrics_line(record: StepRecord, index: int = 0) -> dict[str, Any]:
+    """What metrics.jsonl holds of a step of one adapter; of the seconds, its share where several take turns."""
     return {
         "step": record.step,
-        "loss": record.losses[0],
-        "tokens": record.tokens[0],
-        "computed_tokens": record.computed_tokens[0],
-        "trained_tokens": record.trained_tokens[0],
-        "seconds": record.seconds,
-        "lr": record.rates[0],
-        "grad_norm": record.grad_norms[0],
+        "loss": record.losses[index],
+        "tokens": record.tokens[index],
+        "computed_tokens": record.computed_tokens[index],
+        "trained_tokens": record.trained_tokens[index],
+        "seconds": record.seconds / len(record.losses),
+        "lr": record.rates[index],
+        "grad_norm": record.grad_norms[index],
         "peak_bytes": peak_bytes(),
     }
 
@@ -296,7 +307,8 @@ def peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else hardware.peak_rss_bytes()
 
 
-def _optim_settings(settings: Settings) -> OptimSettings:
+def optim_settings(settings: Settings) -> OptimSettings:
+    """How the settings want an adapter optimised."""
     return OptimSettings(
         rate=float(settings.lr),
         schedule=settings.schedule,
@@ -307,7 +319,7 @@ def _optim_settings(settings: Settings) -> OptimSettings:
     )
 
 
-def _length(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
+def length_of(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
     """The run's length, and the position at which its last epoch ends."""
     if settings.minutes is not None:
         return Length(None, settings.minutes * 60), None
@@ -366,7 +378,7 @@ def train(
 
 def _fit(trainer: Trainer) -> bool:
     """Runs the loop; False, with the state saved, when a signal ended it."""
-    with _signals(trainer):
+    with signals(trainer):
         whole = _settled(trainer) and _loop(trainer)
         if trainer.signal is not None and not whole:
             trainer.checkpoint()
@@ -390,7 +402,7 @@ def _loop(trainer: Trainer) -> bool:
 
 
 @contextmanager
-def _signals(trainer: Trainer) -> Iterator[None]:
+def signals(trainer: Stoppable) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM asks the loop to stop and save; the next of either ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -78,8 +78,13 @@ def themed(svg: str, name: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1))
 
 
-def draw(name: str, label: str, size: tuple[int, int], paint: Callable[[Axes], None], show: Format) -> str:
-    """The SVG of one pair of axes that `paint` fills; `show` writes the numbers beside the vertical axis."""
+def draw(
+    name: str, label: str, size: tuple[int, int], paint: Callable[[Axes], None], show: Format, *, steps: bool = True
+) -> str:
+    """The SVG of one pair of axes that `paint` fills; `show` writes the numbers beside the vertical axis.
+
+    The horizontal axis counts `steps`, or is as `paint` leaves it.
+    """
     # rc_context restores the settings on leaving; the salt makes the ids, and so the page, the same every time.
     with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
@@ -87,7 +92,8 @@ def draw(name: str, label: str, size: tuple[int, int], paint: Callable[[Axes], N
         axes = figure.add_subplot()
         _dress(axes, size, show)
         paint(axes)
-        _name_steps(axes)
+        if steps:
+            _name_steps(axes)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return themed(buffer.getvalue(), name, label)

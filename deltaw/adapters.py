@@ -1,0 +1,263 @@
+"""Adapters from adapters: made smaller or larger, summed, compared. Bases are opened only where a number is about data.
+
+Each function writes a PEFT folder or returns plain values; what is lost is always in what it returns.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaw.adapter import Adapter, Factors, read_adapter, write_adapter
+from deltaw.adapter.files import WEIGHTS
+from deltaw.analysis.arithmetic import METHODS
+from deltaw.analysis.arithmetic import combine as combined
+from deltaw.analysis.compare import compare as compared
+from deltaw.analysis.curve import Curve, retained_gain
+from deltaw.analysis.spectrum import is_stack, ranks_of, spectra, spectrum
+from deltaw.analysis.truncate import (
+    Spectra,
+    component_numbers,
+    discarded_energy,
+    magnitudes,
+    ranks_within,
+    truncate,
+    uniform_ranks,
+)
+from deltaw.analysis.weights import beside
+from deltaw.api import base_of, open_adapter, train
+from deltaw.base.save import require_new
+from deltaw.config import parse_bytes
+from deltaw.engine.heldout import HeldOut, Progress
+from deltaw.engine.run import adapter_folder
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import AdapterError, UsageError
+from deltaw.ranks import open_held_out
+
+Say = Callable[[str], None]
+# Sizes that --keep tries, in a search for the smallest: halvings of the range on a logarithmic scale.
+TRIED = 8
+# Beside its numbers, an adapter's file holds a header: names and places of its tensors.
+HEADER_BYTES_PER_TENSOR, HEADER_BYTES = 140, 64
+
+
+def compress(
+    path: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    keep: float | None = None,
+    budget: str | None = None,
+    data: Sequence[str | Path] = (),
+    heal: int | None = None,
+    train_data: Sequence[str | Path] = (),
+    model: str | None = None,
+    say: Say = lambda _: None,
+    progress: Progress | None = None,
+    watcher: Watcher | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes an adapter of other ranks to `out`, each layer the best of its rank; returns what that cost.
+
+    Exactly one of `rank` (the same everywhere; a higher one is exact), `budget` (bytes of the file, such as "2MB") and
+    `keep` (the share of the gain in held-out loss that must be kept, by the lower end of its interval) decides; the
+    latter two choose ranks layer by layer. With `data` the held-out loss is measured before and after, and `keep` needs
+    it; without, no base is opened. `heal` trains the result for so many steps on `train_data`. The dtype stays.
+    Raises UsageError, AdapterError or DataError, and writes nothing then.
+    """
+    if [rank, keep, budget].count(None) != 2:
+        raise UsageError("Give one of --rank, --keep and --budget.")
+    if keep is not None and not (data and 0 < keep <= 1):
+        raise UsageError("--keep is a share of the held-out gain, above 0 and at most 1, and needs --data FILE.")
+    if (heal is None) != (not train_data):
+        raise UsageError("--heal STEPS and --train-data FILE belong together.")
+    require_new(Path(out))
+    adapter = read_adapter(adapter_folder(path))
+    known = spectra(adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        held_out = open_held_out(path, data, model, Path(folder), say=say, **options) if data else None
+        if rank is not None:
+            ranks = uniform_ranks(adapter, rank)
+        elif budget is not None:
+            ranks = ranks_within(adapter, known, _numbers_in(adapter, parse_bytes(budget)))
+        else:
+            assert held_out is not None and keep is not None
+            ranks = _smallest_that_keeps(adapter, known, held_out, keep, progress)
+        made = truncate(adapter, ranks, known)
+        if heal is not None:
+            name = model or base_of(Path(path), adapter)
+            made = _healed(made, name, heal, train_data, Path(folder), watcher or Watcher(), options)
+        measured = {} if held_out is None else _before_and_after(held_out, adapter, made)
+    write_adapter(made, Path(out))
+    return {
+        "folder": str(out),
+        "variant": _what_became(adapter),
+        "ranks": {"least": min(ranks.values()), "most": max(ranks.values())},
+        "parameters": made.parameters,
+        "parameters_before": adapter.parameters,
+        "bytes": (Path(out) / WEIGHTS).stat().st_size,
+        "discarded_energy": discarded_energy(known, ranks),
+        **measured,
+    }
+
+
+def _what_became(adapter: Adapter) -> str:
+    if adapter.spec.dora:
+        return "DoRA: its magnitudes are kept, since what they do to W has no low rank"
+    return "plain LoRA, alpha = rank"
+
+
+def _numbers_in(adapter: Adapter, size: int) -> int:
+    """How many numbers fit into a file of so many bytes beside its header."""
+    tensors = [tensor for _, _, tensor in adapter.tensors()]
+    header = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * len(tensors)
+    return max(0, size - header) // max(tensor.element_size() for tensor in tensors)
+
+
+def _smallest_that_keeps(
+    adapter: Adapter, known: Spectra, held_out: HeldOut, keep: float, progress: Progress | None
+) -> dict[str, int]:
+    """The ranks of the fewest numbers, to a twentieth or so, whose retained gain is surely at least `keep`."""
+    base, whole = held_out.losses(None), held_out.losses(adapter)
+    least = sum(component_numbers(adapter, name) for name in adapter.factors) + magnitudes(adapter)
+    low, high = least, adapter.parameters
+    best = {name: found.sigma_K.shape[-1] for name, found in known.items()}
+    for number in range(TRIED):
+        if progress is not None:
+            progress(number, TRIED)
+        middle = least if number == 0 else round((low * high) ** 0.5)
+        ranks = ranks_within(adapter, known, middle)
+        losses = held_out.losses(truncate(adapter, ranks, known))
+        curve = _curve(held_out, base, losses, whole)
+        if number == 0 and not curve.improves:
+            raise AdapterError(curve.verdict() + " So none can be kept; give --rank or --budget.")
+        if curve.points[0].low >= keep:
+            best, high = ranks, middle
+            if number == 0:
+                break
+        else:
+            low = middle
+    return best
+
+
+def _curve(held_out: HeldOut, base: np.ndarray, losses: np.ndarray, whole: np.ndarray) -> Curve:
+    """Of two points: the cut, called rank 1, and the whole."""
+    return retained_gain(base, np.stack([losses, whole]), held_out.tokens_D, [1, 2])
+
+
+def _before_and_after(held_out: HeldOut, adapter: Adapter, made: Adapter) -> dict[str, Any]:
+    base, before, after = held_out.losses(None), held_out.losses(adapter), held_out.losses(made)
+    curve, tokens = _curve(held_out, base, after, before), held_out.tokens_D.sum()
+    kept = curve.points[0]
+    return {
+        "loss_base": float(base.sum() / tokens),
+        "loss_before": float(before.sum() / tokens),
+        "loss_after": float(after.sum() / tokens),
+        "retained_gain": kept.gain,
+        "retained_gain_interval": [kept.low, kept.high],
+        "documents": held_out.documents,
+    }
+
+
+def _healed(
+    cut: Adapter, model: str, steps: int, data: Sequence[str | Path], folder: Path, watcher: Watcher, options: Any
+) -> Adapter:
+    """The adapter after some steps of training, in the dtype that it had."""
+    start = write_adapter(cut, folder / "cut")
+    run = train(
+        model=model, adapter=str(start), data=[str(each) for each in data], steps=steps, out=str(folder / "healing"),
+        watcher=watcher, **options,
+    )  # fmt: skip
+    healed = read_adapter(run.adapter)
+    for name, factors in healed.factors.items():
+        like = cut.factors[name]
+        healed.factors[name] = Factors(
+            **{part: tensor.to(getattr(like, part).dtype) for part, tensor in factors.tensors()}
+        )
+    return healed
+
+
+# -- sums --------------------------------------------------------------------------------------------------------------
+
+
+def combine(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    weights: Sequence[float] = (),
+    rank: int | None = None,
+    method: str = "sum",
+    density: float = 0.5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes Σ wᵢ·ΔWᵢ of several adapters or runs to `out`; returns its ranks and the share of energy left out.
+
+    Weights are 1/n each where none are given. `method` is "sum", "ties" or "dare" (deltaw/analysis/arithmetic.py), on
+    ΔW itself and never on A and B apart. Raises UsageError and AdapterError, and writes nothing then.
+    """
+    if len(paths) < 2 and not weights:
+        raise UsageError("Give two adapters or more, or one and --weights to scale it.")
+    if weights and len(weights) != len(paths):
+        raise UsageError(f"There are {len(paths)} adapters and {len(weights)} weights.")
+    if method not in METHODS or not 0 < density <= 1:
+        raise UsageError(f"A method is one of {', '.join(METHODS)}, and a density above 0 and at most 1.")
+    require_new(Path(out))
+    adapters = [read_adapter(adapter_folder(path)) for path in paths]
+    shares = list(weights) or [1 / len(paths)] * len(paths)
+    made, discarded = combined(adapters, shares, rank, method, density, seed)
+    write_adapter(made, Path(out))
+    ranks = [made.spec.rank_of(made.pattern_name(name)) for name in made.factors]
+    return {
+        "folder": str(out),
+        "method": method,
+        "weights": shares,
+        "ranks": {"least": min(ranks), "most": max(ranks)},
+        "parameters": made.parameters,
+        "discarded_energy": discarded,
+    }
+
+
+# -- looking -----------------------------------------------------------------------------------------------------------
+
+
+def beside_base(
+    path: str | Path, model: str | None = None, say: Say = lambda _: None, progress: Progress | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Per layer ΔW beside W: relative norm, amplification with its controls, intruders (deltaw/analysis/weights.py).
+
+    Opens the base. Stacked experts are left out.
+    """
+    opened = open_adapter(path, model, say, **options)
+    assert opened.injection is not None
+    adapter, targets = opened.injection.adapters[0], opened.injection.targets
+    opened.injection.eject()
+    rows = []
+    for number, target in enumerate(targets):
+        if progress is not None:
+            progress(number, len(targets))
+        if not is_stack(adapter, target.name):
+            found = beside(spectrum(adapter, target.name), target.weight_matrix())
+            rows.append({"name": target.name, **vars(found)})
+    return rows
+
+
+def compare(first: str | Path, second: str | Path) -> dict[str, Any]:
+    """Two adapters or runs side by side (deltaw/analysis/compare.py): per layer and over all. No base is opened."""
+    return compared(*(read_adapter(adapter_folder(path)) for path in (first, second)))
+
+
+def layer_spectra(path: str | Path) -> list[dict[str, Any]]:
+    """Per layer: singular values of ΔW, ‖ΔW‖, and effective, stable and participation rank and energy@90. No base."""
+    adapter = read_adapter(adapter_folder(path))
+    rows = []
+    for name, found in spectra(adapter).items():
+        sigma = found.sigma_K.flatten().sort(descending=True).values
+        ranks = ranks_of(sigma)
+        rows.append(
+            {"name": name, "norm": float(sigma.square().sum().sqrt()), **ranks.__dict__, "sigma": sigma.tolist()}
+        )
+    return rows

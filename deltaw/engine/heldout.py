@@ -1,0 +1,86 @@
+"""What held-out documents lose under one adapter after another, over one base: what rank is measured with.
+
+Documents are taken in a shuffled order, so that the first of them, as many as there is time for, are a fair sample.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from deltaw.adapter import Adapter, inject
+from deltaw.base.load import Base
+from deltaw.data.loader import evaluation_batches
+from deltaw.data.pack import Batch, batch_of
+from deltaw.data.store import TokenStore
+from deltaw.engine.objective import score_batch
+from deltaw.errors import NotFiniteError
+
+FIRST_DOCUMENTS = 16
+Progress = Callable[[int, int], None]
+
+
+class HeldOut:
+    """A sample of a data set over a base that has no adapter. `documents` is how many of them are measured."""
+
+    def __init__(self, base: Base, store: TokenStore, batch_tokens: int, seed: int = 0) -> None:
+        order = np.random.default_rng(seed).permutation(len(store))
+        self._order = order if store.chosen is None else store.chosen[order]
+        self.base, self.batch_tokens = base, batch_tokens
+        self.store = TokenStore(store.stem, self._order)
+        self.documents = len(store)
+
+    @property
+    def tokens_D(self) -> np.ndarray:
+        """How many tokens of each measured document carry loss."""
+        return np.asarray(self.store.trained[: self.documents], dtype=np.float64)
+
+    def fit_into(self, seconds: float, adapter: Adapter, passes: int) -> None:
+        """Measures as many documents as `passes` passes take so long for, by the time that a few of them take."""
+        count = min(FIRST_DOCUMENTS, len(self.store))
+        self.losses(adapter, count)  # the first pass pays for what later ones find prepared
+        since = time.monotonic()
+        self.losses(adapter, count)
+        each = (time.monotonic() - since) / max(1, int(self.store.lengths[:count].sum()))
+        affordable = seconds / max(1, passes) / each
+        self.documents = max(count, int(np.searchsorted(self.store.lengths.cumsum(), affordable, side="right")))
+
+    def losses(self, adapter: Adapter | None, documents: int | None = None) -> np.ndarray:
+        """The loss summed over each measured document's tokens, [D]. Raises NotFiniteError when one is not finite."""
+        count = self.documents if documents is None else documents
+        if adapter is None:
+            return self._losses(count)
+        with inject(self.base.model, adapter, dtype=self.base.dtype):
+            return self._losses(count)
+
+    def curve_losses(self, adapters: Sequence[Adapter | None], progress: Progress | None = None) -> np.ndarray:
+        """`losses` of each, [K, D]."""
+        found = []
+        for number, adapter in enumerate(adapters):
+            if progress is not None:
+                progress(number, len(adapters))
+            found.append(self.losses(adapter))
+        return np.stack(found)
+
+    def batches(self, first: int, stop: int) -> list[Batch]:
+        """The documents from `first` to `stop` of the sample's order, in batches."""
+        part = TokenStore(self.store.stem, self._order[first:stop])
+        cut = evaluation_batches(part, self.batch_tokens)
+        return [batch_of(part, documents).to(self.base.device) for documents in cut]
+
+    def _losses(self, count: int) -> np.ndarray:
+        losses_D = np.zeros(count)
+        for documents in evaluation_batches(self.store, self.batch_tokens, count):
+            batch = batch_of(self.store, documents).to(self.base.device)
+            scores = score_batch(self.base, batch)
+            edges = torch.tensor(batch.bounds[1:], device=batch.tokens_T.device)
+            owner_N = torch.bucketize(scores.places_N, edges, right=True)
+            sums = torch.zeros(len(documents), dtype=torch.float64, device=edges.device)
+            losses_D[documents] = sums.index_add_(0, owner_N, scores.losses_N.double()).cpu().numpy()
+        if not math.isfinite(losses_D.sum()):
+            raise NotFiniteError(f"The loss over these {count} documents is {losses_D.sum()}: the model is broken.")
+        return losses_D

@@ -1,0 +1,191 @@
+"""Several adapters over one frozen base in one loop: each with its own factors, rate, data order and folder.
+
+They take turns on the base within a step (deltaw/engine/loop.py), so each does exactly what it would do alone, and the
+base is in memory once. Settings may differ in rank, rate and seed; everything else is shared.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaw import hardware
+from deltaw.adapter import choose, inject, new_adapter, write_adapter
+from deltaw.config import AUTO, Settings
+from deltaw.data.loader import Loader
+from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
+from deltaw.engine.evaluate import held_out_loss
+from deltaw.engine.log import MetricsLog
+from deltaw.engine.loop import Progress, StepRecord, Track, fit
+from deltaw.engine.optim import FlatFactors
+from deltaw.engine.prepare import Prepared, spec_from
+from deltaw.engine.run import Run
+from deltaw.engine.train import EVALUATIONS_PER_RUN, length_of, metrics_line, optim_settings, origin_of, signals
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, NotFiniteError, UsageError
+
+
+class Cell:
+    """One adapter of a sweep: its settings and folder, and the best of it so far."""
+
+    def __init__(self, run: Run, settings: Settings) -> None:
+        self.run, self.settings = run, settings
+        self.best_loss, self.best_step = math.inf, 0
+        self.best: Tensor | None = None
+        self.metrics: MetricsLog | None = None
+
+
+class Together:
+    """The adapters of some cells, trained over one base. `folder` holds their common checkpoints."""
+
+    def __init__(self, folder: Path, cells: Sequence[Cell], ready: Prepared, watcher: Watcher) -> None:
+        self.folder, self.cells, self.ready, self.watcher = folder, list(cells), ready, watcher
+        base, train = ready.base, ready.data["train"]
+        specs = [spec_from(cell.settings, int(cell.settings.rank)) for cell in cells]
+        adapters = [
+            new_adapter(choose(base.model, spec), spec, cell.settings.seed)
+            for spec, cell in zip(specs, cells, strict=True)
+        ]
+        self.injection = inject(base.model, *adapters, trainable=True, dtype=torch.float32)
+        del adapters
+        self.flat = FlatFactors(self.injection, [optim_settings(cell.settings) for cell in cells])
+        share = cells[0].settings.share_prefixes and base.shares_prefixes
+        tracks = []
+        for cell in cells:
+            batch_tokens, micro_tokens = int(cell.settings.batch_tokens), int(cell.settings.micro_tokens)
+            loader = Loader(train.store, batch_tokens, micro_tokens, cell.settings.seed, train.mix, share=share)
+            tracks.append(Track(loader, stop=length_of(cell.settings, loader)[1]))
+        self.length, _ = length_of(cells[0].settings, tracks[0].loader)
+        if self.length.steps is None:
+            raise UsageError("A sweep needs a length in --steps or --epochs: in --minutes, all would share the time.")
+        every = max(1, math.ceil(self.length.steps / EVALUATIONS_PER_RUN))
+        for cell in cells:
+            for name in ("eval_steps", "checkpoint_steps"):
+                if getattr(cell.settings, name) == AUTO:
+                    cell.settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
+        self.progress = Progress(tracks=tracks)
+        self.signal: int | None = None
+        hardware.give_memory_back()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The last good checkpoints of all cells together."""
+        return self.folder / "checkpoints"
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Goes on where the newest good checkpoint was written, if there is one. UsageError when it is of others."""
+        found, skipped = newest_checkpoint(self.checkpoints)
+        for reason in skipped:
+            self.watcher.say(f"Skipped a checkpoint: {reason}.")
+        if found is None:
+            return
+        tensors, state = found
+        if state["cells"] != self._identities():
+            raise UsageError(f"The checkpoints in {self.checkpoints} are of other cells, data or base; start anew.")
+        self.flat.load_state(tensors)
+        self.progress.step, self.progress.seconds = state["step"], state["seconds"]
+        for track, known in zip(self.progress.tracks, state["tracks"], strict=True):
+            track.position, track.tokens, track.trained_tokens = known
+        for index, (cell, known) in enumerate(zip(self.cells, state["best"], strict=True)):
+            cell.best_step, loss = known
+            cell.best_loss, cell.best = (loss, tensors[f"best{index}"]) if cell.best_step else (math.inf, None)
+
+    def _identities(self) -> list[dict[str, Any]]:
+        """What must be the same for a sweep to go on exactly."""
+        shared = {"base": self.ready.base.digest, "data": self.ready.data["train"].report.digest}
+        keys = ("rank", "lr", "seed", "batch_tokens", "micro_tokens", "steps", "epochs")
+        return [{**shared, **{key: getattr(cell.settings, key) for key in keys}} for cell in self.cells]
+
+    def checkpoint(self) -> None:
+        """Saves all cells in one file."""
+        if not self.flat.master.isfinite().all():
+            raise NotFiniteError(f"After step {self.progress.step}, factors are not finite; lower the rates.")
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.flat.state().items()}
+        tensors |= {f"best{index}": cell.best for index, cell in enumerate(self.cells) if cell.best is not None}
+        state = {
+            "step": self.progress.step,
+            "seconds": self.progress.seconds,
+            "tracks": [[t.position, t.tokens, t.trained_tokens] for t in self.progress.tracks],
+            "best": [[cell.best_step, cell.best_loss if cell.best_step else None] for cell in self.cells],
+            "cells": self._identities(),
+        }
+        save_checkpoint(self.checkpoints, self.progress.step, tensors, state, self.cells[0].settings.keep_checkpoints)
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the end and leaves each cell's adapters in its folder; Interrupted, resumable, by a signal."""
+        with ExitStack() as opened:
+            for cell in self.cells:
+                cell.metrics = MetricsLog(cell.run.metrics, self.progress.step, [])
+                opened.callback(cell.metrics.close)
+            with signals(self):
+                whole = fit(
+                    self.ready.base, self.injection, self.flat, self.progress, self.length, self.observe,
+                    interrupted=lambda: self.signal is not None,
+                )  # fmt: skip
+                if not whole:
+                    self.checkpoint()
+        if not whole:
+            code = EXIT_TERMINATED if self.signal == signal.SIGTERM else EXIT_INTERRUPTED
+            raise Interrupted(
+                code, f"Stopped after step {self.progress.step}. Go on with: deltaw sweep --resume {self.folder}"
+            )
+        for index, cell in enumerate(self.cells):
+            last = self._slice(index).clone()
+            self._write(index, last, cell.run.last)
+            self._write(index, last if cell.best is None else cell.best, cell.run.adapter)
+
+    def observe(self, record: StepRecord, progress: Progress) -> bool:
+        """Logs a step of every cell, evaluates and saves where it is due."""
+        for index, cell in enumerate(self.cells):
+            assert cell.metrics is not None
+            cell.metrics.write(metrics_line(record, index))
+        settings, last = self.cells[0].settings, self.length.over(progress.step, progress.seconds)
+        last = last or all(track.ended for track in progress.tracks)
+        summed = {**metrics_line(record), "tokens": sum(record.tokens), "seconds": record.seconds}
+        self.watcher.step(summed, progress, self.length)
+        if last or record.step % int(settings.eval_steps) == 0:
+            self.evaluate()
+        if last or record.step % int(settings.checkpoint_steps) == 0:
+            self.checkpoint()
+        return True
+
+    def evaluate(self) -> None:
+        """The held-out loss of every cell, each keeping its best."""
+        if self.ready.held_out is None:
+            return
+        for index, cell in enumerate(self.cells):
+            self.injection.active = index
+            loss_sum, tokens, seconds = held_out_loss(
+                self.ready.base, self.ready.held_out.store, int(cell.settings.micro_tokens), cell.settings.eval_rows
+            )
+            self.progress.away_seconds += seconds
+            loss = loss_sum / max(1, tokens)
+            assert cell.metrics is not None
+            cell.metrics.write({"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens})
+            if math.isfinite(loss) and loss < cell.best_loss:
+                cell.best_loss, cell.best_step = loss, self.progress.step
+                cell.best = self._slice(index).clone()
+        self.injection.active = 0
+
+    def _slice(self, index: int) -> Tensor:
+        start, _, stop = self.flat.adapter_slices[index]
+        return self.flat.master[start:stop].detach().cpu()
+
+    def _write(self, index: int, numbers: Tensor, folder: Path) -> None:
+        start, _, stop = self.flat.adapter_slices[index]
+        values = torch.zeros(stop)
+        values[start:stop] = numbers
+        adapter = self.flat.adapter(index, values)
+        adapter.origin = origin_of(self.ready, self.cells[index].settings)
+        write_adapter(adapter, folder)

@@ -1,0 +1,188 @@
+"""What rank a task needed, measured from one trained adapter: held-out loss against rank, by exact truncation.
+
+The adapter is cut to ranks 1, 2, 4 … r, each cut is measured on the same documents over one open base, and what is
+left of the gain in loss is given with an interval (deltaw/analysis/curve.py). Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaw.adapter import Adapter, read_adapter
+from deltaw.analysis.curve import Curve, Needed, retained_gain
+from deltaw.analysis.spectrum import ranks_of, spectra
+from deltaw.analysis.truncate import Spectra, component_numbers, ranks_within, truncate
+from deltaw.api import EVALUATION_TOKENS, Model, open_adapter
+from deltaw.config import DEFAULT_MAX_LENGTH
+from deltaw.data.chat import Encoder
+from deltaw.data.formats import parse_sources
+from deltaw.data.prepare import prepare
+from deltaw.engine.heldout import HeldOut, Progress
+from deltaw.engine.orders import by_activations, by_loss, require_plain
+from deltaw.engine.run import adapter_folder, run_of
+from deltaw.errors import UsageError
+
+# What measuring may take: this share of the run's training time, or so many seconds where no run tells.
+TIME_SHARE, USUAL_SECONDS = 0.15, 60.0
+SHARES = (0.95, 0.99)
+# Documents that order directions are others than those that judge them: this share of all that are given.
+ORDERING_SHARE, MOST_ORDERING = 0.25, 64
+
+
+def rank(
+    path: str | Path,
+    data: Sequence[str | Path],
+    model: str | None = None,
+    *,
+    everything: bool = False,
+    seconds: float | None = None,
+    orders: bool = False,
+    columns: Sequence[str] = (),
+    allow_lost: float = 0.01,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The retained-gain curve of an adapter or run folder on held-out data, and the rank that it says was needed.
+
+    As many documents as fit into `seconds` (default: 15 % of the run's training time) are measured, all of them with
+    `everything`. `orders` compares ways to choose directions at equal numbers of parameters. Returns `points` (rank,
+    numbers, loss, gain, low, high), `needed` at 95 and 99 % of the gain, `verdict`, and what it is based on. Raises
+    DataError and AdapterError as `evaluate` does.
+    """
+    since = time.monotonic()
+    adapter = read_adapter(adapter_folder(path))
+    if orders:
+        require_plain(adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        held_out = open_held_out(path, data, model, Path(folder), columns, allow_lost, say, **options)
+        ordering = _set_apart(held_out) if orders else 0
+        known = spectra(adapter)
+        ladder = ladder_of(known)
+        if not everything:
+            allowed = seconds if seconds is not None else allowed_seconds(Path(path))
+            most = held_out.documents
+            held_out.fit_into(allowed, adapter, (1 + 4 * orders) * (len(ladder) + 1))
+            held_out.documents = min(most, held_out.documents)
+        cuts = [cut(adapter, known, size) for size in ladder]
+        losses_KD = held_out.curve_losses([None, *cuts], progress)
+        curve = retained_gain(losses_KD[0], losses_KD[1:], held_out.tokens_D, ladder)
+        result = {**_as_dict(curve, cuts), **_facts(adapter, known, held_out, ordering)}
+        if orders:
+            result["orders"] = _compare_orders(held_out, adapter, known, ladder, losses_KD, ordering, progress)
+        return {**result, "seconds": time.monotonic() - since}
+
+
+def open_held_out(
+    path: str | Path,
+    data: Sequence[str | Path],
+    model: str | None,
+    folder: Path,
+    columns: Sequence[str] = (),
+    allow_lost: float = 0.01,
+    say: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> HeldOut:
+    """The base of an adapter, without it, and held-out documents encoded as the adapter's were; tokens in `folder`."""
+    opened: Model = open_adapter(path, model, say, **options)
+    assert opened.injection is not None
+    opened.injection.eject()
+    base = opened.base
+    encoder = Encoder(base.tokenizer, min(base.context_tokens, DEFAULT_MAX_LENGTH), opened.train_on)
+    prepared = prepare(parse_sources(map(str, data), columns), encoder, folder, refuse_above=allow_lost)
+    return HeldOut(base, prepared.store, EVALUATION_TOKENS)
+
+
+def allowed_seconds(path: Path) -> float:
+    """How long measuring may take, by the training time of the run that the adapter lies in."""
+    run = run_of(path)
+    trained = None if run is None else run.read_summary().get("train_seconds")
+    return TIME_SHARE * trained if trained else USUAL_SECONDS
+
+
+def ladder_of(known: Spectra) -> list[int]:
+    """1, 2, 4 … and the highest rank that a layer has."""
+    highest = max(found.sigma_K.shape[-1] for found in known.values())
+    return [2**power for power in range(highest.bit_length()) if 2**power < highest] + [highest]
+
+
+def cut(adapter: Adapter, known: Spectra, size: int) -> Adapter:
+    """Every layer's best approximation of this rank; a layer of lower rank keeps what it has."""
+    ranks: dict[str, int] = {}
+    for name, found in known.items():
+        key = adapter.pattern_name(name)
+        ranks[key] = max(ranks.get(key, 1), min(size, found.sigma_K.shape[-1]))
+    return truncate(adapter, {name: ranks[adapter.pattern_name(name)] for name in known}, known)
+
+
+def _as_dict(curve: Curve, cuts: Sequence[Adapter]) -> dict[str, Any]:
+    points = [{**point._asdict(), "numbers": made.parameters} for point, made in zip(curve.points, cuts, strict=True)]
+    return {
+        "points": points,
+        "base_loss": curve.base_loss,
+        "improvement": dict(zip(("nats", "low", "high"), curve.improvement, strict=True)),
+        "needed": [_needed(curve.needed(share)) for share in SHARES],
+        "verdict": curve.verdict(),
+    }
+
+
+def _needed(found: Needed) -> dict[str, Any]:
+    return {**found._asdict(), "determined": found.determined}
+
+
+def _facts(adapter: Adapter, known: Spectra, held_out: HeldOut, ordering: int) -> dict[str, Any]:
+    """What the curve stands on, and for comparison what the spectra alone would say."""
+    found = [ranks_of(each.sigma_K) for each in known.values()]
+    means = {name: float(np.mean([getattr(ranks, name) for ranks in found])) for name in found[0].__dict__}
+    return {
+        "rank": adapter.spec.rank,
+        "documents": held_out.documents,
+        "documents_given": len(held_out.store),
+        "documents_for_ordering": ordering,
+        "tokens": int(held_out.tokens_D.sum()),
+        "spectra": means,
+    }
+
+
+# -- orders ------------------------------------------------------------------------------------------------------------
+
+
+def _set_apart(held_out: HeldOut) -> int:
+    """Keeps the last documents of the sample for ordering; how many."""
+    count = min(MOST_ORDERING, int(ORDERING_SHARE * len(held_out.store)))
+    if not count:
+        raise UsageError(f"--orders needs more documents than {len(held_out.store)}: some order, others judge.")
+    held_out.documents = len(held_out.store) - count
+    return count
+
+
+def _compare_orders(
+    held_out: HeldOut, adapter: Adapter, known: Spectra, ladder: list[int], losses_KD: np.ndarray, ordering: int,
+    progress: Progress | None,
+) -> dict[str, list[dict[str, float]]]:  # fmt: skip
+    """Retained gain by rank for each order; of those that choose ranks layer by layer, at as many numbers."""
+    total = len(held_out.store)
+    batches = held_out.batches(total - ordering, total)
+    by_input = by_activations(held_out.base, adapter, batches)
+    by_gate, worth = by_loss(held_out.base, adapter, known, batches)
+    each = sum(component_numbers(adapter, name) for name in adapter.factors)
+    whole, shown = losses_KD[-1:], {}
+    for title, made in (
+        ("plain σ, the same rank everywhere", None),
+        ("plain σ over all layers", lambda size: truncate(adapter, ranks_within(adapter, known, size * each), known)),
+        ("activation-weighted σ", lambda size: cut(adapter, by_input, size)),
+        ("loss sensitivity", lambda size: truncate(adapter, ranks_within(adapter, worth, size * each), by_gate)),
+    ):
+        if made is None:
+            found = losses_KD[1:]
+        else:
+            found = np.concatenate([held_out.curve_losses([made(size) for size in ladder[:-1]], progress), whole])
+        curve = retained_gain(losses_KD[0], found, held_out.tokens_D, ladder)
+        shown[title] = [dict(point._asdict()) for point in curve.points]
+    return shown

@@ -1,0 +1,119 @@
+"""sweep.html: the cells of a sweep on one page. Loss against rank, loss against parameters with its Pareto front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+
+from deltaw.disk import write_text
+from deltaw.report.plots import ACCENT, ACCENT_2, HALF, MUTED, PHONE, Plot, draw
+from deltaw.report.quantities import human_bytes, human_count, human_seconds, significant
+
+HERE = Path(__file__).parent
+FILE_NAME = "sweep.html"
+# Lines of different rates: solid, dashed, dotted, dash-dotted, and again.
+DASHES = ("-", "--", ":", "-.")
+
+
+def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
+    """The path of a new sweep.html in `folder`, made of what `deltaw.sweeps.sweep` returns."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["svg"] = Markup
+    cells = sorted((cell for cell in result["cells"] if cell["loss"] is not None), key=lambda cell: cell["loss"])
+    page = environment.get_template("sweep.html.jinja").render(
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        name=folder.resolve().name,
+        sentence=_sentence(cells, result),
+        plots=[_by_rank(cells), _by_parameters(cells)] if cells else [],
+        headings=("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "best of its size"),
+        rows=[_row(cell) for cell in cells],
+    )
+    path = folder / FILE_NAME
+    write_text(path, page)
+    return path
+
+
+def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
+    spent = f"{len(result['cells'])} adapters over one base in {human_seconds(result['seconds'])}"
+    spent += f", {result['steps']} steps each; peak memory {human_bytes(result['peak_bytes'])}."
+    if not cells:
+        return spent + " Nothing was held out, so no loss is compared."
+    best = cells[0]
+    alike = [cell for cell in cells if cell["behind_low"] <= 0]
+    smallest = min(alike, key=lambda cell: cell["parameters"])
+    text = f"{spent} Best: rank {best['rank']} at {best['lr']:g}, loss {best['loss']:.4f}."
+    if smallest is not best:
+        text += f" Rank {smallest['rank']} at {smallest['lr']:g} is smaller and not surely worse."
+    return text
+
+
+def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+    behind = f"{cell['behind']:+.4f} ({cell['behind_low']:+.4f} to {cell['behind_high']:+.4f})"
+    return (
+        cell["name"], str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}",
+        f"{cell['loss']:.4f}", behind, "yes" if cell["pareto"] else "",
+    )  # fmt: skip
+
+
+def _by_rank(cells: list[dict[str, Any]]) -> Plot:
+    """Loss against rank, a line for each rate, with the interval of the distance to the best cell."""
+    best = min(cell["loss"] for cell in cells)
+    ranks = sorted({cell["rank"] for cell in cells})
+
+    def paint(axes: Axes) -> None:
+        for number, rate in enumerate(sorted({cell["lr"] for cell in cells})):
+            mine = sorted((cell for cell in cells if cell["lr"] == rate), key=lambda cell: cell["rank"])
+            means = [_mean([cell["loss"] for cell in mine if cell["rank"] == rank]) for rank in ranks]
+            known = [(rank, mean) for rank, mean in zip(ranks, means, strict=True) if mean is not None]
+            axes.plot(*zip(*known, strict=True), DASHES[number % len(DASHES)], color=ACCENT, linewidth=2)
+            axes.annotate(f"{rate:g}", known[-1], xytext=(4, 0), textcoords="offset points", color=MUTED, va="center")
+        for cell in cells:
+            span = [best + cell["behind_low"], best + cell["behind_high"]]
+            axes.plot([cell["rank"]] * 2, span, color=ACCENT_2, linewidth=1.2, alpha=0.6)
+            axes.plot([cell["rank"]], [cell["loss"]], "o", color=ACCENT_2, markersize=5)
+        _logarithmic(axes, ranks, [str(rank) for rank in ranks])
+        axes.margins(x=0.12)
+
+    label = "Held-out loss against rank, a line for each learning rate"
+    caption = "Lines are learning rates; bars are 95 % intervals of the distance to the best cell, paired by document."
+    return Plot("Loss against rank", caption, [("points", "a cell")], *_draw("by-rank", label, paint))
+
+
+def _by_parameters(cells: list[dict[str, Any]]) -> Plot:
+    """Loss against trained numbers; the cells that none is both smaller and better than are joined."""
+    front = sorted((cell for cell in cells if cell["pareto"]), key=lambda cell: cell["parameters"])
+    sizes = sorted({cell["parameters"] for cell in cells})
+
+    def paint(axes: Axes) -> None:
+        axes.plot([c["parameters"] for c in cells], [c["loss"] for c in cells], "o", color=ACCENT_2, markersize=5)
+        axes.plot([c["parameters"] for c in front], [c["loss"] for c in front], color=ACCENT, linewidth=2)
+        _logarithmic(axes, sizes, [human_count(size) for size in sizes])
+        axes.margins(x=0.08)
+
+    label = "Held-out loss against trained parameters, with the Pareto front"
+    caption = "The line joins the cells that no other is both smaller and better than."
+    return Plot("Loss against parameters", caption, [("points", "a cell")], *_draw("by-parameters", label, paint))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _logarithmic(axes: Axes, places: list[int], labels: list[str]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(places, labels=labels)
+
+
+def _draw(name: str, label: str, paint: Any) -> list[str]:
+    return [
+        draw(f"{name}-{kind}", label, size, paint, significant, steps=False)
+        for kind, size in (("wide", HALF), ("narrow", PHONE))
+    ]

@@ -1,0 +1,149 @@
+"""Several ranks, rates and seeds trained over one frozen base in one run, and compared with intervals.
+
+No early racing: curves of different ranks coincide until capacity runs out, so an early loss always votes for the
+smallest. Every cell runs to its end and is what a run of its own would give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltaw.adapter import read_adapter
+from deltaw.analysis.curve import mean_interval
+from deltaw.api import EVALUATION_TOKENS
+from deltaw.config import AUTO, Settings
+from deltaw.disk import disk_errors, write_text
+from deltaw.engine.heldout import HeldOut
+from deltaw.engine.prepare import prepare_run, sketch_run
+from deltaw.engine.run import Run, create_run
+from deltaw.engine.together import Cell, Together
+from deltaw.engine.train import peak_bytes
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import UsageError
+from deltaw.report.sweep_page import write_sweep_page
+
+PLAN_FILE, RESULT_FILE = "sweep.json", "result.json"
+
+
+def sweep(
+    settings: Settings,
+    out: Path | None = None,
+    ranks: Sequence[int] = (),
+    rates: Sequence[float] = (),
+    seeds: int = 1,
+    watcher: Watcher | None = None,
+) -> dict[str, Any]:
+    """Trains every combination of ranks, learning rates and seeds over one base; returns and writes the comparison.
+
+    Each cell is a run folder of its own below `out`. Data orders are shared by cells of one seed, so differences are
+    paired. Raises UsageError when the cells have nothing to differ in or `out` exists, and what `train` raises.
+    """
+    cells = list(itertools.product(ranks or (settings.rank,), rates or (settings.lr,), range(seeds)))
+    if len(cells) < 2:
+        raise UsageError("A sweep needs several --rank, --lr or --seeds, such as --rank 2,4,8.")
+    if settings.adapter is not None:
+        raise UsageError("A sweep begins with new adapters; leave out --adapter.")
+    folder = Path(out or settings.out or time.strftime("runs/sweep-%Y-%m-%d-%H%M%S"))
+    if folder.exists():
+        raise UsageError(f"{folder} exists already and is never overwritten; choose another --out, or --resume it.")
+    names = [f"r{rank}-lr{rate}-s{settings.seed + seed}" for rank, rate, seed in cells]
+    with disk_errors("make", folder):
+        folder.mkdir(parents=True)
+    made = []
+    for name, (rank, rate, seed) in zip(names, cells, strict=True):
+        each = dataclasses.replace(settings, sources=dict(settings.sources), out=str(folder / name))
+        each.put("rank", rank, "sweep")
+        each.put("lr", rate, "sweep")
+        each.put("seed", settings.seed + seed, "sweep")
+        made.append((create_run(each), each))
+    write_text(folder / PLAN_FILE, json.dumps({"cells": names}, indent=2) + "\n")
+    return _run(folder, made, watcher or Watcher(), resume=False)
+
+
+def resume_sweep(folder: Path, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Goes on with an interrupted sweep from its newest good checkpoint; a finished one is read."""
+    if (folder / RESULT_FILE).is_file():
+        found: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text("utf-8"))
+        return found
+    if not (folder / PLAN_FILE).is_file():
+        raise UsageError(f"{folder} is no sweep: it has no {PLAN_FILE}.")
+    names = json.loads((folder / PLAN_FILE).read_text("utf-8"))["cells"]
+    runs = [Run(folder / name) for name in names]
+    return _run(folder, [(run, run.settings()) for run in runs], watcher or Watcher(), resume=True)
+
+
+def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, resume: bool) -> dict[str, Any]:
+    first_run, first = made[0]
+    with first_run.locked():
+        sketch = sketch_run(first_run, first, watcher)
+        for name in ("batch_tokens", "micro_tokens", "max_length", "dtype", "device", "threads", "lr"):
+            for _, settings in made[1:]:
+                if name != "lr" or settings.lr == AUTO:
+                    settings.put(name, getattr(first, name), first.sources.get(name, "default"))
+        ready = prepare_run(sketch, first, watcher)
+        together = Together(folder, [Cell(run, settings) for run, settings in made], ready, watcher)
+        for run, settings in made:
+            run.write_settings(settings)
+        if resume:
+            together.resume()
+        sizes = sum(adapter.parameters for adapter in together.injection.adapters)
+        watcher.say(f"{len(made)} adapters of {sizes / 1e6:.2f}M parameters together over one base, into {folder}")
+        since = time.monotonic()
+        together.run()
+        seconds = time.monotonic() - since
+        together.injection.eject()
+        result = {
+            "folder": str(folder),
+            "cells": _compared(together),
+            "seconds": seconds,
+            "steps": together.progress.step,
+            "peak_bytes": peak_bytes(),
+        }
+    write_text(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    write_sweep_page(folder, result)
+    return result
+
+
+def _compared(together: Together) -> list[dict[str, Any]]:
+    """Every cell's best adapter on all held-out documents: loss, and its distance from the best cell, paired."""
+    rows = [
+        {
+            "name": cell.run.folder.name,
+            "rank": int(cell.settings.rank),
+            "lr": float(cell.settings.lr),
+            "seed": cell.settings.seed,
+            "parameters": together.injection.adapters[index].parameters,
+            "best_step": cell.best_step,
+            "loss": None,
+        }
+        for index, cell in enumerate(together.cells)
+    ]
+    data = together.ready.held_out
+    if data is None:
+        return rows
+    held_out = HeldOut(together.ready.base, data.store, EVALUATION_TOKENS)
+    losses_CD = held_out.curve_losses([read_adapter(cell.run.adapter) for cell in together.cells])
+    tokens_D = held_out.tokens_D
+    best = int(np.argmin(losses_CD.sum(1)))
+    for row, losses_D in zip(rows, losses_CD, strict=True):
+        row["loss"] = float(losses_D.sum() / tokens_D.sum())
+        row["loss_low"], row["loss_high"] = mean_interval(losses_D, tokens_D)
+        row["behind"] = float((losses_D - losses_CD[best]).sum() / tokens_D.sum())
+        row["behind_low"], row["behind_high"] = mean_interval(losses_D - losses_CD[best], tokens_D)
+    for row in rows:
+        row["pareto"] = not any(_dominates(other, row) for other in rows)
+    return rows
+
+
+def _dominates(other: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether another cell is as small and as good, and better in one of both."""
+    mine, its = (row["parameters"], row["loss"]), (other["parameters"], other["loss"])
+    return its[0] <= mine[0] and its[1] <= mine[1] and its != mine

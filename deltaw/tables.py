@@ -1,0 +1,143 @@
+"""What a person sees of adapters: tables of ranks, spectra and comparisons. Nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deltaw.terminal import human_bytes, human_seconds, pairs, percent
+
+
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without lines, its first column to the left and the others to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def rank_page(console: Console, found: dict[str, Any]) -> None:
+    """The retained-gain curve, what rank was needed, the verdict, and what they stand on."""
+    rows = [("base", "0", f"{found['base_loss']:.4f}", "0 %", "")]
+    rows += [
+        (f"rank {p['rank']}", f"{p['numbers']:,}", f"{p['loss']:.4f}", percent(p["gain"]), _interval(p))
+        for p in found["points"]
+    ]
+    console.print(plain_table(("", "numbers", "loss", "gain kept", "95 % interval"), rows))
+    for title, points in found.get("orders", {}).items():
+        kept = "  ".join(f"{p['rank']}: {percent(p['gain'])}" for p in points[:-1])
+        console.print(f"{title:<36}{kept}", highlight=False, soft_wrap=True)
+    console.print()
+    spectra = found["spectra"]
+    pairs(console, {
+        **{f"rank for {need['share']:.0%} of the gain": _needed(need) for need in found["needed"]},
+        "verdict": found["verdict"],
+        "measured on": f"{found['documents']:,} of {found['documents_given']:,} documents, {found['tokens']:,} "
+        f"labelled tokens, in {human_seconds(found['seconds'])}"
+        + ("" if found["documents"] == found["documents_given"] else "; --all takes every one"),
+        "spectra alone": f"effective rank {spectra['effective']:.1f}, stable {spectra['stable']:.1f}, "
+        f"90 % of the energy in {spectra['energy_90']:.1f}: none of them is what a task needs",
+    })  # fmt: skip
+
+
+def _interval(point: dict[str, Any]) -> str:
+    return f"{percent(point['low'])} – {percent(point['high'])}"
+
+
+def _needed(need: dict[str, Any]) -> str:
+    span = str(need["high"]) if need["low"] == need["high"] else f"{need['low']} to {need['high']}"
+    return span if need["determined"] else f"undetermined ({span}); more documents narrow it"
+
+
+def compress_page(console: Console, record: dict[str, Any]) -> None:
+    """What was made of an adapter, and what that cost."""
+    least, most = record["ranks"].values()
+    before, after = record["parameters_before"], record["parameters"]
+    lines = {
+        "adapter": f"{record['folder']} ({record['variant']})",
+        "rank": str(most) if least == most else f"{least} to {most}, layer by layer",
+        "numbers": f"{after:,} of {before:,} ({after / before:.1%}), {human_bytes(record['bytes'])}",
+        "energy left out": f"{record['discarded_energy']:.2%} of ‖ΔW‖²",
+    }
+    if "loss_after" in record:
+        low, high = record["retained_gain_interval"]
+        kept = f"{percent(record['retained_gain'])} of the gain kept ({percent(low)} – {percent(high)})"
+        loss = f"{record['loss_before']:.4f} before, {record['loss_after']:.4f} after (base {record['loss_base']:.4f})"
+        lines["held-out loss"] = f"{loss}: {kept}, {record['documents']:,} documents"
+    pairs(console, lines)
+
+
+def spectra_table(console: Console, layers: Sequence[dict[str, Any]]) -> None:
+    """One line per layer: the size of its update and how many directions carry it."""
+    headings = ("layer", "‖ΔW‖", "σ₁", "σ last", "effective", "stable", "participation", "energy@90")
+    rows = [
+        (
+            *(r["name"], f"{r['norm']:.4g}", f"{r['sigma'][0]:.4g}", f"{r['sigma'][-1]:.2g}"),
+            *(f"{r[key]:.1f}" for key in ("effective", "stable", "participation")),
+            str(r["energy_90"]),
+        )
+        for r in layers
+    ]
+    console.print()
+    console.print(plain_table(headings, rows))
+
+
+def beside_table(console: Console, layers: Sequence[dict[str, Any]]) -> None:
+    """One line per layer: ΔW beside W, each number beside its control."""
+    headings = ("layer", "‖ΔW‖/‖W‖", "amplification", "random", "W's own", "intruders of 10")
+    rows = [
+        (
+            *(r["name"], f"{r['relative_norm']:.2%}"),
+            *(f"{r[key]:.3g}" for key in ("amplification", "random", "own")),
+            str(r["intruders"]),
+        )
+        for r in layers
+    ]
+    console.print()
+    console.print(plain_table(headings, rows))
+    console.print("What intruder dimensions mean is contested; they also appear in models that forget nothing.")
+
+
+def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
+    """Two adapters: over all layers, then one line per layer, each number beside its null."""
+    pairs(console, {
+        "compared with": other,
+        "cosine": f"{found['cosine']:+.4f} (unrelated updates: about 0)",
+        "sign conflict": f"{found['sign_conflict']:.1%} (unrelated updates: {found['sign_conflict_null']:.0%})",
+        "layers": f"{len(found['layers'])} in both, {len(found['only_first'])} and {len(found['only_second'])} in one",
+    })  # fmt: skip
+    headings = ("layer", "cosine", "sign conflict", "interference", "φ output", "null", "φ input", "null")
+    rows = [
+        (
+            *(r["name"], f"{r['cosine']:+.3f}", f"{r['sign_conflict']:.1%}", f"{r['interference']:.2f}"),
+            *(f"{r[side][key]:.3f}" for side in ("output", "input") for key in ("phi_all", "phi_all_null")),
+        )
+        for r in found["layers"]
+    ]
+    console.print()
+    console.print(plain_table(headings, rows))
+
+
+def sweep_page(console: Console, found: dict[str, Any]) -> None:
+    """The cells of a sweep, best first, each with its paired distance from the best."""
+    cells = sorted(found["cells"], key=lambda cell: (cell["loss"] is None, cell["loss"] or 0.0))
+    rows = []
+    for cell in cells:
+        line = [cell["name"], str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}"]
+        if cell["loss"] is not None:
+            behind = f"{cell['behind']:+.4f} ({cell['behind_low']:+.4f} to {cell['behind_high']:+.4f})"
+            line += [f"{cell['loss']:.4f}", behind, "yes" if cell["pareto"] else ""]
+        rows.append(line)
+    headings = ("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "best of its size")
+    console.print(plain_table(headings[: max(map(len, rows))], rows))
+    console.print()
+    pairs(console, {
+        "time": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of {found['steps']} steps",
+        "peak memory": human_bytes(found["peak_bytes"]),
+        "page": f"{found['folder']}/sweep.html",
+    })  # fmt: skip

@@ -1,0 +1,277 @@
+"""Ranks measured, adapters compressed, summed and compared, sweeps: on a small real base, as a program calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from deltaw import adapters, api, ranks, sweeps
+from deltaw.adapter import Factors, inject, read_adapter, write_adapter
+from deltaw.analysis.spectrum import matrices, spectra
+from deltaw.analysis.truncate import truncate
+from deltaw.config import make_settings
+from deltaw.engine.heldout import HeldOut
+from deltaw.engine.orders import by_activations, by_loss
+from deltaw.engine.watcher import Watcher
+from deltaw.errors import AdapterError, Interrupted, UsageError
+
+HERE = {"device": "cpu", "dtype": "float32"}
+QUICK = {"steps": 4, "batch_tokens": 256, **HERE}
+
+
+def dense(adapter, name):
+    A, B = matrices(adapter, name)
+    return adapter.spec.scale_of(adapter.pattern_name(name)) * (B @ A)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, llama_folder, chats):
+    """A run long enough that the adapter is surely better than its base."""
+    out = tmp_path_factory.mktemp("runs") / "learned"
+    return api.train(model=llama_folder, data=chats, out=out, rank=4, lr=3e-2, **{**QUICK, "steps": 40})
+
+
+@pytest.fixture
+def held_out(learned, chats, tmp_path):
+    return ranks.open_held_out(learned.folder, [chats], None, tmp_path / "tokens", **HERE)
+
+
+# -- rank --------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_of_documents_are_those_of_an_evaluation_in_the_order_of_the_sample(learned, held_out, chats):
+    losses, tokens = held_out.losses(read_adapter(learned.adapter)), held_out.tokens_D
+    whole = api.evaluate(learned.folder, [chats], **HERE)
+    assert losses.sum() / tokens.sum() == pytest.approx(whole["loss"], rel=1e-5) and len(losses) == whole["rows"]
+    alone = HeldOut(held_out.base, held_out.store, 64)  # other batches, another order
+    places = {held_out.store.place(i): loss for i, loss in enumerate(losses)}
+    other = alone.losses(read_adapter(learned.adapter))
+    for document, loss in enumerate(other):
+        assert loss == pytest.approx(places[alone.store.place(document)], rel=1e-4, abs=1e-5)
+
+
+def test_the_curve_goes_from_the_base_to_the_whole_adapter_and_says_what_it_stands_on(learned, chats):
+    found = ranks.rank(learned.folder, [chats], everything=True, **HERE)
+    assert [point["rank"] for point in found["points"]] == [1, 2, 4]
+    assert found["points"][-1]["gain"] == 1 and found["improvement"]["low"] > 0
+    losses = [point["loss"] for point in found["points"]]
+    assert found["base_loss"] > losses[0] > losses[-1]
+    assert found["points"][-1]["loss"] == pytest.approx(api.evaluate(learned.folder, [chats], **HERE)["loss"], rel=1e-3)
+    assert found["documents"] == found["documents_given"] == 60
+    assert [need["share"] for need in found["needed"]] == [0.95, 0.99] and found["verdict"]
+    json.dumps(found)
+
+
+def test_the_time_it_may_take_bounds_the_documents(learned, chats):
+    few = ranks.rank(learned.folder, [chats], seconds=1e-6, **HERE)
+    assert few["documents"] == 16 < few["documents_given"]
+    assert ranks.allowed_seconds(learned.folder) == pytest.approx(0.15 * learned.read_summary()["train_seconds"])
+
+
+def test_orders_keep_the_whole_update_and_each_keeps_best_what_it_orders_by(learned, held_out):
+    adapter = read_adapter(learned.adapter)
+    batches = held_out.batches(0, 30)
+    by_input = by_activations(held_out.base, adapter, batches)
+    by_gate, worth = by_loss(held_out.base, adapter, spectra(adapter), batches)
+    for name in adapter.factors:
+        wanted = dense(adapter, name)
+        for known in (by_input, by_gate):
+            U, sigma, V = known[name]
+            assert torch.allclose(U * sigma @ V.mT, wanted, atol=1e-9 * float(wanted.abs().max()) + 1e-12)
+        assert (worth[name].sigma_K.diff() <= 0).all() and worth[name].sigma_K.isfinite().all()
+    # The part of a layer's output that rank 1 loses, over the inputs it was ordered by: less than by plain σ.
+    name = next(name for name in adapter.factors if name.endswith("layers.1.mlp.up_proj"))
+    inputs = []
+    module = held_out.base.model.get_submodule(name)
+    with inject(held_out.base.model, adapter, dtype=torch.float32):
+        handle = module.register_forward_pre_hook(
+            lambda _m, args: inputs.append(args[0].reshape(-1, args[0].shape[-1]))
+        )
+        for batch in batches:
+            held_out.base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds)
+        handle.remove()
+    x_TI = torch.cat(inputs).double()
+    lost = []
+    for known in (spectra(adapter), by_input):
+        cut = truncate(adapter, dict.fromkeys(adapter.factors, 1), known)
+        lost.append(float((x_TI @ (dense(adapter, name) - dense(cut, name)).mT).norm()))
+    assert lost[1] < lost[0]
+
+
+def test_orders_are_compared_on_documents_that_did_not_order(learned, chats):
+    found = ranks.rank(learned.folder, [chats], everything=True, orders=True, **HERE)
+    assert found["documents"] + found["documents_for_ordering"] == 60 and found["documents_for_ordering"] == 15
+    assert len(found["orders"]) == 4
+    for points in found["orders"].values():
+        assert points[-1]["gain"] == 1 and all(np.isfinite(point["gain"]) for point in points)
+
+
+# -- compress ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_compressed_adapter_at_its_own_rank_gives_the_same_logits(learned, llama_folder, tmp_path):
+    record = adapters.compress(learned.folder, tmp_path / "same", rank=4)
+    assert record["discarded_energy"] < 1e-12 and record["parameters"] == record["parameters_before"]
+    tokens_T, logits = torch.arange(1, 20), []
+    for folder in (learned.adapter, tmp_path / "same"):
+        base = api.load(llama_folder, folder, **HERE).base
+        with torch.no_grad():
+            logits.append(base.logits(base.hidden_states(tokens_T, tokens_T - 1, (0, 19))))
+    assert float((logits[0] - logits[1]).abs().max()) <= 1e-6 * float(logits[0].abs().max())
+
+
+def test_rank_budget_and_keep_decide_the_size_and_data_tells_the_loss(learned, chats, tmp_path):
+    half = adapters.compress(learned.folder, tmp_path / "half", rank=2, data=[chats], **HERE)
+    assert half["parameters"] * 2 == half["parameters_before"] and 0 < half["discarded_energy"] < 1
+    assert half["loss_base"] > half["loss_after"] >= half["loss_before"] - 1e-4
+    size = (learned.adapter / "adapter_model.safetensors").stat().st_size
+    small = adapters.compress(learned.folder, tmp_path / "small", budget=f"{size * 2 // 3}B")
+    assert small["bytes"] <= size * 2 // 3 and small["ranks"]["least"] < small["ranks"]["most"]
+    kept = adapters.compress(learned.folder, tmp_path / "kept", keep=0.5, data=[chats], **HERE)
+    assert kept["retained_gain_interval"][0] >= 0.5 and kept["parameters"] < kept["parameters_before"]
+    grown = adapters.compress(learned.folder, tmp_path / "grown", rank=8)
+    assert grown["discarded_energy"] == 0 and read_adapter(tmp_path / "grown").spec.rank == 8
+
+
+def test_healing_trains_what_was_cut(learned, chats, tmp_path):
+    cut = adapters.compress(learned.folder, tmp_path / "cut", rank=1, data=[chats], **HERE)
+    healed = adapters.compress(
+        learned.folder, tmp_path / "healed", rank=1, data=[chats], heal=10, train_data=[chats], **HERE
+    )
+    assert healed["loss_after"] < cut["loss_after"] and healed["parameters"] == cut["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "one of --rank, --keep and --budget"),
+        ({"rank": 2, "keep": 0.9}, "one of --rank"),
+        ({"keep": 0.9}, "needs --data"),
+        ({"keep": 1.5, "data": ["x"]}, "at most 1"),
+        ({"rank": 2, "heal": 3}, "belong together"),
+        ({"budget": "100B"}, "Rank 1 in every layer already takes"),
+        ({"rank": 5000}, "lies between 1 and"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_leaves_nothing(learned, tmp_path, given, message):
+    with pytest.raises((UsageError, AdapterError), match=message):
+        adapters.compress(learned.folder, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+# -- combine and compare -----------------------------------------------------------------------------------------------
+
+
+def test_a_sum_is_the_sum_and_a_difference_with_itself_is_nothing(learned, tiny_run, tmp_path):
+    record = adapters.combine([learned.folder, tiny_run.folder], tmp_path / "sum", [0.7, 0.3])
+    made, first, second = (read_adapter(path) for path in (tmp_path / "sum", learned.adapter, tiny_run.adapter))
+    assert record["ranks"] == {"least": 8, "most": 8} and record["discarded_energy"] < 1e-12
+    for name in made.factors:
+        wanted = 0.7 * dense(first, name) + 0.3 * dense(second, name)
+        assert torch.allclose(dense(made, name), wanted, atol=1e-6 * float(wanted.abs().max()))
+    adapters.combine([learned.folder, learned.folder], tmp_path / "none", [1, -1], rank=2)
+    none = read_adapter(tmp_path / "none")
+    assert max(float(dense(none, name).abs().max()) for name in none.factors) < 1e-7
+    with pytest.raises(UsageError, match="2 adapters and 1 weights"):
+        adapters.combine([learned.folder, tiny_run.folder], tmp_path / "x", [1.0])
+
+
+def test_compared_with_itself_an_adapter_is_alike_in_everything(learned):
+    found = adapters.compare(learned.folder, learned.folder)
+    assert found["cosine"] == pytest.approx(1) and found["sign_conflict"] == 0
+    assert all(layer["output"]["phi_all"] == pytest.approx(1) for layer in found["layers"])
+
+
+def test_beside_its_base_the_numbers_of_an_update_are_those_of_dense_matrices(learned, llama_folder):
+    rows = {row["name"]: row for row in adapters.beside_base(learned.folder, **HERE)}
+    adapter, base = read_adapter(learned.adapter), api.load(llama_folder, **HERE).base
+    assert rows.keys() == adapter.factors.keys()
+    name = next(iter(rows))
+    W, update = base.model.get_submodule(name).weight.detach().double(), dense(adapter, name)
+    U, sigma, V = torch.linalg.svd(update)
+    count = int((sigma > 1e-10 * sigma[0]).sum())
+    assert rows[name]["relative_norm"] == pytest.approx(float(update.norm() / W.norm()), rel=1e-6)
+    wanted = float(update.norm() / (U[:, :count].mT @ W @ V[:count].mT).norm())
+    assert rows[name]["amplification"] == pytest.approx(wanted, rel=1e-6)
+    strongest = torch.linalg.svdvals(W)[:count]
+    assert rows[name]["own"] == pytest.approx(float(update.norm() / strongest.norm()), rel=1e-6)
+    before, after = (torch.linalg.svd(matrix)[0] for matrix in (W, W + update))
+    alike = (before.mT @ after[:, :10]).abs().amax(0)
+    assert rows[name]["intruders"] == int((alike < 0.5).sum())
+
+
+# -- sweep -------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(llama_folder, chats, out, **changes):
+    given = {"model": str(llama_folder), "data": [str(chats)], "out": str(out), **QUICK, **changes}
+    return make_settings(given)
+
+
+def test_a_sweep_gives_the_bits_of_separate_runs_and_compares_them(llama_folder, chats, tmp_path):
+    found = sweeps.sweep(
+        settings_of(llama_folder, chats, tmp_path / "sweep"), ranks=[2, 4], rates=[1e-2, 3e-2], seeds=2
+    )
+    assert len(found["cells"]) == 8 and (tmp_path / "sweep" / "sweep.html").is_file()
+    for cell in found["cells"][::3]:
+        alone = api.train(
+            settings_of(
+                llama_folder, chats, tmp_path / f"alone-{cell['name']}",
+                rank=cell["rank"], lr=cell["lr"], seed=cell["seed"],
+            )
+        )  # fmt: skip
+        for part in ("adapter", "last"):
+            wanted, got = read_adapter(alone.folder / part), read_adapter(tmp_path / "sweep" / cell["name"] / part)
+            for (name, kind, one), (_, _, other) in zip(wanted.tensors(), got.tensors(), strict=True):
+                assert torch.equal(one, other), (cell["name"], part, name, kind)
+        assert alone.read_summary()["best_step"] == cell["best_step"]
+    best = min(found["cells"], key=lambda cell: cell["loss"])
+    assert best["behind"] == 0 and best["pareto"]
+    assert all(cell["behind_low"] <= cell["behind"] <= cell["behind_high"] for cell in found["cells"])
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert all(cell["name"] in page for cell in found["cells"]) and page.count("<svg") == 4
+
+
+def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_path):
+    class Stopping(Watcher):
+        def step(self, line, progress, length):
+            if line["step"] == 3 and threading.current_thread() is threading.main_thread():
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "whole", steps=6), ranks=[2, 4])
+    with pytest.raises(Interrupted, match="sweep --resume"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "cut", steps=6), ranks=[2, 4], watcher=Stopping())
+    again = sweeps.resume_sweep(tmp_path / "cut")
+    for cell in whole["cells"]:
+        one, other = (read_adapter(tmp_path / run / cell["name"] / "last") for run in ("whole", "cut"))
+        assert all(torch.equal(a[2], b[2]) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+        lines = (tmp_path / "cut" / cell["name"] / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines if "lr" in line] == [1, 2, 3, 4, 5, 6]
+    assert [c["loss"] for c in again["cells"]] == [c["loss"] for c in whole["cells"]]
+    assert sweeps.resume_sweep(tmp_path / "cut") == again
+
+
+def test_a_sweep_of_one_cell_or_into_what_exists_is_refused(llama_folder, chats, tmp_path):
+    with pytest.raises(UsageError, match="several --rank"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), ranks=[4])
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match="never overwritten"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "there"), ranks=[2, 4])
+
+
+def test_an_adapter_that_gains_nothing_has_nothing_to_keep(llama_folder, learned, chats, tmp_path):
+    adapter = read_adapter(learned.adapter)
+    idle = adapter.with_factors(
+        {name: Factors(each.A, torch.zeros_like(each.B)) for name, each in adapter.factors.items()}
+    )
+    write_adapter(idle, tmp_path / "idle")
+    found = ranks.rank(tmp_path / "idle", [chats], str(llama_folder), everything=True, **HERE)
+    assert "Undetermined" in found["verdict"] and not found["needed"][0]["determined"]
+    with pytest.raises(AdapterError, match="none can be kept"):
+        adapters.compress(tmp_path / "idle", tmp_path / "x", keep=0.9, data=[chats], model=str(llama_folder), **HERE)
