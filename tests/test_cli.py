@@ -91,6 +91,10 @@ def test_every_verb_has_help_and_every_option_of_it_a_sentence():
         "generate",
         "merge",
         "inspect",
+        "sweep",
+        "rank",
+        "compress",
+        "combine",
         "verify",
         "bench",
         "doctor",
@@ -527,3 +531,31 @@ def test_bench_says_how_fast_a_base_trains_and_where_the_time_goes(llama_folder)
         assert sum(parts.values()) == pytest.approx(1) and {"attention", "loss and output head"} <= parts.keys()
     shown = _run("bench", "--model", llama_folder, "--rank", 2, "--seconds", 0)
     assert shown.exit_code == 0 and "tokens/s" in shown.stdout and "dense rows" in shown.stdout
+
+
+def test_adapters_are_measured_compressed_summed_and_shown_from_the_command_line(tiny_run, chats, tmp_path):
+    shown = _run("rank", tiny_run.folder, "--data", chats, "--all", "--json")
+    assert json.loads(shown.stdout)["points"][-1]["rank"] == 4
+    shown = _run("rank", tiny_run.folder, "--data", chats, "--all")
+    assert shown.exit_code == 0 and "rank for 99% of the gain" in shown.stdout and "verdict" in shown.stdout
+    shown = _run("compress", tiny_run.folder, "--rank", 2, "--out", tmp_path / "small", "--data", chats)
+    assert shown.exit_code == 0 and "50.0%" in shown.stdout and "of the gain kept" in shown.stdout
+    assert "Give one of" in _run("compress", tiny_run.folder, "--out", tmp_path / "x").stderr
+    shown = _run("combine", tiny_run.folder, tmp_path / "small", "--weights", "1,-1", "--out", tmp_path / "rest")
+    assert shown.exit_code == 0 and "energy left out" in shown.stdout and (tmp_path / "rest").is_dir()
+    wrong = _run("combine", tiny_run.folder, tmp_path / "small", "--weights", "a,b", "--out", tmp_path / "y")
+    assert wrong.exit_code == 2 and "numbers with commas" in wrong.stderr
+    shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest", "--json")
+    facts = json.loads(shown.stdout)
+    assert len(facts["spectra"]) == len(facts["beside"]) == len(facts["against"]["layers"])
+    shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest")
+    assert all(word in shown.stdout for word in ("energy@90", "amplification", "sign conflict", "intruders"))
+
+
+def test_a_sweep_from_the_command_line(llama_folder, chats, tmp_path):
+    given = ("--model", llama_folder, "--data", chats, "--out", tmp_path / "sweep", "--steps", 2, "--batch-tokens", 256)
+    done = _run("sweep", *given, "--rank", "2,4", "--lr", "1e-2", "--device", "cpu", "--dtype", "float32")
+    assert done.exit_code == 0 and "behind the best" in done.stdout and (tmp_path / "sweep" / "sweep.html").is_file()
+    again = _run("sweep", "--resume", tmp_path / "sweep", "--json")
+    assert [cell["rank"] for cell in json.loads(again.stdout)["cells"]] == [2, 4]
+    assert _run("sweep", *given, "--rank", "2,x").exit_code == 2
