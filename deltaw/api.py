@@ -42,6 +42,8 @@ from deltaw.disk import write_text
 from deltaw.engine import train as engine
 from deltaw.engine.bench import bench as run_bench
 from deltaw.engine.evaluate import evaluate as run_evaluation
+from deltaw.engine.forgetting import STRENGTHS, neutral_texts
+from deltaw.engine.forgetting import forgetting as measure_forgetting
 from deltaw.engine.generate import generate, render_prompt
 from deltaw.engine.prepare import Sketch, origin_warnings, sketch_run
 from deltaw.engine.run import Run, adapter_folder, create_run, open_run, run_of
@@ -106,6 +108,14 @@ class Model:
             sources = parse_sources(map(str, data), columns)
             prepared = prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
             return evaluate_set(self.base, prepared, progress)
+
+    def forgetting(
+        self, text: str | Path | None = None, strengths: Sequence[float] = STRENGTHS
+    ) -> list[dict[str, Any]]:
+        """Loss on neutral text and KL to the base at several strengths (deltaw/engine/forgetting.py)."""
+        if self.injection is None:
+            raise UsageError("There is no adapter, so nothing is forgotten.")
+        return measure_forgetting(self.base, self.injection, neutral_texts(text), strengths)
 
 
 def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None = None) -> dict[str, Any]:

@@ -288,12 +288,18 @@ def _say(text: str) -> None:
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
 @_settings_options("columns", "allow_lost")
+@click.option("--forgetting", is_flag=True, help="Also loss and KL to the base on neutral text, by strength.")
+@click.option(
+    "--neutral", type=click.Path(path_type=Path), metavar="FILE", help="Other neutral text than Python's help."
+)
 @model_option
 @_machine_options
 @json_option
 def evaluate(
     adapter: Path,
     data: tuple[str, ...],
+    forgetting: bool,
+    neutral: Path | None,
     model: str | None,
     as_json: bool,
     columns: tuple[str, ...],
@@ -308,6 +314,8 @@ def evaluate(
     reading = make_settings(_given({"columns": columns, "allow_lost": allow_lost}))
     opened = api.open_adapter(adapter, model, _say, **_machine(options))
     result = opened.evaluate(data, watcher.measured, reading.allow_lost, reading.columns)
+    if forgetting or neutral:
+        result["forgetting"] = _by_strength(opened, data, neutral, reading)
     if as_json:
         show_json(result)
         return
@@ -319,6 +327,20 @@ def evaluate(
         if key in result:
             shown[name] = f"{percent(result[key])} ({percent(result[low])} – {percent(result[high])})"
     pairs(make_console(), {**shown, "rows": f"{result['rows']:,}", "tokens": f"{result['tokens']:,}"})
+    if "forgetting" in result:
+        from deltaw.tables import forgetting_table
+
+        forgetting_table(make_console(), result["forgetting"])
+
+
+def _by_strength(opened: Any, data: tuple[str, ...], neutral: Path | None, reading: Settings) -> list[dict[str, Any]]:
+    """What is forgotten at each strength, with the loss on the data beside it."""
+    rows: list[dict[str, Any]] = opened.forgetting(neutral)
+    for row in rows:
+        opened.strength = row["strength"]
+        row["data_loss"] = opened.evaluate(data, None, reading.allow_lost, reading.columns)["loss"]
+    opened.strength = 1.0
+    return rows
 
 
 @main.command()

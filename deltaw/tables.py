@@ -141,3 +141,21 @@ def sweep_page(console: Console, found: dict[str, Any]) -> None:
         "peak memory": human_bytes(found["peak_bytes"]),
         "page": f"{found['folder']}/sweep.html",
     })  # fmt: skip
+
+
+def forgetting_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """One line per strength of the adapter: what is gained on the data, and what is lost elsewhere."""
+    lines = [
+        (
+            *(f"{r['strength']:g}", f"{r['data_loss']:.4f}", f"{r['loss']:.4f}"),
+            f"{r['change']:+.4f} ({r['change_low']:+.4f} to {r['change_high']:+.4f})",
+            f"{r['kl']:.4f}",
+        )
+        for r in rows
+    ]
+    console.print()
+    console.print(plain_table(("strength", "loss on the data", "on neutral text", "change", "KL to the base"), lines))
+    first = rows[0]
+    console.print(
+        f"Neutral text: {first['documents']} documents, {first['tokens']:,} tokens; nats per token.", style="dim"
+    )

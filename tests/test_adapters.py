@@ -19,7 +19,7 @@ from deltaw.config import make_settings
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.orders import by_activations, by_loss
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import AdapterError, Interrupted, UsageError
+from deltaw.errors import AdapterError, DataError, Interrupted, UsageError
 
 HERE = {"device": "cpu", "dtype": "float32"}
 QUICK = {"steps": 4, "batch_tokens": 256, **HERE}
@@ -204,6 +204,36 @@ def test_beside_its_base_the_numbers_of_an_update_are_those_of_dense_matrices(le
     before, after = (torch.linalg.svd(matrix)[0] for matrix in (W, W + update))
     alike = (before.mT @ after[:, :10]).abs().amax(0)
     assert rows[name]["intruders"] == int((alike < 0.5).sum())
+
+
+# -- forgetting --------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_is_nothing_at_strength_0_and_counted_as_by_hand_at_1(learned, llama_folder, tmp_path):
+    text = tmp_path / "neutral.txt"
+    text.write_text("The first of two paragraphs about nothing.\n\nThe second, which is longer than the first one.\n")
+    model = api.load(llama_folder, learned.folder, **HERE)
+    rows = model.forgetting(text, (0.0, 0.5, 1.0))
+    assert rows[0]["change"] == rows[0]["kl"] == 0 and rows[0]["documents"] == 2
+    assert min(rows[1]["kl"], rows[2]["kl"]) > 0 and model.strength == 1.0
+    base, kl, loss, count = model.base, 0.0, 0.0, 0
+    for part in text.read_text().strip().split("\n\n"):
+        tokens = torch.tensor(base.tokenizer(part)["input_ids"])
+        both = []
+        for strength in (0.0, 1.0):
+            model.strength = strength
+            with torch.no_grad():
+                h = base.hidden_states(tokens, torch.arange(len(tokens)), (0, len(tokens)))
+                both.append(base.logits(h)[:-1].double().log_softmax(-1))
+        kl += float(torch.nn.functional.kl_div(both[1], both[0], log_target=True, reduction="sum"))
+        loss += float(torch.nn.functional.nll_loss(both[1], tokens[1:], reduction="sum"))
+        count += len(tokens) - 1
+    assert rows[2]["kl"] == pytest.approx(kl / count, rel=1e-4) and rows[2]["loss"] == pytest.approx(
+        loss / count, rel=1e-5
+    )
+    assert model.forgetting(strengths=(1.0,))[0]["documents"] > 40  # Python's own help
+    with pytest.raises(DataError, match="cannot be read"):
+        model.forgetting(tmp_path / "none.txt")
 
 
 # -- sweep -------------------------------------------------------------------------------------------------------------

@@ -549,6 +549,8 @@ def test_adapters_are_measured_compressed_summed_and_shown_from_the_command_line
     facts = json.loads(shown.stdout)
     assert len(facts["spectra"]) == len(facts["beside"]) == len(facts["against"]["layers"])
     shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest")
+    shown_eval = _run("eval", tiny_run.folder, "--data", chats, "--forgetting")
+    assert shown_eval.exit_code == 0 and "KL to the base" in shown_eval.stdout
     assert all(word in shown.stdout for word in ("energy@90", "amplification", "sign conflict", "intruders"))
 
 

@@ -83,8 +83,8 @@ def _moments(base: Base, adapter: Adapter, batches: Sequence[Batch]) -> dict[str
 def by_loss(base: Base, adapter: Adapter, known: Spectra, batches: Sequence[Batch]) -> tuple[Spectra, Spectra]:
     """(components in the order of their worth, worth as the σ² of a Spectrum) from gates gᵢ in ΔW = Σ gᵢσᵢuᵢvᵢᵀ.
 
-    Taking one out changes the loss by about −∂L/∂g + ½·∂²L/∂g²; the curvature is the mean square of the gradient over
-    batches (empirical Fisher). ∂L/∂gᵢ = Σ_o B[o, i]·∂L/∂B[o, i].
+    After training the mean gradient is near zero, so taking one out costs about ½·∂²L/∂g²; the curvature is the mean
+    square of the gradient over batches (empirical Fisher). ∂L/∂gᵢ = Σ_o B[o, i]·∂L/∂B[o, i].
     """
     ranks = {name: found.sigma_K.shape[-1] for name, found in known.items()}
     slopes: dict[str, list[Tensor]] = {name: [] for name in adapter.factors}
@@ -100,8 +100,7 @@ def by_loss(base: Base, adapter: Adapter, known: Spectra, batches: Sequence[Batc
                 layer.B.grad = layer.A.grad = None
     ordered, worth = {}, {}
     for name, rows in slopes.items():
-        slope_NK = torch.stack(rows)
-        value_K = (-slope_NK.mean(0) + 0.5 * slope_NK.square().mean(0)).clamp_min(0)
+        value_K = 0.5 * torch.stack(rows).square().mean(0)
         order = value_K.argsort(descending=True, stable=True)
         U, sigma, V = known[name]
         ordered[name] = Spectrum(U[:, order], sigma[order], V[:, order])
