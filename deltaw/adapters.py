@@ -5,6 +5,7 @@ Each function writes a PEFT folder or returns plain values; what is lost is alwa
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,12 +32,14 @@ from deltaw.analysis.truncate import (
 from deltaw.analysis.weights import beside
 from deltaw.api import base_of, open_adapter, train
 from deltaw.base.save import require_new
-from deltaw.config import parse_bytes
+from deltaw.config import AUTO, Settings, parse_bytes
+from deltaw.disk import write_text
 from deltaw.engine.heldout import HeldOut, Progress
-from deltaw.engine.run import adapter_folder
+from deltaw.engine.run import adapter_folder, create_run, run_of
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, UsageError
 from deltaw.ranks import open_held_out
+from deltaw.ranks import rank as rank_of
 
 Say = Callable[[str], None]
 # Sizes that --keep tries, in a search for the smallest: halvings of the range on a logarithmic scale.
@@ -90,7 +93,10 @@ def compress(
         made = truncate(adapter, ranks, known)
         if heal is not None:
             name = model or base_of(Path(path), adapter)
-            made = _healed(made, name, heal, train_data, Path(folder), watcher or Watcher(), options)
+            known_settings = {} if (run := run_of(Path(path))) is None else _shared(run.settings())
+            made = _healed(
+                made, name, heal, train_data, Path(folder), watcher or Watcher(), {**known_settings, **options}
+            )
         measured = {} if held_out is None else _before_and_after(held_out, adapter, made)
     write_adapter(made, Path(out))
     return {
@@ -163,6 +169,14 @@ def _before_and_after(held_out: HeldOut, adapter: Adapter, made: Adapter) -> dic
     }
 
 
+# What healing does as the run did.
+HEALED_ALIKE = ("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "date", "lr", "dtype")
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in HEALED_ALIKE}
+
+
 def _healed(
     cut: Adapter, model: str, steps: int, data: Sequence[str | Path], folder: Path, watcher: Watcher, options: Any
 ) -> Adapter:
@@ -179,6 +193,32 @@ def _healed(
             **{part: tensor.to(getattr(like, part).dtype) for part, tensor in factors.tensors()}
         )
     return healed
+
+
+# The gain that a rank must keep to be chosen, and how long what was cut is trained again.
+MEASURED_SHARE, HEALED_SHARE = 0.99, 0.1
+
+
+def train_measured(settings: Settings, watcher: Watcher | None = None) -> dict[str, Any]:
+    """`--rank measure`: trains at the default rank, measures what rank was needed, cuts to it and heals.
+
+    Returns the run (`run`), the measurement (`measured`, also in rank.json) and, where a smaller rank is sure to keep
+    99 % of the gain, what `compress` returns for the adapter in the run's folder `compressed`; else None.
+    """
+    watcher = watcher or Watcher()
+    settings.put("rank", AUTO, "measure: the default rank first")
+    run = train(settings, create_run(settings), watcher)
+    found = rank_of(run.folder, everything=True, say=watcher.say)
+    write_text(run.folder / "rank.json", json.dumps(found, indent=2) + "\n")
+    need = next(need for need in found["needed"] if need["share"] == MEASURED_SHARE)
+    made = None
+    if need["determined"] and need["high"] < found["rank"]:
+        steps = max(1, round(HEALED_SHARE * int(run.read_summary()["steps"])))
+        made = compress(
+            run.folder, run.folder / "compressed", rank=need["high"], heal=steps, train_data=settings.data,
+            watcher=watcher, say=watcher.say,
+        )  # fmt: skip
+    return {"run": str(run.folder), "measured": found, "compressed": made}
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------

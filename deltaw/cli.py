@@ -220,11 +220,35 @@ def train(recipe: Path | None, resume: Path | None, quiet: bool, as_json: bool, 
             )
         _finish_training(resume, None, None, quiet, as_json)
         return
+    if given.get("rank") == MEASURE:
+        _train_measured({name: value for name, value in given.items() if name != "rank"}, recipe, quiet, as_json)
+        return
     from deltaw.engine.run import create_run
 
     settings = make_settings(given, read_recipe(recipe) if recipe else None)
     # The folder stands before anything heavy is imported.
     _finish_training(None, settings, create_run(settings), quiet, as_json)
+
+
+MEASURE = "measure"
+
+
+def _train_measured(given: dict[str, Any], recipe: Path | None, quiet: bool, as_json: bool) -> None:
+    """`train --rank measure`."""
+    from deltaw.adapters import train_measured
+    from deltaw.tables import compress_page, rank_page
+    from deltaw.terminal import TerminalWatcher, make_console, show_json
+
+    settings = make_settings(given, read_recipe(recipe) if recipe else None)
+    found = train_measured(settings, TerminalWatcher(make_console(stderr=True), quiet))
+    if as_json:
+        show_json(found)
+        return
+    rank_page(make_console(), found["measured"])
+    if found["compressed"] is None:
+        click.echo(f"No smaller rank is sure to keep the gain; the adapter stays as it is, in {found['run']}.")
+    else:
+        compress_page(make_console(), found["compressed"])
 
 
 @main.command()
@@ -491,7 +515,7 @@ def _numbers(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
 
 @main.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--data", multiple=True, required=True, metavar="FILE", help="Held-out data; may be repeated.")
+@click.option("--data", multiple=True, metavar="FILE", help="Held-out data.  [default: what the run held out]")
 @click.option("--all", "everything", is_flag=True, help="Measure every document, however long it takes.")
 @click.option("--seconds", type=click.FloatRange(0), metavar="X", help="Time for it.  [default: 15 % of the training]")
 @click.option("--orders", is_flag=True, help="Compare ways to choose directions at equal numbers of parameters.")

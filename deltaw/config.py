@@ -84,7 +84,9 @@ class Settings:
     adapter: str | None = setting(None, "Start from the factors of this adapter folder.", group="what", path=True)
     revision: str | None = setting(None, "Revision of a hub base.", group="what")
 
-    rank: int | str = setting(AUTO, "Rank r of the update, or auto.", kind=int, group="adapter")
+    rank: int | str = setting(
+        AUTO, "Rank r of the update, or auto; train also takes measure.", kind=int, group="adapter"
+    )
     alpha: float = setting(32.0, "Alpha; the update is scaled by alpha/r.", kind=float, group="adapter")
     targets: tuple[str, ...] = setting(
         ("all-linear",),

@@ -25,7 +25,9 @@ from deltaw.data.formats import parse_sources
 from deltaw.data.prepare import prepare
 from deltaw.engine.heldout import HeldOut, Progress
 from deltaw.engine.orders import by_activations, by_loss, require_plain
+from deltaw.engine.prepare import prepare_run, sketch_run
 from deltaw.engine.run import adapter_folder, run_of
+from deltaw.engine.watcher import Watcher
 from deltaw.errors import UsageError
 
 # What measuring may take: this share of the run's training time, or so many seconds where no run tells.
@@ -37,7 +39,7 @@ ORDERING_SHARE, MOST_ORDERING = 0.25, 64
 
 def rank(
     path: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] = (),
     model: str | None = None,
     *,
     everything: bool = False,
@@ -51,10 +53,11 @@ def rank(
 ) -> dict[str, Any]:
     """The retained-gain curve of an adapter or run folder on held-out data, and the rank that it says was needed.
 
-    As many documents as fit into `seconds` (default: 15 % of the run's training time) are measured, all of them with
-    `everything`. `orders` compares ways to choose directions at equal numbers of parameters. Returns `points` (rank,
-    numbers, loss, gain, low, high), `needed` at 95 and 99 % of the gain, `verdict`, and what it is based on. Raises
-    DataError and AdapterError as `evaluate` does.
+    Without `data`, what the run held out itself serves, which chose its best adapter too. As many documents as fit into
+    `seconds` (default: 15 % of the run's training time) are measured, all of them with `everything`. `orders` compares
+    ways to choose directions at equal numbers of parameters. Returns `points` (rank, numbers, loss, gain, low, high),
+    `needed` at 95 and 99 % of the gain, `verdict`, and what it is based on. Raises DataError and AdapterError as
+    `evaluate` does, and UsageError where there is nothing to measure on.
     """
     since = time.monotonic()
     adapter = read_adapter(adapter_folder(path))
@@ -89,7 +92,12 @@ def open_held_out(
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> HeldOut:
-    """The base of an adapter, without it, and held-out documents encoded as the adapter's were; tokens in `folder`."""
+    """The base of an adapter, without it, and held-out documents encoded as the adapter's were; tokens in `folder`.
+
+    Without `data`, those that the run held out. UsageError when it held out none, or there is no run.
+    """
+    if not data:
+        return _of_run(Path(path), say)
     opened: Model = open_adapter(path, model, say, **options)
     assert opened.injection is not None
     opened.injection.eject()
@@ -97,6 +105,18 @@ def open_held_out(
     encoder = Encoder(base.tokenizer, min(base.context_tokens, DEFAULT_MAX_LENGTH), opened.train_on)
     prepared = prepare(parse_sources(map(str, data), columns), encoder, folder, refuse_above=allow_lost)
     return HeldOut(base, prepared.store, EVALUATION_TOKENS)
+
+
+def _of_run(path: Path, say: Callable[[str], None]) -> HeldOut:
+    run = run_of(path)
+    if run is None:
+        raise UsageError(f"{path} is no run, so nothing was held out; give --data FILE.")
+    settings = run.settings()
+    sketch = sketch_run(run, settings, Watcher())
+    if "eval" not in sketch.data:
+        raise UsageError(f"The run {path} held nothing out; give --data FILE.")
+    say("Measuring on what the run held out for validation.")
+    return HeldOut(prepare_run(sketch, settings, Watcher()).base, sketch.data["eval"].store, EVALUATION_TOKENS)
 
 
 def allowed_seconds(path: Path) -> float:

@@ -165,6 +165,28 @@ def test_what_cannot_be_meant_is_refused_and_leaves_nothing(learned, tmp_path, g
     assert not (tmp_path / "out").exists()
 
 
+def test_a_measured_rank_is_trained_measured_cut_and_healed(llama_folder, chats, tmp_path):
+    given = {"model": str(llama_folder), "data": [str(chats)], "eval_data": [str(chats)], "lr": 3e-2}
+    settings = make_settings({**given, **QUICK, "steps": 40, "out": str(tmp_path / "run")})
+    found = adapters.train_measured(settings)
+    measured = found["measured"]
+    assert json.loads((tmp_path / "run" / "rank.json").read_text()) == measured
+    need = measured["needed"][1]
+    assert measured["documents"] == 60 and need["share"] == 0.99
+    smaller = need["determined"] and need["high"] < measured["rank"]
+    assert (found["compressed"] is not None) == smaller
+    if smaller:
+        assert read_adapter(tmp_path / "run" / "compressed").spec.rank == need["high"]
+    again = ranks.rank(tmp_path / "run", everything=True)
+    assert [p["loss"] for p in again["points"]] == [p["loss"] for p in measured["points"]]
+
+
+def test_without_data_and_without_a_run_there_is_nothing_to_measure_on(learned, tmp_path):
+    alone = write_adapter(read_adapter(learned.adapter), tmp_path / "alone")
+    with pytest.raises(UsageError, match="give --data"):
+        ranks.rank(alone)
+
+
 # -- combine and compare -----------------------------------------------------------------------------------------------
 
 
