@@ -292,6 +292,17 @@ def compute_dtype(device: torch.device, machine: Machine) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For thousands of small factorisations: threads gain nothing there, and wait for each other on a busy machine."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
 def set_threads(num_threads: int | None) -> int:
     """Let torch compute with `num_threads`, or with all usable cores if None; returns the number.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltaw.adapter import Adapter
 from deltaw.adapter.math import seed_of
+from deltaw.hardware import one_thread
 
 NULL_DRAWS = 8
 # A σ below this share of the first is rounding in fp64, and its directions are arbitrary.
@@ -73,7 +74,8 @@ def spectrum(adapter: Adapter, name: str) -> Spectrum:
 
 def spectra(adapter: Adapter) -> dict[str, Spectrum]:
     """Those of every layer."""
-    return {name: spectrum(adapter, name) for name in adapter.factors}
+    with one_thread():
+        return {name: spectrum(adapter, name) for name in adapter.factors}
 
 
 def held(found: Spectrum) -> Spectrum:
