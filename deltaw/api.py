@@ -192,17 +192,17 @@ def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Pl
     """The plan of a sketched run, here or on another machine."""
     if on is not None and on not in DEVICES:
         raise UsageError(f"No machine {on!r} is known; choose {', '.join(DEVICES)}.")
-    fixed_bytes = hardware.rss_bytes()
+    fixed_bytes, file_bytes = hardware.rss_bytes(), hardware.file_rss_bytes()
     if on is not None:
         device = DEVICES[on]
         settings.device, settings.dtype = device.kind, str(device.dtype).removeprefix("torch.")
         fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
     demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
     clock = Clock(demand, None if on else measure_pace(demand), DEVICES[on] if on else None)
-    return make_plan(demand, _room(settings, fixed_bytes, on), clock)
+    return make_plan(demand, _room(settings, fixed_bytes, file_bytes, on), clock)
 
 
-def _room(settings: Settings, fixed_bytes: int, on: str | None) -> Room:
+def _room(settings: Settings, fixed_bytes: int, file_bytes: int, on: str | None) -> Room:
     machine = hardware.look()
     if on is not None:
         total, source = DEVICES[on].memory_bytes, on
@@ -213,7 +213,7 @@ def _room(settings: Settings, fixed_bytes: int, on: str | None) -> Room:
     limit = round(total * (1 - HELD_BACK))
     if settings.memory is not None and parse_bytes(settings.memory) <= limit:
         limit, source = parse_bytes(settings.memory), "--memory"
-    return Room(limit, source, fixed_bytes, min(fixed_bytes, hardware.file_rss_bytes()))
+    return Room(limit, source, fixed_bytes, min(fixed_bytes, file_bytes))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

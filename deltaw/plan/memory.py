@@ -18,6 +18,7 @@ from deltaw.base.quant import BYTES
 from deltaw.kernels.attention import TILE_TOKENS, WHOLE_TOKENS
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
+from deltaw.plan.pace import timed_blocks
 
 PARTS = ("fixed", "base", "factors", "activations", "loss", "workspace")
 # A master, a gradient and two moments of each trained number, in fp32; and the best so far, kept after an evaluation.
@@ -70,7 +71,15 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
         "loss": _loss(demand, heavy, b),
         "workspace": _workspace(demand, choice, heavy, b),
     }
+    timed = timed_blocks(demand.outline)
+    whole = demand.heaviest(int(demand.settings.micro_tokens))
     phases = {
+        "plan": {
+            "fixed": fixed["fixed"],
+            "base": timed * demand.outline.block_parameters * b,
+            "activations": round(timed * whole.tokens * _block_bytes(demand, way, b)),
+            "workspace": _workspace(demand, choice, whole, b),
+        },
         "load": {**fixed, "factors": demand.trained * (STATE_BYTES + MADE_BYTES)},
         "step": step,
         # What a step has freed stays with the process, ready for the next one.

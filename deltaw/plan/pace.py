@@ -28,15 +28,16 @@ from deltaw.base.builtin import cache_folder
 from deltaw.base.load import Base
 from deltaw.base.proof import prove_decoder
 from deltaw.base.quant import quantised_reader
+from deltaw.base.shapes import Outline
 from deltaw.disk import write_text
 from deltaw.errors import DiskError
 from deltaw.kernels import labelled_loss
 from deltaw.plan.demand import Demand, Pass
 
 SECONDS, MOST_CALLS = 0.4, 10
-HEAD_ROWS, HEAD_LABELS = 16_384, 128
-MOST_BLOCKS, MOST_PARAMETERS = 6, 48_000_000
-MOST_UPDATED = MOST_DENSE = 1 << 22
+HEAD_ROWS, HEAD_LABELS = 8192, 128
+MOST_BLOCKS, MOST_PARAMETERS = 3, 24_000_000
+MOST_UPDATED = MOST_DENSE = 1 << 21
 USUAL_DENSE_SECONDS = 0.5e-9
 MOST_VOCABULARY = 512
 
@@ -86,7 +87,6 @@ def measure_pace(demand: Demand) -> Pace:
         known = json.loads(memory.read_text("utf-8"))
         return Pace(**{**known, "timed": tuple(Timed(**timed) for timed in known["timed"])})
     found = _measure(demand, passes)
-    gc.collect()  # modules and hooks refer to each other in circles, so the blocks would stay
     hardware.give_memory_back()
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
@@ -127,14 +127,22 @@ def _measure(demand: Demand, passes: list[Pass]) -> Pace:
     with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
         injection.train(True)
         way, timed = base.way, [_time(base, one, blocks) for one in passes]
+    del base, injection, adapter
+    gc.collect()  # modules and hooks refer to each other in circles, so the blocks would stay
+    hardware.give_memory_back()
     return Pace(way, tuple(timed), _label_seconds(demand), _update_seconds(demand), _dense_seconds(demand))
+
+
+def timed_blocks(outline: Outline) -> int:
+    """How many blocks are timed: more of small ones, yet so few that timing takes less memory than the run."""
+    return min(MOST_BLOCKS, outline.layers, max(1, MOST_PARAMETERS // outline.block_parameters))
 
 
 def _few_blocks(demand: Demand) -> tuple[Base, int]:
     """A base of the first few blocks, or of one of each kind that the architecture has; and how many blocks."""
     config = copy.deepcopy(demand.outline.model.config)
     text = config.get_text_config()
-    count = min(MOST_BLOCKS, demand.outline.layers, max(1, MOST_PARAMETERS // demand.outline.block_parameters))
+    count = timed_blocks(demand.outline)
     if kinds := getattr(text, "layer_types", None):
         first = kinds[:count]
         text.layer_types = first if set(first) == set(kinds) else list(dict.fromkeys(kinds))
@@ -187,7 +195,7 @@ def _states(base: Base, tokens_T: Tensor, positions_T: Tensor, bounds: tuple[int
 def _label_seconds(demand: Demand) -> float:
     rows, width = demand.outline.head_shape
     taken = min(rows, HEAD_ROWS)
-    W_VH = torch.randn(taken, width).to(demand.device, demand.dtype)
+    W_VH = torch.randn(taken, width, device=demand.device, dtype=demand.dtype)
     h_NH = torch.randn(HEAD_LABELS, width).to(demand.device, demand.dtype).requires_grad_()
     targets_N, weights_N = torch.zeros(HEAD_LABELS, dtype=torch.long), torch.ones(HEAD_LABELS)
     targets_N, weights_N = targets_N.to(demand.device), weights_N.to(demand.device)

@@ -208,7 +208,13 @@ def test_a_plan_reads_no_weight_and_leaves_nothing_behind(llama_folder, chats, t
     assert list(tmp_path.iterdir()) == []
     written = made.as_dict()
     low, high = written["peak_bytes_interval"]
-    assert low < written["peak_bytes"] < high and set(written["phases"]) == {"load", "step", "evaluation", "save"}
+    assert low < written["peak_bytes"] < high and set(written["phases"]) == {
+        "plan",
+        "load",
+        "step",
+        "evaluation",
+        "save",
+    }
 
 
 @pytest.mark.parametrize("name", DEVICES)
