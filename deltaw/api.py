@@ -51,10 +51,10 @@ from deltaw.engine.train import Trainer
 from deltaw.engine.verify import verify as run_verification
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError, does_not_fit
-from deltaw.plan.choose import Plan, Room, make_plan
+from deltaw.plan.choose import Plan, Room, make_plan, require_room
 from deltaw.plan.demand import Demand
 from deltaw.plan.devices import DEVICES
-from deltaw.plan.pace import measure_pace
+from deltaw.plan.pace import likely_way, measure_pace
 from deltaw.plan.speed import Clock
 from deltaw.report import write_report
 
@@ -198,8 +198,11 @@ def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Pl
         settings.device, settings.dtype = device.kind, str(device.dtype).removeprefix("torch.")
         fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
     demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
+    room = _room(settings, fixed_bytes, file_bytes, on)
+    if on is None:
+        require_room(demand, room, likely_way(demand))  # timing needs time and memory, which a refusal can do without
     clock = Clock(demand, None if on else measure_pace(demand), DEVICES[on] if on else None)
-    return make_plan(demand, _room(settings, fixed_bytes, file_bytes, on), clock)
+    return make_plan(demand, room, clock)
 
 
 def _room(settings: Settings, fixed_bytes: int, file_bytes: int, on: str | None) -> Room:

@@ -87,12 +87,24 @@ def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
         return plans[0]  # as the settings have it: no timing, however noisy, shall change a run that fits
     if fitting:
         return min(fitting, key=lambda plan: (plan.choice.quant != demand.settings.quant, plan.step_seconds))
-    least = min(plans, key=lambda plan: plan.needed_bytes)
-    raise DoesNotFitError(
-        f"This run needs at least {_megabytes(least.needed_bytes)} ({_described(least.choice)}), and may take "
-        f"{_megabytes(room.limit_bytes)} ({room.source}). What would fit:\n"
-        + bullet_list(_ways_out(demand, room, clock))
-    )
+    require_room(demand, room, clock.way)
+    raise AssertionError("something fits, and nothing does")
+
+
+def require_room(demand: Demand, room: Room, way: str) -> None:
+    """Raises DoesNotFitError, with three ways out, when no choice fits. Nothing is timed for it."""
+    needs = {choice: _needed(_held(demand, choice, room, way)) for choice in _choices(demand)}
+    least = min(needs, key=needs.__getitem__)
+    if needs[least] > room.limit_bytes:
+        raise DoesNotFitError(
+            f"This run needs at least {_megabytes(needs[least])} ({_described(least)}), and may take "
+            f"{_megabytes(room.limit_bytes)} ({room.source}). What would fit:\n"
+            + bullet_list(_ways_out(demand, room, way))
+        )
+
+
+def _held(demand: Demand, choice: Choice, room: Room, way: str) -> Memory:
+    return memory(demand, choice, way, room.fixed_bytes, room.file_bytes)
 
 
 def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
@@ -102,7 +114,7 @@ def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
     count = demand.step_count
     run = None if count is None else count * seconds + EVALUATIONS * clock.evaluation(choice)
     machine = "this machine" if clock.device is None else clock.device.name
-    held = memory(demand, choice, clock.way, room.fixed_bytes, room.file_bytes)
+    held = _held(demand, choice, room, clock.way)
     calibrated = clock.device is None
     return Plan(choice, held, room, seconds, run, count, tokens / seconds, clock.way, machine, calibrated)
 
@@ -145,23 +157,22 @@ def has_bitsandbytes() -> bool:
 # -- ways out ---------------------------------------------------------------------------------------------------------
 
 
-def _ways_out(demand: Demand, room: Room, clock: Clock) -> list[str]:
+def _ways_out(demand: Demand, room: Room, way: str) -> list[str]:
     """Three changes, each of which was tried on the same formulas: cheap ones that fit, then more memory."""
     found, more = [], []
     for text, changed in _changes(demand):
-        least = _least(changed, room, clock)
+        least = _least(changed, room, way)
         if least <= room.limit_bytes:
             found.append(text)
         more.append((least, text))
-    own = _least(demand, room, clock)
+    own = _least(demand, room, way)
     rest = [f"--memory {_megabytes(own)}"]
-    rest += [f"--memory {_megabytes(least)} {text}" for least, text in sorted(more) if least < own]
+    rest += [f"--memory {_megabytes(least)} {text}" for least, text in sorted(more)]
     return (found + rest)[:3]
 
 
-def _least(demand: Demand, room: Room, clock: Clock) -> int:
-    held = (memory(demand, choice, clock.way, room.fixed_bytes, room.file_bytes) for choice in _choices(demand))
-    return min(_needed(each) for each in held)
+def _least(demand: Demand, room: Room, way: str) -> int:
+    return min(_needed(_held(demand, choice, room, way)) for choice in _choices(demand))
 
 
 def _needed(held: Memory) -> int:

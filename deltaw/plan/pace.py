@@ -25,9 +25,11 @@ from deltaw import hardware
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
+from deltaw.base.decoder import Decoder
 from deltaw.base.load import Base
 from deltaw.base.proof import prove_decoder
 from deltaw.base.quant import quantised_reader
+from deltaw.base.reading import Unreadable
 from deltaw.base.shapes import Outline
 from deltaw.disk import write_text
 from deltaw.errors import DiskError
@@ -131,6 +133,19 @@ def _measure(demand: Demand, passes: list[Pass]) -> Pace:
     gc.collect()  # modules and hooks refer to each other in circles, so the blocks would stay
     hardware.give_memory_back()
     return Pace(way, tuple(timed), _label_seconds(demand), _update_seconds(demand), _dense_seconds(demand))
+
+
+def likely_way(demand: Demand) -> str:
+    """How a base will be computed, judged by its parts alone; its proof, when blocks are timed, may say otherwise."""
+    if demand.settings.dora or demand.settings.dropout:
+        return "modules"
+    try:
+        Decoder(demand.outline.model)
+    except Unreadable:
+        return "modules"
+    except RuntimeError:
+        pass  # its parts are known; only their numbers are not there
+    return "kernels"
 
 
 def timed_blocks(outline: Outline) -> int:

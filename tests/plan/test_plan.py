@@ -146,7 +146,7 @@ def test_a_refusal_names_three_ways_out_and_each_of_them_fits(demand):
     with pytest.raises(DoesNotFitError) as caught:
         plan(asked, 1000, fixed=50 * MB)
     ways = re.findall(r"^  - (.*)$", str(caught.value), re.M)
-    assert len(ways) == 3 and "least 18" in str(caught.value)
+    assert len(ways) == 3 and "least 20" in str(caught.value)
     for way in ways:
         flags = dict(re.findall(r"--([a-z-]+) (\S+)", way))
         limit = parse_bytes(flags.pop("memory", "1000b"))
@@ -262,3 +262,14 @@ def test_sizes_are_read_with_their_units(text, number):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="must be a number with a unit"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(("kind", "way"), [("llama", "kernels"), ("gemma3", "kernels"), ("gpt_neox", "modules")])
+def test_a_refusal_needs_no_timing_because_the_way_is_read_from_the_parts(kind, way, tmp_path, chats, monkeypatch):
+    monkeypatch.setattr(api, "measure_pace", lambda _: pytest.fail("timed"))
+    seen = []
+    usual = api.likely_way
+    monkeypatch.setattr(api, "likely_way", lambda demand: seen.append(usual(demand)) or seen[-1])
+    with pytest.raises(DoesNotFitError, match="at least"):
+        api.plan(model=save_base(tmp_path / kind, kind), data=[chats], steps=3, memory="1MB")
+    assert seen == [way]
