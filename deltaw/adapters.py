@@ -83,13 +83,14 @@ def compress(
     known = spectra(adapter)
     with tempfile.TemporaryDirectory() as folder:
         held_out = open_held_out(path, data, model, Path(folder), say=say, **options) if data else None
+        before = np.zeros(0) if held_out is None else held_out.curve_losses([None, adapter])
         if rank is not None:
             ranks = uniform_ranks(adapter, rank)
         elif budget is not None:
             ranks = ranks_within(adapter, known, _numbers_in(adapter, parse_bytes(budget)))
         else:
             assert held_out is not None and keep is not None
-            ranks = _smallest_that_keeps(adapter, known, held_out, keep, progress)
+            ranks = _smallest_that_keeps(adapter, known, held_out, before, keep, progress)
         made = truncate(adapter, ranks, known)
         if heal is not None:
             name = model or base_of(Path(path), adapter)
@@ -97,7 +98,7 @@ def compress(
             made = _healed(
                 made, name, heal, train_data, Path(folder), watcher or Watcher(), {**known_settings, **options}
             )
-        measured = {} if held_out is None else _before_and_after(held_out, adapter, made)
+        measured = {} if held_out is None else _before_and_after(held_out, before, made)
     write_adapter(made, Path(out))
     return {
         "folder": str(out),
@@ -125,10 +126,14 @@ def _numbers_in(adapter: Adapter, size: int) -> int:
 
 
 def _smallest_that_keeps(
-    adapter: Adapter, known: Spectra, held_out: HeldOut, keep: float, progress: Progress | None
+    adapter: Adapter,
+    known: Spectra,
+    held_out: HeldOut,
+    before: np.ndarray,
+    keep: float,
+    progress: Progress | None,
 ) -> dict[str, int]:
     """The ranks of the fewest numbers, to a twentieth or so, whose retained gain is surely at least `keep`."""
-    base, whole = held_out.losses(None), held_out.losses(adapter)
     least = sum(component_numbers(adapter, name) for name in adapter.factors) + magnitudes(adapter)
     low, high = least, adapter.parameters
     best = {name: found.sigma_K.shape[-1] for name, found in known.items()}
@@ -138,7 +143,7 @@ def _smallest_that_keeps(
         middle = least if number == 0 else round((low * high) ** 0.5)
         ranks = ranks_within(adapter, known, middle)
         losses = held_out.losses(truncate(adapter, ranks, known))
-        curve = _curve(held_out, base, losses, whole)
+        curve = _curve(held_out, before, losses)
         if number == 0 and not curve.improves:
             raise AdapterError(curve.verdict() + " So none can be kept; give --rank or --budget.")
         if curve.points[0].low >= keep:
@@ -150,19 +155,18 @@ def _smallest_that_keeps(
     return best
 
 
-def _curve(held_out: HeldOut, base: np.ndarray, losses: np.ndarray, whole: np.ndarray) -> Curve:
-    """Of two points: the cut, called rank 1, and the whole."""
-    return retained_gain(base, np.stack([losses, whole]), held_out.tokens_D, [1, 2])
+def _curve(held_out: HeldOut, before: np.ndarray, losses: np.ndarray) -> Curve:
+    """Of two points, the cut, called rank 1, and the whole; `before` are the losses of the base and of the whole."""
+    return retained_gain(before[0], np.stack([losses, before[1]]), held_out.tokens_D, [1, 2])
 
 
-def _before_and_after(held_out: HeldOut, adapter: Adapter, made: Adapter) -> dict[str, Any]:
-    base, before, after = held_out.losses(None), held_out.losses(adapter), held_out.losses(made)
-    curve, tokens = _curve(held_out, base, after, before), held_out.tokens_D.sum()
-    kept = curve.points[0]
+def _before_and_after(held_out: HeldOut, before: np.ndarray, made: Adapter) -> dict[str, Any]:
+    curve = _curve(held_out, before, held_out.losses(made))
+    kept, whole = curve.points
     return {
-        "loss_base": float(base.sum() / tokens),
-        "loss_before": float(before.sum() / tokens),
-        "loss_after": float(after.sum() / tokens),
+        "loss_base": curve.base_loss,
+        "loss_before": whole.loss,
+        "loss_after": kept.loss,
         "retained_gain": kept.gain,
         "retained_gain_interval": [kept.low, kept.high],
         "documents": held_out.documents,
@@ -170,7 +174,9 @@ def _before_and_after(held_out: HeldOut, adapter: Adapter, made: Adapter) -> dic
 
 
 # What healing does as the run did.
-HEALED_ALIKE = ("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "date", "lr", "dtype")
+HEALED_ALIKE = (
+    *("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "date", "lr", "dtype", "revision"),
+)
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
@@ -203,11 +209,15 @@ def train_measured(settings: Settings, watcher: Watcher | None = None) -> dict[s
     """`--rank measure`: trains at the default rank, measures what rank was needed, cuts to it and heals.
 
     Returns the run (`run`), the measurement (`measured`, also in rank.json) and, where a smaller rank is sure to keep
-    99 % of the gain, what `compress` returns for the adapter in the run's folder `compressed`; else None.
+    99 % of the gain, what `compress` returns for the adapter in the run's folder `compressed`; else None. Both are None
+    where the data was too little to hold anything out.
     """
     watcher = watcher or Watcher()
     settings.put("rank", AUTO, "measure: the default rank first")
     run = train(settings, create_run(settings), watcher)
+    if "eval" not in run.read_summary()["data"]:
+        watcher.say("Nothing was held out, so no rank can be measured; give --eval-data.")
+        return {"run": str(run.folder), "measured": None, "compressed": None}
     found = rank_of(run.folder, everything=True, say=watcher.say)
     write_text(run.folder / "rank.json", json.dumps(found, indent=2) + "\n")
     need = next(need for need in found["needed"] if need["share"] == MEASURED_SHARE)

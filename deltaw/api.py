@@ -42,6 +42,7 @@ from deltaw.disk import write_text
 from deltaw.engine import train as engine
 from deltaw.engine.bench import bench as run_bench
 from deltaw.engine.evaluate import evaluate as run_evaluation
+from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.forgetting import STRENGTHS, neutral_texts
 from deltaw.engine.forgetting import forgetting as measure_forgetting
 from deltaw.engine.generate import generate, render_prompt
@@ -102,20 +103,42 @@ class Model:
         columns: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with intervals."""
+        with self._encoded(data, allow_lost, columns) as prepared:
+            return evaluate_set(self.base, prepared, progress)
+
+    def forgetting(
+        self,
+        text: str | Path | None = None,
+        strengths: Sequence[float] = STRENGTHS,
+        data: Sequence[str | Path] = (),
+        allow_lost: float = 0.01,
+        columns: Sequence[str] = (),
+    ) -> list[dict[str, Any]]:
+        """Loss on neutral text and KL to the base at several strengths (deltaw/engine/forgetting.py).
+
+        With `data`, the loss on it at each strength too (`data_loss`).
+        """
+        if self.injection is None:
+            raise UsageError("There is no adapter, so nothing is forgotten.")
+        rows = measure_forgetting(self.base, self.injection, neutral_texts(text), strengths)
+        if data:
+            usual = self.strength
+            with self._encoded(data, allow_lost, columns) as prepared:
+                for row in rows:
+                    self.strength = row["strength"]
+                    loss_sum, tokens, _ = held_out_loss(self.base, prepared.store, EVALUATION_TOKENS, None)
+                    row["data_loss"] = loss_sum / max(1, tokens)
+            self.strength = usual
+        return rows
+
+    @contextlib.contextmanager
+    def _encoded(self, data: Sequence[str | Path], allow_lost: float, columns: Sequence[str]) -> Iterator[DataSet]:
+        """Data files as this adapter reads them, for as long as that is needed."""
         with tempfile.TemporaryDirectory() as folder:
             max_length = min(self.base.context_tokens, DEFAULT_MAX_LENGTH)
             encoder = Encoder(self.base.tokenizer, max_length, self.train_on)
             sources = parse_sources(map(str, data), columns)
-            prepared = prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
-            return evaluate_set(self.base, prepared, progress)
-
-    def forgetting(
-        self, text: str | Path | None = None, strengths: Sequence[float] = STRENGTHS
-    ) -> list[dict[str, Any]]:
-        """Loss on neutral text and KL to the base at several strengths (deltaw/engine/forgetting.py)."""
-        if self.injection is None:
-            raise UsageError("There is no adapter, so nothing is forgotten.")
-        return measure_forgetting(self.base, self.injection, neutral_texts(text), strengths)
+            yield prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
 
 
 def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None = None) -> dict[str, Any]:
@@ -249,6 +272,8 @@ def _resume(run: Run, watcher: Watcher) -> Run:
     known = run.read_summary()
     if known.get("status") in ("done", "stopped early"):
         watcher.say(f"{run.folder} has ended already; nothing is left to do.")
+    elif known.get("verb") == "sweep":
+        raise UsageError(f"{run.folder} is a part of a sweep; go on with: deltaw sweep --resume {run.folder.parent}")
     elif known.get("verb") == "demo":
         importlib.import_module("deltaw.demonstration").train_demo(run, run.settings(), watcher, resume=True)
     else:

@@ -244,7 +244,8 @@ def _train_measured(given: dict[str, Any], recipe: Path | None, quiet: bool, as_
     if as_json:
         show_json(found)
         return
-    rank_page(make_console(), found["measured"])
+    if found["measured"] is not None:
+        rank_page(make_console(), found["measured"])
     if found["compressed"] is None:
         click.echo(f"No smaller rank is sure to keep the gain; the adapter stays as it is, in {found['run']}.")
     else:
@@ -308,6 +309,11 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
+def _counting(watcher: Any, what: str) -> Callable[[int, int], None]:
+    """The watcher's progress of something else than rows."""
+    return lambda done, total: watcher.measured(done, total, what)
+
+
 @main.command("eval")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
@@ -339,7 +345,9 @@ def evaluate(
     opened = api.open_adapter(adapter, model, _say, **_machine(options))
     result = opened.evaluate(data, watcher.measured, reading.allow_lost, reading.columns)
     if forgetting or neutral:
-        result["forgetting"] = _by_strength(opened, data, neutral, reading)
+        result["forgetting"] = opened.forgetting(
+            neutral, data=data, allow_lost=reading.allow_lost, columns=reading.columns
+        )
     if as_json:
         show_json(result)
         return
@@ -355,16 +363,6 @@ def evaluate(
         from deltaw.tables import forgetting_table
 
         forgetting_table(make_console(), result["forgetting"])
-
-
-def _by_strength(opened: Any, data: tuple[str, ...], neutral: Path | None, reading: Settings) -> list[dict[str, Any]]:
-    """What is forgotten at each strength, with the loss on the data beside it."""
-    rows: list[dict[str, Any]] = opened.forgetting(neutral)
-    for row in rows:
-        opened.strength = row["strength"]
-        row["data_loss"] = opened.evaluate(data, None, reading.allow_lost, reading.columns)["loss"]
-    opened.strength = 1.0
-    return rows
 
 
 @main.command()
@@ -454,9 +452,12 @@ def inspect(
         from deltaw import adapters
 
         watcher = TerminalWatcher(make_console(stderr=True))
-        facts["spectra"] = adapters.layer_spectra(adapter)
+        if by_layer or as_json:
+            facts["spectra"] = adapters.layer_spectra(adapter)
         if with_base:
-            facts["beside"] = adapters.beside_base(adapter, model, _say, watcher.measured, **_machine(options))
+            facts["beside"] = adapters.beside_base(
+                adapter, model, _say, _counting(watcher, "layers"), **_machine(options)
+            )
         if against is not None:
             facts["against"] = adapters.compare(adapter, against)
     if as_json:
@@ -474,7 +475,7 @@ def inspect(
 
 @main.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@_settings_options(without=("rank", "lr", "minutes", "adapter", "memory"))
+@_settings_options(without=("rank", "lr", "minutes", "adapter", "memory", "patience"))
 @click.option("--rank", "ranks", metavar="N,N", default="", help="Ranks to train, such as 2,4,8,16,32.")
 @click.option("--lr", "rates", metavar="X,X", default="", help="Learning rates to train, such as 5e-4,1e-3,2e-3.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Seeds of each.")
@@ -508,7 +509,7 @@ def sweep(
 
 def _numbers(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
     try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
+        return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UsageError(f"{flag} takes numbers with commas between them, not {text!r}.") from None
 
@@ -535,7 +536,7 @@ def rank(
     reading = make_settings(_given({"columns": columns, "allow_lost": allow_lost}))
     found = ranks.rank(
         adapter, data, model, everything=everything, seconds=seconds, orders=orders, columns=reading.columns,
-        allow_lost=reading.allow_lost, say=_say, progress=TerminalWatcher(make_console(stderr=True)).measured,
+        allow_lost=reading.allow_lost, say=_say, progress=_counting(TerminalWatcher(make_console(stderr=True)), "cuts"),
         **_machine(options),
     )  # fmt: skip
     if as_json:
@@ -567,7 +568,7 @@ def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
     watcher = TerminalWatcher(make_console(stderr=True))
     chosen = {name: options.pop(name) for name in ("rank", "budget", "keep", "data", "heal", "train_data", "model")}
     record = adapters.compress(
-        adapter, out, **chosen, say=_say, progress=watcher.measured, watcher=watcher, **_machine(options)
+        adapter, out, **chosen, say=_say, progress=_counting(watcher, "cuts"), watcher=watcher, **_machine(options)
     )
     if as_json:
         show_json(record)
@@ -578,7 +579,9 @@ def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
 @main.command()
 @click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
-@click.option("--weights", metavar="X,X", help="A weight for each, such as 0.7,0.3 or 1,-1.  [default: the mean]")
+@click.option(
+    "--weights", metavar="X,X", default="", help="A weight for each, such as 0.7,0.3 or 1,-1.  [default: the mean]"
+)
 @click.option(
     "--rank", type=click.IntRange(1), metavar="N", help="Rank of the result.  [default: one that loses nothing]"
 )
@@ -591,18 +594,14 @@ def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of dare.")
 @json_option
 def combine(
-    adapters: tuple[Path, ...], out: Path, weights: str | None, rank: int | None, method: str, density: float,
+    adapters: tuple[Path, ...], out: Path, weights: str, rank: int | None, method: str, density: float,
     seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Add adapters: exactly, on ΔW itself, whatever their ranks and scales. Opens no base."""
     from deltaw.adapters import combine as add
     from deltaw.terminal import make_console, pairs, show_json
 
-    try:
-        numbers = [float(part) for part in weights.split(",")] if weights else []
-    except ValueError:
-        raise UsageError(f"--weights takes numbers with commas between them, not {weights!r}.") from None
-    record = add(adapters, out, numbers, rank, method, density, seed)
+    record = add(adapters, out, _numbers(weights, float, "--weights"), rank, method, density, seed)
     if as_json:
         show_json(record)
         return

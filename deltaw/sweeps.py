@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,17 +28,18 @@ from deltaw.engine.run import Run, create_run
 from deltaw.engine.together import Cell, Together
 from deltaw.engine.train import peak_bytes
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import UsageError
+from deltaw.errors import DeltawError, UsageError
+from deltaw.report import write_report
 from deltaw.report.sweep_page import write_sweep_page
 
-PLAN_FILE, RESULT_FILE = "sweep.json", "result.json"
+PLAN_FILE, RESULT_FILE, VERB = "sweep.json", "result.json", "sweep"
 
 
 def sweep(
     settings: Settings,
     out: Path | None = None,
-    ranks: Sequence[int] = (),
-    rates: Sequence[float] = (),
+    ranks: Sequence[int | str] = (),
+    rates: Sequence[float | str] = (),
     seeds: int = 1,
     watcher: Watcher | None = None,
 ) -> dict[str, Any]:
@@ -46,7 +48,8 @@ def sweep(
     Each cell is a run folder of its own below `out`. Data orders are shared by cells of one seed, so differences are
     paired. Raises UsageError when the cells have nothing to differ in or `out` exists, and what `train` raises.
     """
-    cells = list(itertools.product(ranks or (settings.rank,), rates or (settings.lr,), range(seeds)))
+    ranks, rates = list(dict.fromkeys(ranks)) or [settings.rank], list(dict.fromkeys(rates)) or [settings.lr]
+    cells = list(itertools.product(ranks, rates, range(seeds)))
     if len(cells) < 2:
         raise UsageError("A sweep needs several --rank, --lr or --seeds, such as --rank 2,4,8.")
     if settings.adapter is not None:
@@ -57,15 +60,20 @@ def sweep(
     names = [f"r{rank}-lr{rate}-s{settings.seed + seed}" for rank, rate, seed in cells]
     with disk_errors("make", folder):
         folder.mkdir(parents=True)
-    made = []
-    for name, (rank, rate, seed) in zip(names, cells, strict=True):
-        each = dataclasses.replace(settings, sources=dict(settings.sources), out=str(folder / name))
-        each.put("rank", rank, "sweep")
-        each.put("lr", rate, "sweep")
-        each.put("seed", settings.seed + seed, "sweep")
-        made.append((create_run(each), each))
-    write_text(folder / PLAN_FILE, json.dumps({"cells": names}, indent=2) + "\n")
-    return _run(folder, made, watcher or Watcher(), resume=False)
+    try:
+        made = []
+        for name, (rank, rate, seed) in zip(names, cells, strict=True):
+            each = dataclasses.replace(settings, sources=dict(settings.sources), out=str(folder / name))
+            each.put("rank", rank, "sweep")
+            each.put("lr", rate, "sweep")
+            each.put("seed", settings.seed + seed, "sweep")
+            made.append((create_run(each), each))
+        write_text(folder / PLAN_FILE, json.dumps({"cells": names}, indent=2) + "\n")
+        return _run(folder, made, watcher or Watcher(), resume=False)
+    except DeltawError:
+        if not any(Run(folder / name).has_steps() for name in names):
+            shutil.rmtree(folder)  # nothing is lost, and the corrected command may use the name
+        raise
 
 
 def resume_sweep(folder: Path, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -92,6 +100,7 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
         together = Together(folder, [Cell(run, settings) for run, settings in made], ready, watcher)
         for run, settings in made:
             run.write_settings(settings)
+            run.write_summary({"status": "running", "verb": VERB})
         if resume:
             together.resume()
         sizes = sum(adapter.parameters for adapter in together.injection.adapters)
@@ -107,9 +116,25 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
             "steps": together.progress.step,
             "peak_bytes": peak_bytes(),
         }
+    for cell in together.cells:
+        cell.run.write_summary(_summary(cell, together, seconds))
+        write_report(cell.run.folder)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     write_sweep_page(folder, result)
     return result
+
+
+def _summary(cell: Cell, together: Together, seconds: float) -> dict[str, Any]:
+    """What a cell's folder says of it; of the time, its share."""
+    return {
+        "status": "done",
+        "verb": VERB,
+        "steps": together.progress.step,
+        "best_step": cell.best_step,
+        "best_eval_loss": cell.best_loss if cell.best_step else None,
+        "train_seconds": seconds / len(together.cells),
+        "peak_bytes": peak_bytes(),
+    }
 
 
 def _compared(together: Together) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deltaw.report.sweep_page import HEADINGS, cell_row
 from deltaw.terminal import human_bytes, human_seconds, pairs, percent
 
 
@@ -125,16 +126,12 @@ def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
 
 def sweep_page(console: Console, found: dict[str, Any]) -> None:
     """The cells of a sweep, best first, each with its paired distance from the best."""
-    cells = sorted(found["cells"], key=lambda cell: (cell["loss"] is None, cell["loss"] or 0.0))
-    rows = []
-    for cell in cells:
-        line = [cell["name"], str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}"]
-        if cell["loss"] is not None:
-            behind = f"{cell['behind']:+.4f} ({cell['behind_low']:+.4f} to {cell['behind_high']:+.4f})"
-            line += [f"{cell['loss']:.4f}", behind, "yes" if cell["pareto"] else ""]
-        rows.append(line)
-    headings = ("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "best of its size")
-    console.print(plain_table(headings[: max(map(len, rows))], rows))
+    cells = found["cells"]
+    measured = sorted((cell for cell in cells if cell["loss"] is not None), key=lambda cell: cell["loss"])
+    if measured:
+        console.print(plain_table(HEADINGS, [cell_row(cell) for cell in measured]))
+    else:
+        console.print("Nothing was held out, so no loss is compared; give --eval-data.")
     console.print()
     pairs(console, {
         "time": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of {found['steps']} steps",

@@ -123,11 +123,11 @@ class TerminalWatcher(Watcher):
     def evaluation(self, line: dict[str, Any], best: bool) -> None:
         self.say(f"step {line['step']}: validation loss {line['eval_loss']:.4f}{' (best)' if best else ''}")
 
-    def measured(self, done: int, total: int) -> None:
-        """Progress of a measurement over rows."""
+    def measured(self, done: int, total: int, what: str = "rows") -> None:
+        """Progress of a measurement."""
         if self.live and (time.monotonic() - self.measured_at > 0.2 or done == total):
             self.measured_at = time.monotonic()
-            self.console.print(f"  {done}/{total} rows", end="\n" if done == total else "\r", highlight=False)
+            self.console.print(f"  {done}/{total} {what}", end="\n" if done == total else "\r", highlight=False)
 
     def stopping(self) -> None:
         text = b"\nStopping; the state will be saved. Once more, and it ends at once without that.\n"

@@ -19,7 +19,7 @@ from deltaw.config import make_settings
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.orders import by_activations, by_loss
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import AdapterError, DataError, Interrupted, UsageError
+from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError
 
 HERE = {"device": "cpu", "dtype": "float32"}
 QUICK = {"steps": 4, "batch_tokens": 256, **HERE}
@@ -253,6 +253,8 @@ def test_forgetting_is_nothing_at_strength_0_and_counted_as_by_hand_at_1(learned
     assert rows[2]["kl"] == pytest.approx(kl / count, rel=1e-4) and rows[2]["loss"] == pytest.approx(
         loss / count, rel=1e-5
     )
+    model.strength = 0.0  # how strong it happens to be changes nothing
+    assert model.forgetting(text, (1.0,))[0]["kl"] == rows[2]["kl"] and model.strength == 0.0
     assert model.forgetting(strengths=(1.0,))[0]["documents"] > 40  # Python's own help
     with pytest.raises(DataError, match="cannot be read"):
         model.forgetting(tmp_path / "none.txt")
@@ -283,6 +285,9 @@ def test_a_sweep_gives_the_bits_of_separate_runs_and_compares_them(llama_folder,
             for (name, kind, one), (_, _, other) in zip(wanted.tensors(), got.tensors(), strict=True):
                 assert torch.equal(one, other), (cell["name"], part, name, kind)
         assert alone.read_summary()["best_step"] == cell["best_step"]
+        summary = json.loads((tmp_path / "sweep" / cell["name"] / "summary.json").read_text())
+        assert (summary["status"], summary["best_step"]) == ("done", cell["best_step"])
+        assert (tmp_path / "sweep" / cell["name"] / "report.html").is_file()
     best = min(found["cells"], key=lambda cell: cell["loss"])
     assert best["behind"] == 0 and best["pareto"]
     assert all(cell["behind_low"] <= cell["behind"] <= cell["behind_high"] for cell in found["cells"])
@@ -299,6 +304,8 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_
     whole = sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "whole", steps=6), ranks=[2, 4])
     with pytest.raises(Interrupted, match="sweep --resume"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "cut", steps=6), ranks=[2, 4], watcher=Stopping())
+    with pytest.raises(UsageError, match="part of a sweep"):
+        api.train(resume=tmp_path / "cut" / whole["cells"][0]["name"])
     again = sweeps.resume_sweep(tmp_path / "cut")
     for cell in whole["cells"]:
         one, other = (read_adapter(tmp_path / run / cell["name"] / "last") for run in ("whole", "cut"))
@@ -312,6 +319,9 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_
 def test_a_sweep_of_one_cell_or_into_what_exists_is_refused(llama_folder, chats, tmp_path):
     with pytest.raises(UsageError, match="several --rank"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), ranks=[4])
+    with pytest.raises(DeltawError):
+        sweeps.sweep(settings_of(llama_folder, tmp_path / "none.jsonl", tmp_path / "gone"), ranks=[2, 4])
+    assert not (tmp_path / "gone").exists()  # the corrected command may use the name
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="never overwritten"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "there"), ranks=[2, 4])

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter import Adapter
-from deltaw.adapter.math import seed_of
 from deltaw.hardware import one_thread
 
-NULL_DRAWS = 8
 # A σ below this share of the first is rounding in fp64, and its directions are arbitrary.
 ROUNDING = 1e-13
 
@@ -82,21 +80,6 @@ def held(found: Spectrum) -> Spectrum:
     """The directions that hold something: a rank above that of ΔW has arbitrary ones, which mean nothing."""
     count = int((found.sigma_K > ROUNDING * found.sigma_K[0]).sum())
     return Spectrum(found.U_OK[:, :count], found.sigma_K[:count], found.V_IK[:, :count])
-
-
-def noise_floor(adapter: Adapter, name: str) -> float:
-    """The largest singular value that the same numbers have when B's signs are drawn at random (parallel analysis).
-
-    What does not rise above it could come from numbers without any structure. Highest of a few draws.
-    """
-    A, B = matrices(adapter, name)
-    generator = torch.Generator().manual_seed(seed_of(0, name))
-    highest = 0.0
-    for _ in range(NULL_DRAWS):
-        signs = torch.randint(0, 2, B.shape, generator=generator).double() * 2 - 1
-        drawn = spectrum_of(A, B * signs, adapter.spec.scale_of(adapter.pattern_name(name))).sigma_K
-        highest = max(highest, float(drawn.max()))
-    return highest
 
 
 def ranks_of(sigma_K: Tensor) -> Ranks:

@@ -22,7 +22,7 @@ from deltaw.data.loader import evaluation_batches
 from deltaw.data.pack import batch_of, flat_batch
 from deltaw.data.prepare import DataSet, Labels
 from deltaw.data.store import TokenStore
-from deltaw.engine.objective import score_batch
+from deltaw.engine.objective import documents_of, score_batch
 from deltaw.errors import NotFiniteError
 
 Progress = Callable[[int, int], None]
@@ -74,8 +74,8 @@ def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def held_out_loss(base: Base, store: TokenStore, batch_tokens: int, most_rows: int) -> tuple[float, int, float]:
-    """(loss sum, trained tokens, seconds) over the first `most_rows` documents: what is watched during training."""
+def held_out_loss(base: Base, store: TokenStore, batch_tokens: int, most_rows: int | None) -> tuple[float, int, float]:
+    """(loss sum, trained tokens, seconds) over the first `most_rows` documents, or over all."""
     started, loss_sum, tokens = time.monotonic(), 0.0, 0
     for documents in evaluation_batches(store, batch_tokens, most_rows):
         losses_N = score_batch(base, batch_of(store, documents).to(base.device)).losses_N
@@ -116,9 +116,7 @@ def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | 
 
 def _all_hit(hits_N: Tensor, places_N: Tensor, bounds: Sequence[int]) -> int:
     """Number of documents whose labelled tokens are all the most likely ones."""
-    edges = torch.tensor(bounds[1:], device=places_N.device)
-    document_N = torch.bucketize(places_N, edges, right=True)
-    misses = torch.bincount(document_N[~hits_N], minlength=len(bounds) - 1)
+    misses = torch.bincount(documents_of(places_N, bounds)[~hits_N], minlength=len(bounds) - 1)
     return int((misses == 0).sum())
 
 
@@ -167,7 +165,7 @@ def _score_whole_labels(base: Base, data: DataSet, labels: Labels) -> list[int]:
         ]
         batch = flat_batch(variants).to(base.device)
         losses_N, _, _, places_N = score_batch(base, batch)
-        owner_N = torch.bucketize(places_N, torch.tensor(batch.bounds[1:], device=places_N.device), right=True)
+        owner_N = documents_of(places_N, batch.bounds)
         sums = torch.zeros(len(answers), device=losses_N.device).index_add_(0, owner_N, losses_N)
         choices.append(int(sums.argmin()))
     return choices

@@ -53,7 +53,7 @@ def forgetting(
     """
     documents = _documents(base, texts)
     counts_D = np.asarray([len(document) - 1 for document in documents], dtype=np.float64)
-    usual, active = injection.strength, injection.active
+    usual = injection.strength, injection.active
     losses = {strength: np.zeros(len(documents)) for strength in strengths}
     distances = {strength: np.zeros(len(documents)) for strength in strengths}
     plain_D = np.zeros(len(documents))
@@ -63,12 +63,12 @@ def forgetting(
             plain_TV = _log_probabilities(base, tokens_T)
             plain_D[number] = _loss(plain_TV, tokens_T)
             for strength in strengths:
-                injection.active, injection.strength = (active if strength else None), strength or usual
+                injection.active, injection.strength = (0 if strength else None), strength
                 adapted_TV = _log_probabilities(base, tokens_T) if strength else plain_TV
                 losses[strength][number] = _loss(adapted_TV, tokens_T)
                 distances[strength][number] = float((plain_TV.exp() * (plain_TV - adapted_TV)).sum())
     finally:
-        injection.active, injection.strength = active, usual
+        injection.strength, injection.active = usual
     return [_row(strength, losses[strength], distances[strength], plain_D, counts_D) for strength in strengths]
 
 

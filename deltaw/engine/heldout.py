@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from deltaw.adapter import Adapter, inject
 from deltaw.base.load import Base
 from deltaw.data.loader import evaluation_batches
 from deltaw.data.pack import Batch, batch_of
 from deltaw.data.store import TokenStore
-from deltaw.engine.objective import score_batch
+from deltaw.engine.objective import documents_of, score_batch
 from deltaw.errors import NotFiniteError
 
 FIRST_DOCUMENTS = 16
@@ -77,10 +76,8 @@ class HeldOut:
         for documents in evaluation_batches(self.store, self.batch_tokens, count):
             batch = batch_of(self.store, documents).to(self.base.device)
             scores = score_batch(self.base, batch)
-            edges = torch.tensor(batch.bounds[1:], device=batch.tokens_T.device)
-            owner_N = torch.bucketize(scores.places_N, edges, right=True)
-            sums = torch.zeros(len(documents), dtype=torch.float64, device=edges.device)
-            losses_D[documents] = sums.index_add_(0, owner_N, scores.losses_N.double()).cpu().numpy()
+            owner_N = documents_of(scores.places_N, batch.bounds).cpu().numpy()
+            losses_D[documents] = np.bincount(owner_N, scores.losses_N.double().cpu().numpy(), len(documents))
         if not math.isfinite(losses_D.sum()):
             raise NotFiniteError(f"The loss over these {count} documents is {losses_D.sum()}: the model is broken.")
         return losses_D

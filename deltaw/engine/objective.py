@@ -56,6 +56,11 @@ def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores
     return Scores(*scored, labelled_N)
 
 
+def documents_of(places_N: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Which document of a flat batch each place lies in, [N]."""
+    return torch.bucketize(places_N, torch.tensor(bounds[1:], device=places_N.device), right=True)
+
+
 def _plain_losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
     """(losses [N], logits [N, V]) of the labelled tokens, each document through the model's own forward."""
     logits = []

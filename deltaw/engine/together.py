@@ -7,7 +7,6 @@ base is in memory once. Settings may differ in rank, rate and seed; everything e
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from deltaw import hardware
 from deltaw.adapter import choose, inject, new_adapter, write_adapter
-from deltaw.config import AUTO, Settings
+from deltaw.config import Settings
 from deltaw.data.loader import Loader
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.evaluate import held_out_loss
@@ -27,9 +26,17 @@ from deltaw.engine.loop import Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors
 from deltaw.engine.prepare import Prepared, spec_from
 from deltaw.engine.run import Run
-from deltaw.engine.train import EVALUATIONS_PER_RUN, length_of, metrics_line, optim_settings, origin_of, signals
+from deltaw.engine.train import (
+    length_of,
+    metrics_line,
+    optim_settings,
+    origin_of,
+    resolve_intervals,
+    signals,
+    stopped,
+)
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, NotFiniteError, UsageError
+from deltaw.errors import NotFiniteError, UsageError
 
 
 class Cell:
@@ -65,11 +72,8 @@ class Together:
         self.length, _ = length_of(cells[0].settings, tracks[0].loader)
         if self.length.steps is None:
             raise UsageError("A sweep needs a length in --steps or --epochs: in --minutes, all would share the time.")
-        every = max(1, math.ceil(self.length.steps / EVALUATIONS_PER_RUN))
         for cell in cells:
-            for name in ("eval_steps", "checkpoint_steps"):
-                if getattr(cell.settings, name) == AUTO:
-                    cell.settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
+            resolve_intervals(cell.settings, self.length)
         self.progress = Progress(tracks=tracks)
         self.signal: int | None = None
         hardware.give_memory_back()
@@ -100,10 +104,12 @@ class Together:
             cell.best_loss, cell.best = (loss, tensors[f"best{index}"]) if cell.best_step else (math.inf, None)
 
     def _identities(self) -> list[dict[str, Any]]:
-        """What must be the same for a sweep to go on exactly."""
-        shared = {"base": self.ready.base.digest, "data": self.ready.data["train"].report.digest}
-        keys = ("rank", "lr", "seed", "batch_tokens", "micro_tokens", "steps", "epochs")
-        return [{**shared, **{key: getattr(cell.settings, key) for key in keys}} for cell in self.cells]
+        """What must be the same for a sweep to go on exactly: each cell's origin, and how it is computed."""
+        found = []
+        for cell in self.cells:
+            origin = origin_of(self.ready, cell.settings)
+            found.append({**origin, "way of computing": self.ready.base.way})
+        return found
 
     def checkpoint(self) -> None:
         """Saves all cells in one file."""
@@ -136,10 +142,7 @@ class Together:
                 if not whole:
                     self.checkpoint()
         if not whole:
-            code = EXIT_TERMINATED if self.signal == signal.SIGTERM else EXIT_INTERRUPTED
-            raise Interrupted(
-                code, f"Stopped after step {self.progress.step}. Go on with: deltaw sweep --resume {self.folder}"
-            )
+            raise stopped(self, f"deltaw sweep --resume {self.folder}")
         for index, cell in enumerate(self.cells):
             last = self._slice(index).clone()
             self._write(index, last, cell.run.last)

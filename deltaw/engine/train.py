@@ -72,7 +72,7 @@ class Trainer:
             train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share
         )
         self.length, stop = length_of(settings, self.loader)
-        self._resolve_intervals()
+        resolve_intervals(settings, self.length)
         self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
         self.best_loss, self.best_step, self.bad_evaluations = math.inf, 0, 0
         self.best: Tensor | None = None
@@ -84,14 +84,6 @@ class Trainer:
         self.signal: int | None = None
         hardware.give_memory_back()  # what proving and quantising took
         self.opened_bytes = peak_bytes()
-
-    def _resolve_intervals(self) -> None:
-        """Evaluations and checkpoints in steps, where the length of the run is known in steps."""
-        if self.length.steps is not None:
-            every = max(1, math.ceil(self.length.steps / EVALUATIONS_PER_RUN))
-            for name in ("eval_steps", "checkpoint_steps"):
-                if getattr(self.settings, name) == AUTO:
-                    self.settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
@@ -329,6 +321,15 @@ def length_of(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
     return Length(loader.steps_until(stop)), stop
 
 
+def resolve_intervals(settings: Settings, length: Length) -> None:
+    """Evaluations and checkpoints in steps, where the length of the run is known in steps."""
+    if length.steps is not None:
+        every = max(1, math.ceil(length.steps / EVALUATIONS_PER_RUN))
+        for name in ("eval_steps", "checkpoint_steps"):
+            if getattr(settings, name) == AUTO:
+                settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
+
+
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
@@ -368,10 +369,7 @@ def train(
             watcher.stop()
             trainer.metrics.close()
         if not whole:
-            code = EXIT_TERMINATED if trainer.signal == signal.SIGTERM else EXIT_INTERRUPTED
-            raise Interrupted(
-                code, f"Stopped after step {trainer.progress.step}. Go on with: deltaw train --resume {run.folder}"
-            )
+            raise stopped(trainer, f"deltaw train --resume {run.folder}")
         trainer.finish()
         return trainer
 
@@ -399,6 +397,12 @@ def _loop(trainer: Trainer) -> bool:
         trainer.ready.base, trainer.injection, trainer.flat, trainer.progress, trainer.length, trainer.observe,
         interrupted=lambda: trainer.signal is not None, clock=clock,
     )  # fmt: skip
+
+
+def stopped(trainer: Stoppable, command: str) -> Interrupted:
+    """What a loop that a signal ended raises: its exit code, and the command that goes on."""
+    code = EXIT_TERMINATED if trainer.signal == signal.SIGTERM else EXIT_INTERRUPTED
+    return Interrupted(code, f"Stopped after step {trainer.progress.step}. Go on with: {command}")
 
 
 @contextmanager

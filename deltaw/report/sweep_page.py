@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 FILE_NAME = "sweep.html"
 # Lines of different rates: solid, dashed, dotted, dash-dotted, and again.
 DASHES = ("-", "--", ":", "-.")
+HEADINGS = ("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "best of its size")
 
 
 def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
@@ -32,8 +33,8 @@ def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
         name=folder.resolve().name,
         sentence=_sentence(cells, result),
         plots=[_by_rank(cells), _by_parameters(cells)] if cells else [],
-        headings=("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "best of its size"),
-        rows=[_row(cell) for cell in cells],
+        headings=HEADINGS,
+        rows=[cell_row(cell) for cell in cells],
     )
     path = folder / FILE_NAME
     write_text(path, page)
@@ -54,7 +55,8 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     return text
 
 
-def _row(cell: dict[str, Any]) -> tuple[str, ...]:
+def cell_row(cell: dict[str, Any]) -> tuple[str, ...]:
+    """A cell that was measured under `HEADINGS`."""
     behind = f"{cell['behind']:+.4f} ({cell['behind_low']:+.4f} to {cell['behind_high']:+.4f})"
     return (
         cell["name"], str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}",
