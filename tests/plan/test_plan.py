@@ -146,7 +146,8 @@ def test_a_refusal_names_three_ways_out_and_each_of_them_fits(demand):
     with pytest.raises(DoesNotFitError) as caught:
         plan(asked, 1000, fixed=50 * MB)
     ways = re.findall(r"^  - (.*)$", str(caught.value), re.M)
-    assert len(ways) == 3 and ways[0] == f"--memory {re.search(r'at least (\S+)', str(caught.value))[1]}"
+    least = re.search(r"at least (\S+)", str(caught.value))[1]
+    assert len(ways) == 3 and ways[0] == f"--memory {least}"
     for way in ways:
         flags = dict(re.findall(r"--([a-z-]+) (\S+)", way))
         limit = parse_bytes(flags.pop("memory", "1000b"))
