@@ -1,11 +1,7 @@
-"""What the analyses are compared with: every ΔW formed densely in fp64, and PEFT's reading of a saved adapter."""
+"""What the analyses are compared with: every ΔW formed densely in fp64."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
-import peft
 import torch
 from cases import CASES, CONVOLUTIONS, Case, Convolutional, drawn, images, made, tokens
 from models import small_model
@@ -74,13 +70,3 @@ def uneven(adapter: Adapter) -> dict[str, int]:
     """Another rank for each layer in turn, the same where the format asks for it."""
     keys = list(dict.fromkeys(adapter.pattern_name(name) for name in adapter.factors))
     return {name: 1 + keys.index(adapter.pattern_name(name)) % 3 for name in adapter.factors}
-
-
-def opened_by_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """PEFT's model, trainable since it stays in the model's mode then; it may warn of anything but missing or odd keys."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        opened = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-    said = [str(warning.message) for warning in caught]
-    assert not [message for message in said if "missing" in message or "unexpected" in message.lower()], said
-    return opened.train(model.training)

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 from cases import Case, drawn, output
-from dense import EXACT, KINDS, LOGITS, SINGLE, WITHOUT_DORA, again, deltas, far, in_dtype, linear, opened_by_peft
+from dense import EXACT, KINDS, LOGITS, SINGLE, WITHOUT_DORA, again, deltas, far, in_dtype, linear
 from models import small_model
+from peft_reader import opened_by_peft
 
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 from deltaw.analysis.arithmetic import combine

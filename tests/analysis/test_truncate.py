@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 from cases import Case, drawn, output
-from dense import EXACT, KINDS, LOGITS, SINGLE, WITHOUT_DORA, deltas, far, in_dtype, linear, opened_by_peft, uneven
+from dense import EXACT, KINDS, LOGITS, SINGLE, WITHOUT_DORA, deltas, far, in_dtype, linear, uneven
+from peft_reader import opened_by_peft
 
 from deltaw.adapter import LoraSpec, choose, choose_for, inject, new_adapter, read_adapter, write_adapter
 from deltaw.adapter.spec import MAX_RANK

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import CASES, Case, loss_of, output
 from models import small_model
+from peft_reader import opened_by_peft
 from torch import Tensor, nn
 
 from deltaw.adapter import LoraSpec, choose, inject, read_adapter, write_adapter
@@ -19,16 +20,6 @@ from deltaw.adapter.keys import to_keys
 from deltaw.adapter.value import Factors
 
 EACH_KIND = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def opened_by_peft(model: nn.Module, folder: Path) -> nn.Module:
-    """PEFT's trainable model; it may warn about anything but keys that it misses or does not know."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        opened = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-    said = [str(warning.message) for warning in caught]
-    assert not [message for message in said if "missing" in message or "unexpected" in message.lower()], said
-    return opened.train(model.training)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
