@@ -80,14 +80,15 @@ def compress(
         raise UsageError("--heal STEPS and --train-data FILE belong together.")
     require_new(Path(out))
     adapter = read_adapter(adapter_folder(path))
+    numbers = None if budget is None else _numbers_in(adapter, budget)
     known = spectra(adapter)
     with tempfile.TemporaryDirectory() as folder:
         held_out = open_held_out(path, data, model, Path(folder), say=say, **options) if data else None
         before = np.zeros(0) if held_out is None else held_out.curve_losses([None, adapter])
         if rank is not None:
             ranks = uniform_ranks(adapter, rank)
-        elif budget is not None:
-            ranks = ranks_within(adapter, known, _numbers_in(adapter, parse_bytes(budget)))
+        elif numbers is not None:
+            ranks = ranks_within(adapter, known, numbers)
         else:
             assert held_out is not None and keep is not None
             ranks = _smallest_that_keeps(adapter, known, held_out, before, keep, progress)
@@ -118,11 +119,24 @@ def _what_became(adapter: Adapter) -> str:
     return "plain LoRA, alpha = rank"
 
 
-def _numbers_in(adapter: Adapter, size: int) -> int:
-    """How many numbers fit into a file of so many bytes beside its header."""
+def _least_numbers(adapter: Adapter) -> int:
+    """How many numbers rank 1 in every layer takes."""
+    return sum(component_numbers(adapter, name) for name in adapter.factors) + magnitudes(adapter)
+
+
+def _numbers_in(adapter: Adapter, budget: str) -> int:
+    """How many numbers fit into a file of this size beside its header. UsageError when that is too few, or no size."""
+    try:
+        size = parse_bytes(budget)
+    except ValueError as error:
+        raise UsageError(f"--budget {error}, not {budget!r}.") from error
     tensors = [tensor for _, _, tensor in adapter.tensors()]
     header = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * len(tensors)
-    return max(0, size - header) // max(tensor.element_size() for tensor in tensors)
+    each = max(tensor.element_size() for tensor in tensors)
+    least = header + each * _least_numbers(adapter)
+    if size < least:
+        raise UsageError(f"--budget {budget}: rank 1 in every layer takes {-(-least // 1000)}KB already.")
+    return (size - header) // each
 
 
 def _smallest_that_keeps(
@@ -134,7 +148,7 @@ def _smallest_that_keeps(
     progress: Progress | None,
 ) -> dict[str, int]:
     """The ranks of the fewest numbers, to a twentieth or so, whose retained gain is surely at least `keep`."""
-    least = sum(component_numbers(adapter, name) for name in adapter.factors) + magnitudes(adapter)
+    least = _least_numbers(adapter)
     low, high = least, adapter.parameters
     best = {name: found.sigma_K.shape[-1] for name, found in known.items()}
     for number in range(TRIED):

@@ -57,7 +57,7 @@ def sweep(
     folder = Path(out or settings.out or time.strftime("runs/sweep-%Y-%m-%d-%H%M%S"))
     if folder.exists():
         raise UsageError(f"{folder} exists already and is never overwritten; choose another --out, or --resume it.")
-    names = [f"r{rank}-lr{rate}-s{settings.seed + seed}" for rank, rate, seed in cells]
+    names = [f"r{rank}{f'-lr{rate}' if len(rates) > 1 else ''}-s{settings.seed + seed}" for rank, rate, seed in cells]
     with disk_errors("make", folder):
         folder.mkdir(parents=True)
     try:
@@ -105,26 +105,24 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
             together.resume()
         sizes = sum(adapter.parameters for adapter in together.injection.adapters)
         watcher.say(f"{len(made)} adapters of {sizes / 1e6:.2f}M parameters together over one base, into {folder}")
-        since = time.monotonic()
         together.run()
-        seconds = time.monotonic() - since
         together.injection.eject()
         result = {
             "folder": str(folder),
             "cells": _compared(together),
-            "seconds": seconds,
+            "seconds": together.progress.seconds,  # of all steps, whatever was stopped between
             "steps": together.progress.step,
             "peak_bytes": peak_bytes(),
         }
     for cell in together.cells:
-        cell.run.write_summary(_summary(cell, together, seconds))
+        cell.run.write_summary(_summary(cell, together))
         write_report(cell.run.folder)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     write_sweep_page(folder, result)
     return result
 
 
-def _summary(cell: Cell, together: Together, seconds: float) -> dict[str, Any]:
+def _summary(cell: Cell, together: Together) -> dict[str, Any]:
     """What a cell's folder says of it; of the time, its share."""
     return {
         "status": "done",
@@ -132,7 +130,7 @@ def _summary(cell: Cell, together: Together, seconds: float) -> dict[str, Any]:
         "steps": together.progress.step,
         "best_step": cell.best_step,
         "best_eval_loss": cell.best_loss if cell.best_step else None,
-        "train_seconds": seconds / len(together.cells),
+        "train_seconds": together.progress.seconds / len(together.cells),
         "peak_bytes": peak_bytes(),
     }
 

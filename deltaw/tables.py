@@ -134,7 +134,7 @@ def sweep_page(console: Console, found: dict[str, Any]) -> None:
         console.print("Nothing was held out, so no loss is compared; give --eval-data.")
     console.print()
     pairs(console, {
-        "time": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of {found['steps']} steps",
+        "time of the steps": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of {found['steps']} steps",
         "peak memory": human_bytes(found["peak_bytes"]),
         "page": f"{found['folder']}/sweep.html",
     })  # fmt: skip

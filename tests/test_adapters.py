@@ -155,7 +155,8 @@ def test_healing_trains_what_was_cut(learned, chats, tmp_path):
         ({"keep": 0.9}, "needs --data"),
         ({"keep": 1.5, "data": ["x"]}, "at most 1"),
         ({"rank": 2, "heal": 3}, "belong together"),
-        ({"budget": "100B"}, "Rank 1 in every layer already takes"),
+        ({"budget": "100B"}, "rank 1 in every layer takes 8KB already"),
+        ({"budget": "2XB"}, "must be a number with a unit"),
         ({"rank": 5000}, "lies between 1 and"),
     ],
 )
