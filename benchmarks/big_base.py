@@ -58,8 +58,9 @@ class Setup(NamedTuple):
     base: str
     limit_mb: int | None
     rank: int = 4
-    tokens: int = 512
-    steps: int = 6
+    tokens: int = 1024
+    micro: int = 256
+    steps: int = 4
     options: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -71,9 +72,9 @@ SETUPS = [
         for how, limit in (("streamed", 1200), ("in memory", None))
     ),
     *(Setup(f"demo {limit} MB" if limit else "demo", DEMO, limit) for limit in (None, *DEMO_LIMITS)),
-    Setup("8b bf16, 4 GB", "llama-3-8b-shape", 4000, tokens=1024, steps=4, options={"quant": "none"}),
-    Setup("8b bf16, 3 GB", "llama-3-8b-shape", 3000, tokens=1024, steps=4, options={"quant": "none"}),
-    Setup("8b nf4, 3 GB", "llama-3-8b-shape", 3000, tokens=1024, steps=4, options={"quant": "nf4", "stream": True}),
+    Setup("8b bf16, 4 GB", "llama-3-8b-shape", 4000, micro=512, options={"quant": "none"}),
+    Setup("8b bf16, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "none"}),
+    Setup("8b nf4, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "nf4", "stream": True}),
 ]
 
 
@@ -98,7 +99,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     )  # random weights of 24 blocks may be too rough in bf16 for the proof of flat batches; these pass
     folder = base_path(TOKENIZER) if demo else base(setup.base)
     shape = outline(folder)
-    multiplies = _median(lambda: 1e9 * hardware.measure_gemm(torch.bfloat16, setup.tokens, shape.hidden, shape.inner))
+    multiplies = _median(lambda: 1e9 * hardware.measure_gemm(torch.bfloat16, setup.micro, shape.hidden, shape.inner))
     reads = _median(lambda: read_rate(folder))
     cache = FOLDER / "cache-big"
     for part in ("pace", "probes"):  # each run measures its own, and takes its heaviest step before it begins
@@ -124,7 +125,7 @@ def _settings(setup: Setup, work: Path) -> dict[str, Any]:
     write_chats(data, Case(setup.base, setup.rank, 256, setup.tokens))
     return {
         "data": [str(data)], "rank": setup.rank, "steps": setup.steps, "batch_tokens": setup.tokens, "max_length": 256,
-        "micro_tokens": setup.tokens, "recompute": BLOCKS_TWICE[setup.base], "eval_rows": 2, "eval_steps": setup.steps,
+        "micro_tokens": setup.micro, "recompute": BLOCKS_TWICE[setup.base], "eval_rows": 2, "eval_steps": setup.steps,
         "checkpoint_steps": setup.steps,
     }  # fmt: skip
 

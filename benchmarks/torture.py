@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COUNTS = {"kills": 2000, "flips": 5000, "faults": 1000, "cuts": 1000, "signals": 200, "nans": 400}
+COUNTS = {"kills": 2000, "ways": 400, "flips": 5000, "faults": 1000, "cuts": 1000, "signals": 200, "nans": 400}
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "torture.json"
 

@@ -57,7 +57,6 @@ from deltaw.plan.demand import Demand
 from deltaw.plan.devices import DEVICES
 from deltaw.plan.pace import likely_way, measure_pace
 from deltaw.plan.speed import Clock
-from deltaw.report import write_report
 
 EVALUATION_TOKENS = 2048
 Progress = Callable[[int, int], None]
@@ -312,12 +311,12 @@ def train_run(
                 shutil.rmtree(run.folder)  # nothing is lost, and the corrected command may use the name
             else:
                 run.write_summary({"status": status, "verb": verb, "message": str(known)})
-                write_report(run.folder)
+                _write_report(run)
         if known is not error:
             raise known from error
         raise
     run.write_summary(summary)
-    write_report(run.folder)
+    _write_report(run)
     return summary
 
 
@@ -470,6 +469,21 @@ def bench(
         return run_bench(base, rank, seconds, say)
     except AdapterError as error:  # what was asked for does not suit the base
         raise UsageError(str(error)) from error
+
+
+def keep_forgetting(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path | None:
+    """Keeps what `Model.forgetting` measured in the run folder, and draws it in its report; None where it is no run."""
+    run = run_of(Path(path))
+    if run is None:
+        return None
+    write_text(run.forgetting, json.dumps(list(rows), indent=2) + "\n")
+    return _write_report(run)
+
+
+def _write_report(run: Run) -> Path:
+    from deltaw.report import write_report  # its plots hold 25 MB that training can use
+
+    return write_report(run.folder)
 
 
 def inspect(path: str | Path) -> dict[str, Any]:

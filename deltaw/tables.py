@@ -90,17 +90,18 @@ def spectra_table(console: Console, layers: Sequence[dict[str, Any]]) -> None:
 
 def beside_table(console: Console, layers: Sequence[dict[str, Any]]) -> None:
     """One line per layer: ΔW beside W, each number beside its control."""
-    headings = ("layer", "‖ΔW‖/‖W‖", "amplification", "random", "W's own", "intruders of 10")
+    headings = ("layer", "‖ΔW‖/‖W‖", "amplification", "random", "W's own", "rounding", "intruders of 10")
     rows = [
         (
             *(r["name"], f"{r['relative_norm']:.2%}"),
-            *(f"{r[key]:.3g}" for key in ("amplification", "random", "own")),
+            *(f"{r[key]:.3g}" for key in ("amplification", "random", "own", "rounding")),
             str(r["intruders"]),
         )
         for r in layers
     ]
     console.print()
     console.print(plain_table(headings, rows))
+    console.print("Rounding: the largest singular value of the noise that storing W in its dtype adds.")
     console.print("What intruder dimensions mean is contested; they also appear in models that forget nothing.")
 
 
@@ -112,11 +113,19 @@ def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
         "sign conflict": f"{found['sign_conflict']:.1%} (unrelated updates: {found['sign_conflict_null']:.0%})",
         "layers": f"{len(found['layers'])} in both, {len(found['only_first'])} and {len(found['only_second'])} in one",
     })  # fmt: skip
-    headings = ("layer", "cosine", "sign conflict", "interference", "φ output", "null", "φ input", "null")
+    for side, means in found["overlap"].items():
+        lines = [
+            (f"{i}", *(f"{phi:.2f} ({null:.2f})" for phi, null in zip(phis, nulls, strict=True)))
+            for i, phis, nulls in zip(means["first"], means["phi"], means["null"], strict=True)
+        ]
+        console.print()
+        console.print(plain_table((f"φ(i, j), {side} side", *map(str, means["second"])), lines))
+    headings = ("layer", "cosine", "sign conflict", "interference", "φ output", "null", "φ input", "null", "shared")
     rows = [
         (
             *(r["name"], f"{r['cosine']:+.3f}", f"{r['sign_conflict']:.1%}", f"{r['interference']:.2f}"),
             *(f"{r[side][key]:.3f}" for side in ("output", "input") for key in ("phi_all", "phi_all_null")),
+            ", ".join(f"{r[side]['shared_directions']:.0f}" for side in ("output", "input")),
         )
         for r in found["layers"]
     ]

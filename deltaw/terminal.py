@@ -99,6 +99,9 @@ class TerminalWatcher(Watcher):
     def start(self, trainer: Trainer) -> None:
         for line in _opening(trainer):
             self.say(line)
+        self.follow()
+
+    def follow(self) -> None:
         if self.live:
             columns = (TextColumn("training"), BarColumn(bar_width=24), _Status(Column(no_wrap=True)))
             self.bar = Progress(*columns, console=self.console)

@@ -182,6 +182,24 @@ def test_a_measured_rank_is_trained_measured_cut_and_healed(llama_folder, chats,
     assert [p["loss"] for p in again["points"]] == [p["loss"] for p in measured["points"]]
 
 
+def test_a_task_of_one_direction_is_cut_to_few_and_healed(llama_folder, tmp_path):
+    """Every answer is the same word: one direction of the output does it, whatever the rank that was trained."""
+    rows = [
+        {"prompt": " ".join(f"w{(5 * n + k) % 19}" for k in range(3 + n % 4)), "completion": "w3"} for n in range(60)
+    ]
+    data = tmp_path / "same.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": str(llama_folder), "data": [str(data)], "eval_data": [str(data)], "lr": 1e-2}
+    settings = make_settings({**given, **QUICK, "steps": 60, "out": str(tmp_path / "run")})
+    found = adapters.train_measured(settings)
+    made, reference = found["compressed"], found["measured"]["rank"]
+    small = read_adapter(tmp_path / "run" / "compressed")
+    assert made["ranks"]["most"] == small.spec.rank <= reference // 2
+    assert small.parameters < read_adapter(tmp_path / "run" / "adapter").parameters
+    healed = api.evaluate(tmp_path / "run" / "compressed", [data], str(llama_folder), **HERE)["loss"]
+    assert healed < 1.1 * found["measured"]["points"][-1]["loss"] + 0.01
+
+
 def test_without_data_and_without_a_run_there_is_nothing_to_measure_on(learned, tmp_path):
     alone = write_adapter(read_adapter(learned.adapter), tmp_path / "alone")
     with pytest.raises(UsageError, match="give --data"):

@@ -17,7 +17,7 @@ from models import byte_tokenizer, save_base, small_model
 import deltaw
 from deltaw import api, demonstration
 from deltaw.adapter import read_adapter
-from deltaw.cli import _show_demo
+from deltaw.cli.runs import _show_demo
 from deltaw.config import make_settings
 from deltaw.engine.train import Watcher
 from deltaw.errors import AdapterError, BaseError, DataError, Interrupted, UsageError

@@ -84,22 +84,8 @@ def test_help_is_there_in_less_than_a_third_of_a_second():
 
 def test_every_verb_has_help_and_every_option_of_it_a_sentence():
     assert [*cli.main.commands] == [
-        "demo",
-        "train",
-        "plan",
-        "eval",
-        "generate",
-        "merge",
-        "inspect",
-        "sweep",
-        "rank",
-        "compress",
-        "combine",
-        "verify",
-        "bench",
-        "doctor",
-        "chat",
-        "data",
+        *("demo", "train", "plan", "sweep", "eval", "generate", "chat", "merge"),
+        *("inspect", "rank", "compress", "combine", "verify", "bench", "doctor", "data"),
     ]
     for name, verb in cli.main.commands.items():
         shown = _run(name, "--help")
@@ -548,9 +534,12 @@ def test_adapters_are_measured_compressed_summed_and_shown_from_the_command_line
     shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest", "--json")
     facts = json.loads(shown.stdout)
     assert len(facts["spectra"]) == len(facts["beside"]) == len(facts["against"]["layers"])
-    shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest")
+    page = tmp_path / "inspect.html"
+    shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest", "--page", page)
+    assert facts["spectra"][0]["name"] in page.read_text() and "Against rest" in page.read_text()
     shown_eval = _run("eval", tiny_run.folder, "--data", chats, "--forgetting")
     assert shown_eval.exit_code == 0 and "KL to the base" in shown_eval.stdout
+    assert (tiny_run.folder / "forgetting.json").is_file()
     assert all(word in shown.stdout for word in ("energy@90", "amplification", "sign conflict", "intruders"))
 
 

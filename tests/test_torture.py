@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-COUNTS = {"kills": 300, "flips": 5000, "faults": 400, "cuts": 400, "signals": 25, "nans": 60}
+COUNTS = {"kills": 300, "flips": 5000, "faults": 400, "cuts": 400, "ways": 24, "signals": 25, "nans": 60}
 SCRIPT = Path(__file__).parent / "torture.py"
 
 
@@ -37,6 +37,12 @@ def _of(started: dict[str, Future], kind: str) -> dict:
 def test_three_hundred_kills_lose_no_run_and_change_no_bit(started):
     found = _of(started, "kills")
     assert found["kills"] >= 300 and found["others"] == [] and found["identical"] == found["runs"] > 100
+
+
+def test_kills_change_no_bit_either_where_a_base_is_streamed_or_quantised_or_computes_blocks_again(started):
+    found = _of(started, "ways")
+    assert found["kills"] >= 24 and found["others"] == [] and found["identical"] == found["runs"]
+    assert found["ways"] == 4 and found["as_plain"] == 2
 
 
 def test_five_thousand_flipped_bits_and_truncations_are_all_found_and_the_older_checkpoint_is_used(started):

@@ -40,13 +40,19 @@ from deltaw.errors import DeltawError, Interrupted, NotFiniteError
 _remove = shutil.rmtree  # ours, not the one that is sabotaged
 TIMES = ("seconds", "peak_bytes", "eval_seconds")
 STEPS = 12
+WAYS = (  # whether their bits are those of a base in memory that computes every block once, and what is asked for
+    (True, {"recompute": 1}),
+    (True, {"stream": True}),
+    (False, {"quant": "nf4"}),
+    (False, {"quant": "int8", "stream": True, "recompute": 2}),
+)
 
 
 class Ground:
     """A folder with a base, data, and the run that nobody disturbed."""
 
-    def __init__(self, folder: Path, steps: int = STEPS, every: int = 2) -> None:
-        self.folder, self.steps, self.every = folder, steps, every
+    def __init__(self, folder: Path, steps: int = STEPS, every: int = 2, options: dict[str, Any] | None = None) -> None:
+        self.folder, self.steps, self.every, self.options = folder, steps, every, options or {}
         os.environ["DELTAW_CACHE"] = str(folder / "cache")
         self.base = save_base(folder / "base")
         self.data = folder / "chats.jsonl"
@@ -74,6 +80,7 @@ class Ground:
             "dropout": 0.1, "steps": self.steps, "batch_tokens": 128, "lr": 1e-2, "eval_steps": self.every,
             "checkpoint_steps": self.every, "eval_rows": 2, "device": "cpu", "dtype": "float32", "threads": 1,
             "date": "2026-01-31",  # of the runs that are compared, some begin before midnight
+            **self.options,
         })  # fmt: skip
         engine.train(create_run(settings), settings, Watcher())
 
@@ -149,6 +156,18 @@ def kills(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
             assert code == -9, code
         outcomes.append(ground.finish(name))
     return {"kills": done, "runs": len(outcomes), **_counts(outcomes)}
+
+
+def ways(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
+    """Kills of runs whose base is streamed or quantised or computes blocks again; the exact ways end as plain runs do."""
+    found, as_plain = [], 0
+    for number, (exact, options) in enumerate(WAYS):
+        there = Ground(ground.folder / f"way-{number}", ground.steps, ground.every, options)
+        found.append(kills(there, -(-count // len(WAYS)), random_))
+        as_plain += exact and there.wanted["tensors"] == ground.wanted["tensors"]
+    others = sorted({other for one in found for other in one["others"]})
+    total = {name: sum(one[name] for one in found) for name in ("kills", "runs", "identical")}
+    return {**total, "others": others, "ways": len(WAYS), "as_plain": as_plain}
 
 
 def _at_operation(number: int, act: Callable[[], None]) -> Callable[[], None]:
@@ -320,6 +339,7 @@ def _counts(outcomes: list[str]) -> dict[str, Any]:
 
 KINDS: dict[str, tuple[Callable[..., dict[str, Any]], int, int]] = {
     "kills": (kills, STEPS, 2),
+    "ways": (ways, STEPS, 2),
     "cuts": (cuts, 2, 1),
     "faults": (faults, 2, 1),
     "flips": (flips, 4, 1),

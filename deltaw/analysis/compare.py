@@ -9,6 +9,7 @@ Legend: O outputs, I inputs, R ranks, K singular values; 1 and 2 the two adapter
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from deltaw.errors import AdapterError
 KEPT = 0.2
 # Two unrelated updates disagree in sign half of the time.
 CONFLICT_NULL = 0.5
+# Of a normal distribution, how many deviations above the mean its 99 % quantile lies.
+NULL_DEVIATIONS = 2.326
+SIDES = ("output", "input")
 
 
 class Overlap(NamedTuple):
@@ -41,6 +45,19 @@ def overlap(first_NK: Tensor, second_NK: Tensor) -> Overlap:
     i = torch.arange(1, summed.shape[0] + 1, dtype=summed.dtype)[:, None]
     j = torch.arange(1, summed.shape[1] + 1, dtype=summed.dtype)[None]
     return Overlap(summed / torch.minimum(i, j), torch.maximum(i, j) / first_NK.shape[0])
+
+
+def shared_directions(found: Overlap, dimensions: int) -> int:
+    """The largest i whose first i directions φ(i, i) says are shared: above the 99 % quantile of random ones; else 0.
+
+    Of two adapters that differ in their seed alone it is how many directions the task decides. i·φ(i, i) of random
+    ones is about χ² with i² degrees of freedom over N, whose quantile is Wilson and Hilferty's (1931).
+    """
+    i = torch.arange(1, min(found.phi.shape) + 1, dtype=found.phi.dtype)
+    spread = 2 / (9 * i.square())
+    quantile = i * (1 - spread + NULL_DEVIATIONS * spread.sqrt()) ** 3 / dimensions
+    above = (found.phi.diagonal() > quantile).nonzero()
+    return int(above[-1]) + 1 if len(above) else 0
 
 
 def principal_angles(first_NK: Tensor, second_NK: Tensor) -> Tensor:
@@ -104,18 +121,21 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
     """Both adapters layer by layer, and over all layers. Raises AdapterError when they share no layer.
 
     A layer has cosine, sign conflict, interference, and for the sides "output" (U) and "input" (V) φ of the first
-    directions, of all of them, its null, and the smallest principal angle in degrees; NaN for what has no directions,
-    where an update is zero.
+    directions, of all of them, its null, the smallest principal angle in degrees, and how many directions are shared;
+    NaN for what has no directions, where an update is zero. `overlap` has φ(i, j) for i and j of 1, 2, 4 …, its mean
+    over the layers, and that of its null.
     """
     names = [name for name in first.factors if name in second.factors and _same_shape(first, second, name)]
     if not names:
         raise AdapterError("These adapters have no layer of the same name and shape, so there is nothing to compare.")
-    layers = [_compared(first, second, name) for name in names]
+    pairs = {name: [_strongest(one, name) for one in (first, second)] for name in names}
+    layers = [_compared(first, second, name, *pairs[name]) for name in names]
     conflicts = [layer["sign_conflict"] for layer in layers if not math.isnan(layer["sign_conflict"])]
     return {
         "cosine": cosine(first, second, names),
         "sign_conflict": sum(conflicts) / len(conflicts) if conflicts else math.nan,
         "sign_conflict_null": CONFLICT_NULL,
+        "overlap": {side: _mean_overlap([_of_side(pair, side) for pair in pairs.values()]) for side in SIDES},
         "layers": layers,
         "only_first": [name for name in first.factors if name not in names],
         "only_second": [name for name in second.factors if name not in names],
@@ -127,28 +147,58 @@ def _same_shape(first: Adapter, second: Adapter, name: str) -> bool:
     return A1.shape[-1] == A2.shape[-1] and B1.shape[:-1] == B2.shape[:-1]
 
 
-def _compared(first: Adapter, second: Adapter, name: str) -> dict[str, Any]:
-    one, two = spectrum(first, name), spectrum(second, name)
-    if one.sigma_K.ndim > 1:  # of a stack the first expert stands for its directions
-        one, two = (Spectrum(*(part[0] for part in found)) for found in (one, two))
-    one, two = held(one), held(two)
-    sides = {"output": (one.U_OK, two.U_OK), "input": (one.V_IK, two.V_IK)}
+def _strongest(adapter: Adapter, name: str) -> Spectrum:
+    """A layer's directions that hold something; of a stack, those of its first expert."""
+    found = spectrum(adapter, name)
+    return held(Spectrum(*(part[0] for part in found)) if found.sigma_K.ndim > 1 else found)
+
+
+def _of_side(pair: Sequence[Spectrum], side: str) -> tuple[Tensor, Tensor]:
+    first, second = ((found.U_OK if side == "output" else found.V_IK) for found in pair)
+    return first, second
+
+
+def _compared(first: Adapter, second: Adapter, name: str, one: Spectrum, two: Spectrum) -> dict[str, Any]:
     return {
         "name": name,
         "cosine": cosine(first, second, [name]),
         "sign_conflict": sign_conflict(first, second, name),
         "interference": interference(one, two),
-        **{side: _side(*pair) for side, pair in sides.items()},
+        **{side: _side(*_of_side((one, two), side)) for side in SIDES},
     }
 
 
-_SIDE = ("phi_first", "phi_first_null", "phi_all", "phi_all_null", "smallest_angle_degrees")
+_SIDE = ("phi_first", "phi_first_null", "phi_all", "phi_all_null", "smallest_angle_degrees", "shared_directions")
 
 
 def _side(first_NK: Tensor, second_NK: Tensor) -> dict[str, float]:
-    phi, null = overlap(first_NK, second_NK)
+    found = overlap(first_NK, second_NK)
+    phi, null = found
     if not phi.numel():
         return dict.fromkeys(_SIDE, math.nan)
     smallest = math.degrees(float(principal_angles(first_NK, second_NK)[0]))
     numbers = (float(phi[0, 0]), float(null[0, 0]), float(phi[-1, -1]), float(null[-1, -1]), smallest)
-    return dict(zip(_SIDE, numbers, strict=True))
+    return dict(zip(_SIDE, (*numbers, shared_directions(found, len(first_NK))), strict=True))
+
+
+def _mean_overlap(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """φ and its null for numbers of directions 1, 2, 4 …, over the layers that have so many; `first` and `second`."""
+    found = [overlap(*pair) for pair in pairs if all(side.numel() for side in pair)]
+    sizes = [_powers(max((one.phi.shape[axis] for one in found), default=0)) for axis in (0, 1)]
+
+    def means(which: int) -> list[list[float]]:
+        def mean(i: int, j: int) -> float:
+            return _mean([float(one[which][i - 1, j - 1]) for one in found if one.phi[i - 1 : i, j - 1 : j].numel()])
+
+        return [[mean(i, j) for j in sizes[1]] for i in sizes[0]]
+
+    return {"first": sizes[0], "second": sizes[1], "phi": means(0), "null": means(1)}
+
+
+def _powers(highest: int) -> list[int]:
+    """1, 2, 4 … and the highest."""
+    return sorted({2**power for power in range(highest.bit_length())} | ({highest} if highest else set()))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -22,23 +22,25 @@ class Beside:
 
     `relative_norm` is ‖ΔW‖_F/‖W‖_F. `amplification` is ‖ΔW‖_F/‖UᵀWV‖_F with U and V the directions of ΔW: how much it
     enlarges what W does with them (arXiv 2106.09685 table 7); `random` is the same with random directions, `own` with
-    W's own strongest ones. `intruders` counts, among the ten strongest directions of W + ΔW, those that W does not have
-    (arXiv 2410.21228, whose meaning is contested).
+    W's own strongest ones. `rounding` is the largest singular value of the noise that storing such weights in W's dtype
+    adds: directions of ΔW below it are weaker than that. `intruders` counts, among the ten strongest directions of W +
+    ΔW, those that W does not have (arXiv 2410.21228, whose meaning is contested).
     """
 
     relative_norm: float
     amplification: float
     random: float
     own: float
+    rounding: float
     intruders: int
 
 
 def beside(found: Spectrum, W_OI: Tensor, seed: int = 0) -> Beside:
-    """The numbers of one layer in fp64. An update of zero amplifies nothing: 0 everywhere."""
+    """The numbers of one layer in fp64. An update of zero amplifies nothing: 0 everywhere but `rounding`."""
     W = W_OI.detach().cpu().flatten(1).double()
     kept = held(found) if float(found.sigma_K[0]) else None
     if kept is None:
-        return Beside(0.0, 0.0, 0.0, 0.0, 0)
+        return Beside(0.0, 0.0, 0.0, 0.0, rounding_edge(W_OI), 0)
     size = float(kept.sigma_K.square().sum().sqrt())
     directions = _directions(W)
     strongest = _sizes(W, directions)[: len(kept.sigma_K)]
@@ -50,8 +52,20 @@ def beside(found: Spectrum, W_OI: Tensor, seed: int = 0) -> Beside:
         amplification=size / float((kept.U_OK.mT @ W @ kept.V_IK).norm()),
         random=size / float((U.mT @ W @ V).norm()),
         own=size / float(strongest.square().sum().sqrt()),
+        rounding=rounding_edge(W_OI),
         intruders=_intruders(directions, _directions(changed)),
     )
+
+
+def rounding_edge(W_OI: Tensor) -> float:
+    """(√O + √I)·ε, the edge of the singular values of independent errors (Geman 1980) as large as rounding makes them.
+
+    ε² is the mean over the entries of u²/12, where u is how far apart numbers of W's dtype lie there.
+    """
+    W = W_OI.detach().cpu().flatten(1)
+    steps = torch.ldexp(torch.full_like(W, torch.finfo(W.dtype).eps).double(), torch.frexp(W.double()).exponent - 1)
+    deviation = (steps.square() * (W != 0)).mean().div(12).sqrt()
+    return float(deviation) * (W.shape[0] ** 0.5 + W.shape[1] ** 0.5)
 
 
 def _directions(W: Tensor) -> Tensor:

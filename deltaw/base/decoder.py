@@ -8,8 +8,9 @@ have, the modules run as they are (`refusal`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,17 @@ from deltaw.adapter import AdaptedLayer, Injection, injection_of
 from deltaw.base.forward import Recomputed
 from deltaw.base.reading import Block, Gate, Unreadable, read_block, read_norm
 from deltaw.kernels import Branch, Span, gated_sum, normed, normed_projections, projected_sum, rotary_attention
+
+Live = Mapping[int, AdaptedLayer]
+
+
+class Row(NamedTuple):
+    """A flat row of documents as `hidden_states` takes it, and the N of its places whose hidden states are wanted."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    spans: tuple[Span, ...]
+    rows_N: Tensor
 
 
 class Decoder:
@@ -67,9 +79,8 @@ class Decoder:
         self, tokens_T: Tensor, positions_T: Tensor, spans: tuple[Span, ...], rows_N: Tensor | None = None
     ) -> Tensor:
         """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it."""
-        injection = injection_of(self.model)
-        live, strength = _live(injection), 1.0 if injection is None else injection.strength
-        angles = {kind: self._angles(positions_T, kind) for kind in {block.angles for block in self.blocks}}
+        live, strength = self._adapters()
+        angles = self._all_angles(positions_T)
         x_TH = self.inner.embed_tokens(tokens_T)
         for number, block in enumerate(self.blocks):
             wanted_N = rows_N if block is self.blocks[-1] else None
@@ -80,15 +91,63 @@ class Decoder:
                 x_TH = _run(block, x_TH, *rest)
         return normed(x_TH, self.norm)
 
+    def accumulate(self, rows: Sequence[Row], loss: Callable[[int, Tensor], Tensor]) -> None:
+        """Adds to the factors the gradients of `loss(number, hidden states)` of every row, blocks outermost.
+
+        Each block serves all rows before the next one does, so its weights are read twice and not twice a row; kept are
+        the inputs of blocks alone, and the rest is computed again. To the bit what backward of one row after the other
+        gives, since each factor sums up the rows in their order.
+        """
+        live, strength = self._adapters()
+        angles = [self._all_angles(row.positions_T) for row in rows]
+        embedded = id(self.inner.embed_tokens) in live
+        adapted = (n for n, layer in enumerate(self.inner.layers) if any(id(part) in live for part in layer.modules()))
+        lowest = 0 if embedded else next(adapted, len(self.blocks))  # nothing below it needs a gradient
+
+        def run(number: int, row: int, x_TH: Tensor) -> Tensor:
+            block = self.blocks[number]
+            wanted_N = rows[row].rows_N if block is self.blocks[-1] else None
+            return _run(block, x_TH, angles[row][block.angles], rows[row].spans, live, strength, wanted_N)
+
+        stops = itertools.accumulate((len(row.tokens_T) for row in rows), initial=0)
+        places = [slice(*ends) for ends in itertools.pairwise(stops)]
+        with torch.no_grad():
+            first = torch.cat([self.inner.embed_tokens(row.tokens_T) for row in rows])
+            inputs_LTH = first.new_empty(len(self.blocks), *first.shape)  # whole, so that it leaves no gaps in the heap
+            inputs_LTH[0] = first
+            del first
+            for number in range(len(self.blocks) - 1):
+                for row, place in enumerate(places):
+                    inputs_LTH[number + 1, place] = run(number, row, inputs_LTH[number, place])
+            last = [run(len(self.blocks) - 1, row, inputs_LTH[-1, place]) for row, place in enumerate(places)]
+        slopes = []
+        for row, x_NH in enumerate(last):
+            loss(row, normed(x_NH.requires_grad_(), self.norm)).backward()
+            slopes.append(x_NH.grad)
+        for number in reversed(range(lowest, len(self.blocks))):
+            for row, place in enumerate(places):
+                x_TH = inputs_LTH[number, place].detach().requires_grad_(embedded or number > lowest)
+                run(number, row, x_TH).backward(slopes[row])
+                slopes[row] = x_TH.grad
+        if embedded:
+            for one, slope in zip(rows, slopes, strict=True):
+                self.inner.embed_tokens(one.tokens_T).backward(slope)
+
+    def _adapters(self) -> tuple[Live, float]:
+        """The adapted layers at work, and how strong they are."""
+        injection = injection_of(self.model)
+        return _live(injection), 1.0 if injection is None else injection.strength
+
+    def _all_angles(self, positions_T: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """Those of each kind of layer."""
+        return {kind: self._angles(positions_T, kind) for kind in {block.angles for block in self.blocks}}
+
     def _angles(self, positions_T: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, half of the rotated width], in fp32."""
         like = torch.empty(0, dtype=torch.float32, device=positions_T.device)
         found = self.inner.rotary_emb(like, positions_T[None], *(() if kind is None else (kind,)))
         cos_TE, sin_TE = (x[0, :, : x.shape[-1] // 2].contiguous() for x in found)
         return cos_TE, sin_TE
-
-
-Live = Mapping[int, AdaptedLayer]
 
 
 def _live(injection: Injection | None) -> Live:

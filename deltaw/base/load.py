@@ -23,6 +23,7 @@ from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from deltaw.adapter.weight import stored_tensors
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
@@ -34,7 +35,7 @@ from deltaw.base.stream import stream as streaming
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, look, set_threads, tune_memory
-from deltaw.kernels import Span, spans_of
+from deltaw.kernels import continued_spans
 
 MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
 # Layers: the deepest published models have about 130.
@@ -123,10 +124,7 @@ class Base:
         `before` names for each document the rows that it continues; only where `shares_prefixes`.
         """
         if self.decoder is not None and self.slow_reason is None and forward.may_be_flat(self.model, bounds):
-            spans = spans_of(bounds)
-            if before:
-                spans = tuple(Span(*span[:2], *rows) for span, rows in zip(spans, before, strict=True))
-            return self.decoder.hidden_states(tokens_T, positions_T, spans, rows_N)
+            return self.decoder.hidden_states(tokens_T, positions_T, continued_spans(bounds, before), rows_N)
         assert not before, "only the kernels know documents that continue others"
         h_TH = forward.flat_hidden_states(self.model, tokens_T, positions_T, bounds)
         return h_TH if rows_N is None else h_TH[rows_N]
@@ -155,6 +153,18 @@ class Base:
         if self.decoder is not None:
             self.decoder.recompute = count
         forward.recompute_modules(blocks_of(self.model), count)
+
+    @property
+    def tokens_a_reading(self) -> int:
+        """How many tokens one reading of a streamed base serves: as many as blocks' inputs take a block's bytes.
+
+        0 where passes run one by one.
+        """
+        layers = len(blocks_of(self.model))
+        if self.pager is None or not self.shares_prefixes or self.decoder is None or self.decoder.recompute < layers:
+            return 0
+        block_bytes = sum(tensor.nbytes for tensor in stored_tensors(blocks_of(self.model)[0]))
+        return block_bytes // ((layers + 1) * self.model.config.get_text_config().hidden_size * self.dtype.itemsize)
 
     def logits(self, h_NH: Tensor) -> Tensor:
         """Logits [N, V] from hidden states."""
@@ -194,6 +204,7 @@ def load(
         quantise(model, quant, weight_digest(folder), where, chosen, tell)
     model.requires_grad_(False).eval()
     pager = streaming(model) if stream else None
+    followed = follow_modules(model) if stream else []  # the proofs run modules too
     reason = forward.prove(model)
     if reason is not None and forward.sees_later_tokens(model):
         raise BaseError(
@@ -201,8 +212,9 @@ def load(
         )
     decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
     tokenizer = tokenizer or open_tokenizer(folder)
-    if pager is not None and decoder is None:
-        follow_modules(model)
+    if decoder is not None:  # which reads weights through the seam
+        for handle in followed:
+            handle.remove()
     return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager)
 
 

@@ -18,25 +18,31 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from deltaw.adapter.weight import ON_READ, stored_tensors
 from deltaw.errors import BaseError
+from deltaw.hardware import look
 
 MAPPED_SHARE = 0.9  # of a base, so that streaming it makes sense
 _PAGE = mmap.PAGESIZE
-_WILL_NEED, _DO_NOT_NEED, _POPULATE_READ = 3, 4, 22  # as Linux numbers them
+_WILL_NEED, _DO_NOT_NEED, _PAGE_OUT, _POPULATE_READ = 3, 4, 21, 22  # as Linux numbers them
+CACHED_SHARE = 0.5  # of the memory there is, up to which the system may keep what the run has let go
 _Range = tuple[int, int]
 
 
 class Pager:
     """Reads and drops the pages of sections of weights that are used one after the other, up and down.
 
-    Of all sections, the one in use and the one that comes next are in memory.
+    Of all sections, the one in use and the one that comes next are in memory. What is dropped leaves this process;
+    with `evict` the system's cache too: where not all fits, it would keep used pages and drop those just read ahead.
     """
 
-    def __init__(self, sections: Sequence[Sequence[_Range]]) -> None:
+    def __init__(self, sections: Sequence[Sequence[_Range]], *, evict: bool = False) -> None:
         self.sections = sections
         self.current, self.held = -1, set[int]()
+        # On files of others the first does nothing.
+        self._drop = (_PAGE_OUT, _DO_NOT_NEED) if evict else (_DO_NOT_NEED,)
         self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="deltaw-pager", daemon=True)
         self._reader.start()
@@ -49,7 +55,8 @@ class Pager:
         up = (number > self.current or number == 0) and number != last  # the way turns at both ends
         following = min(number + 1, last) if up else max(number - 1, 0)
         for other in self.held - {number, following}:
-            _advise(self.sections[other], _DO_NOT_NEED)
+            for advice in self._drop:
+                _advise(self.sections[other], advice)
         if following not in self.held:
             self._asked.put(following)
         self.held, self.current = {number, following}, number
@@ -83,15 +90,18 @@ def stream(model: Any) -> Pager:
             "dtype, save it in the one that it computes in (model.to(dtype).save_pretrained) or give --quant nf4; "
             "experts that lie apart in the files cannot be streamed yet."
         )
-    pager = Pager(ranges)
+    pager = Pager(ranges, evict=mapped > CACHED_SHARE * look().memory_limit_bytes)
     for number, section in enumerate(sections):
         for module in section.modules():
             module.__dict__[ON_READ] = partial(pager.enter, number)
     return pager
 
 
-def follow_modules(model: Any) -> None:
-    """Tells the Pager also of sections that run by their own modules, whose weights no kernel asks for."""
+def follow_modules(model: Any) -> list[RemovableHandle]:
+    """Tells the Pager also of sections that run by their own modules, whose weights no kernel asks for.
+
+    Returns what ends it.
+    """
 
     def before(module: nn.Module, _args: Any) -> None:
         module.__dict__[ON_READ]()
@@ -101,9 +111,9 @@ def follow_modules(model: Any) -> None:
         if first.requires_grad:
             first.register_hook(lambda _: module.__dict__[ON_READ]())
 
-    for section in (*blocks_of(model), model.get_output_embeddings()):
-        section.register_forward_pre_hook(before)
-        section.register_forward_hook(after)
+    sections = (*blocks_of(model), model.get_output_embeddings())
+    handles = [section.register_forward_pre_hook(before) for section in sections]
+    return [*handles, *(section.register_forward_hook(after) for section in sections)]
 
 
 def release(tensors: Iterable[Tensor]) -> None:

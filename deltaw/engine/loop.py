@@ -18,7 +18,7 @@ from deltaw.adapter.math import seed_of
 from deltaw.base.load import Base
 from deltaw.data.loader import Loader, Step
 from deltaw.data.pack import Batch
-from deltaw.engine.objective import batch_loss, head_factors
+from deltaw.engine.objective import accumulate, head_factors
 from deltaw.engine.optim import FlatFactors, rate_factor
 from deltaw.errors import AdapterError, NotFiniteError, bullet_list
 
@@ -186,15 +186,9 @@ def forward_backward(
             torch.manual_seed(seed_of(track.loader.seed, f"dropout of step {progress.step + 1}"))
         batches = track.loader.batches(step)
         weight = sum(batch.weight for batch in batches)
-        inner = head_factors(base, injection)
-        total = 0.0
-        for batch in batches:
-            if interrupted():
-                return None
-            loss = batch_loss(base, batch.to(base.device), inner)
-            if loss.requires_grad and weight:
-                (loss / weight).backward()
-            total += float(loss.detach())
+        total = accumulate(base, batches, weight, head_factors(base, injection), interrupted)
+        if total is None:
+            return None
         tokens = sum(batch.tokens for batch in batches)
         trained = sum(batch.trained_tokens for batch in batches)
         computed = sum(batch.computed_tokens for batch in batches)

@@ -5,7 +5,7 @@ A sum and never a mean: the caller divides once by the weight of the whole optim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.adapter import Injection
+from deltaw.base.decoder import Row
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base
 from deltaw.data.pack import Batch
-from deltaw.kernels import labelled_loss, token_losses
+from deltaw.kernels import continued_spans, labelled_loss, token_losses
 
 
 class Scores(NamedTuple):
@@ -41,6 +42,67 @@ def batch_loss(base: Base, batch: Batch, head_factors: Sequence[Tensor] = ()) ->
     h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N, batch.before)
     targets_N, weights_N = batch.targets_T[labelled_N], batch.weights_T[labelled_N]
     return labelled_loss(h_NH, base.logits, targets_N, weights_N, base.vocabulary, head_factors)
+
+
+def accumulate(
+    base: Base,
+    batches: Sequence[Batch],
+    weight: float,
+    head_factors: Sequence[Tensor] = (),
+    interrupted: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Σ weighted losses of a step's passes, the gradients of Σ/`weight` added to the factors; None when interrupted.
+
+    Where reading the base costs, one reading serves several passes: to the bit the same.
+    """
+    total = 0.0
+    for group in _groups(base, batches):
+        if interrupted():
+            return None
+        if len(group) > 1 and weight:
+            for number in _accumulate_together(base, group, weight, head_factors):
+                total += number
+            continue
+        for batch in group:
+            loss = batch_loss(base, batch, head_factors)
+            if loss.requires_grad and weight:
+                (loss / weight).backward()
+            total += float(loss.detach())
+    return total
+
+
+def _groups(base: Base, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
+    """The passes that one reading of the base serves."""
+    most, group = base.tokens_a_reading, list[Batch]()
+    for batch in batches:
+        if group and sum(one.computed_tokens for one in (*group, batch)) > most:
+            yield group
+            group = []
+        group.append(batch.to(base.device))
+    if group:
+        yield group
+
+
+def _accumulate_together(
+    base: Base, group: Sequence[Batch], weight: float, head_factors: Sequence[Tensor]
+) -> list[float]:
+    """The loss of each pass."""
+    assert base.decoder is not None, "tokens_a_reading is 0 without one"
+    places = [batch.weights_T.nonzero().squeeze(1) for batch in group]
+    rows = [
+        Row(batch.tokens_T, batch.positions_T, continued_spans(batch.bounds, batch.before), labelled_N)
+        for batch, labelled_N in zip(group, places, strict=True)
+    ]
+    losses = []
+
+    def loss(number: int, h_NH: Tensor) -> Tensor:
+        targets_N, weights_N = (x[places[number]] for x in (group[number].targets_T, group[number].weights_T))
+        found = labelled_loss(h_NH, base.logits, targets_N, weights_N, base.vocabulary, head_factors)
+        losses.append(float(found.detach()))
+        return found / weight
+
+    base.decoder.accumulate(rows, loss)
+    return losses
 
 
 @torch.no_grad()

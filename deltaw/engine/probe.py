@@ -23,7 +23,7 @@ from deltaw.data.pack import batch_of
 from deltaw.data.store import TokenStore
 from deltaw.disk import disk_errors, write_text
 from deltaw.engine.checkpoint import save_checkpoint
-from deltaw.engine.objective import batch_loss, head_factors, score_batch
+from deltaw.engine.objective import accumulate, head_factors, score_batch
 from deltaw.errors import DiskError, DoesNotFitError, does_not_fit
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def _key(trainer: Trainer) -> str:
 def _step(trainer: Trainer, documents: list[int]) -> None:
     base, store = trainer.ready.base, trainer.ready.data["train"].store
     trainer.injection.train(True)
-    loss = batch_loss(base, batch_of(store, documents).to(base.device), head_factors(base, trainer.injection))
-    if loss.requires_grad:
-        loss.backward()
+    batch = batch_of(store, documents)
+    together = min(base.tokens_a_reading, int(trainer.settings.batch_tokens)) // batch.computed_tokens
+    accumulate(base, [batch] * max(1, together), 1.0, head_factors(base, trainer.injection))
     trainer.flat.step([0.0])
     trainer.injection.train(False)
 

@@ -89,6 +89,11 @@ class Run:
         return self.folder / "tokens"
 
     @property
+    def forgetting(self) -> Path:
+        """What was gained and forgotten by strength, where that was measured."""
+        return self.folder / "forgetting.json"
+
+    @property
     def plan(self) -> Path:
         """What it was said to cost before it began."""
         return self.folder / "plan.json"

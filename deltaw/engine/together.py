@@ -134,6 +134,8 @@ class Together:
             for cell in self.cells:
                 cell.metrics = MetricsLog(cell.run.metrics, self.progress.step, [])
                 opened.callback(cell.metrics.close)
+            self.watcher.follow()
+            opened.callback(self.watcher.stop)
             with signals(self):
                 whole = fit(
                     self.ready.base, self.injection, self.flat, self.progress, self.length, self.observe,

@@ -24,6 +24,9 @@ class Watcher:
     def start(self, trainer: Trainer) -> None:
         """Everything is ready; the first step follows."""
 
+    def follow(self) -> None:
+        """The same for several adapters together, of which no single trainer tells."""
+
     def step(self, line: dict[str, Any], progress: Progress, length: Length) -> None:
         """A step has ended; `line` is its metrics line."""
 

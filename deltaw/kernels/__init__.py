@@ -1,6 +1,6 @@
 """The hot path: what a decoder layer computes, forward and backward, each piece with a plain reference in its test."""
 
-from deltaw.kernels.attention import Span, document_attention, spans_of
+from deltaw.kernels.attention import Span, continued_spans, document_attention, spans_of
 from deltaw.kernels.block import Heads, gated_sum, normed, normed_projections, projected_sum, rotary_attention
 from deltaw.kernels.linear import Branch
 from deltaw.kernels.loss import labelled_loss, token_losses
@@ -11,6 +11,7 @@ __all__ = [
     "Heads",
     "Norm",
     "Span",
+    "continued_spans",
     "document_attention",
     "gated_sum",
     "labelled_loss",

@@ -54,6 +54,12 @@ def spans_of(bounds: Sequence[int]) -> tuple[Span, ...]:
     return tuple(Span(start, stop) for start, stop in pairwise(bounds))
 
 
+def continued_spans(bounds: Sequence[int], before: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
+    """The spans of documents that continue the rows in `before`; nothing where that is empty."""
+    spans = spans_of(bounds)
+    return tuple(Span(*span[:2], *rows) for span, rows in zip(spans, before, strict=True)) if before else spans
+
+
 @dataclass(frozen=True)
 class Tile:
     """The queries of `count` documents and the keys they may see: those `before` all of them, and each its own.

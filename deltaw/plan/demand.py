@@ -13,6 +13,7 @@ import torch
 
 from deltaw.adapter.layer import Target
 from deltaw.base.load import MAX_CONTEXT
+from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline, stored_dtype
 from deltaw.config import Settings
 from deltaw.data.loader import Loader
@@ -103,6 +104,21 @@ class Demand:
         count = max(1, int(np.searchsorted(lengths.cumsum(), micro_tokens, side="right")))
         labelled = np.minimum(store.trained[order[:count]], lengths[:count]).sum()
         return Pass(tuple(int(n) for n in lengths[:count]), int(labelled))
+
+    def tokens_a_reading(self, choice: Choice, way: str) -> int:
+        """How many tokens one reading of the base serves, as Base.tokens_a_reading; 0 where passes run one by one."""
+        outline, b = self.outline, self.dtype.itemsize
+        if not choice.stream or way != "kernels" or choice.recompute < outline.layers:
+            return 0
+        return self.block_bytes(choice.quant) // ((outline.layers + 1) * outline.hidden * b)
+
+    def block_bytes(self, quant: str) -> int:
+        """What the weights of one block take as they are stored."""
+        outline, b = self.outline, self.dtype.itemsize
+        block = outline.block_parameters * b
+        if quant == "none":
+            return block
+        return round(block + outline.product_parameters / max(1, outline.layers) * (BYTES[quant] - b))
 
     @cached_property
     def step_count(self) -> int | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from deltaw.base.quant import BYTES
 from deltaw.kernels.attention import TILE_TOKENS, WHOLE_TOKENS
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
@@ -98,10 +97,7 @@ def _running_bytes(choice: Choice, way: str) -> int:
 def base_bytes(demand: Demand, choice: Choice) -> int:
     """What of the base has to be in memory at once; of a streamed one the block that computes."""
     outline, b = demand.outline, demand.dtype.itemsize
-    per_block = outline.product_parameters / max(1, outline.layers)
-    block = outline.block_parameters * b
-    if choice.quant != "none":  # the linear layers small, and one of them dense at a time
-        block = round(block + per_block * (BYTES[choice.quant] - b))
+    block = demand.block_bytes(choice.quant)
     if choice.stream:
         return block
     rest = (outline.parameters - outline.layers * outline.block_parameters) * b
@@ -113,6 +109,9 @@ def _kept(demand: Demand, choice: Choice, heavy: Pass, way: str, b: int) -> int:
     outline, T = demand.outline, heavy.tokens
     block = _block_bytes(demand, way, b) * T
     kept = (outline.layers - choice.recompute) * block + choice.recompute * outline.hidden * b * T
+    together = min(demand.tokens_a_reading(choice, way), int(demand.settings.batch_tokens))
+    if together > T:  # inputs of every block and one slope, of several passes
+        kept = (outline.layers + 1) * outline.hidden * b * together
     return round(kept + (block if choice.recompute else 0))
 
 

@@ -45,7 +45,12 @@ class Clock:
 
     def step(self, choice: Choice, passes: Sequence[Pass]) -> float:
         """One optimiser step of these passes."""
-        return sum(self._pass(choice, one) for one in passes) + self._update()
+        most, groups = self.demand.tokens_a_reading(choice, self.way), [list(passes[:1])]
+        for one in passes[1:]:
+            if sum(each.tokens for each in (*groups[-1], one)) > most:
+                groups.append([])
+            groups[-1].append(one)
+        return sum(self._reading(choice, group) for group in groups) + self._update()
 
     def evaluation(self, choice: Choice) -> float:
         """One evaluation: forward alone."""
@@ -60,6 +65,14 @@ class Clock:
         forward = outline.layers * self.pace.forward_seconds(size) * tokens / size
         return forward + labelled * self.pace.label_seconds / 2
 
+    def _reading(self, choice: Choice, group: Sequence[Pass]) -> float:
+        """The passes that one reading of a streamed base serves; elsewhere one pass."""
+        seconds, outline = sum(self._pass(choice, one) for one in group), self.demand.outline
+        if not choice.stream:
+            return seconds
+        read = 2 * outline.layers * self.demand.block_bytes(choice.quant)
+        return max(seconds * (1 + STREAMED_SHARE), read / self.disk_bytes_per_second)
+
     def _pass(self, choice: Choice, one: Pass) -> float:
         outline = self.demand.outline
         twice = choice.recompute
@@ -67,10 +80,7 @@ class Clock:
         seconds += self._labels(one.labelled)
         if choice.quant != "none":
             seconds += (2 + twice / outline.layers) * outline.product_parameters * self._dense_seconds
-        if not choice.stream:
-            return seconds
-        read = 2 * outline.layers * outline.block_parameters * self.demand.dtype.itemsize
-        return max(seconds * (1 + STREAMED_SHARE), read / self.disk_bytes_per_second)
+        return seconds
 
     @property
     def _dense_seconds(self) -> float:

@@ -2,7 +2,7 @@
 
 Read in the order in which the page is made: `quantities` (a number → words), `contents` (run folder → values),
 `curves` (metric lines → curves), `headline` and `tables` (values → sentences, cards, rows), `plots` (curves → SVG),
-`page` (all of it → report.html).
+`page` (all of it → report.html). Beside it, `adapter_page` (inspect.html) and `sweep_page` (sweep.html).
 """
 
 from deltaw.report.contents import ReportContents, read_contents

@@ -26,13 +26,15 @@ class ReportContents:
     """All that the page is made of; each field but the name may be empty.
 
     `settings` maps a name to {"value", "source"}; `steps` and `evaluations` are the two kinds of metric line, in order
-    of their step; `notes` are sentences about what is missing or unreadable.
+    of their step; `forgetting` is what `deltaw eval --forgetting` left, a line for each strength; `notes` are sentences
+    about what is missing or unreadable.
     """
 
     run_name: str
     settings: Mapping[str, Line] = field(default_factory=dict)
     steps: list[Line] = field(default_factory=list)
     evaluations: list[Line] = field(default_factory=list)
+    forgetting: list[Line] = field(default_factory=list)
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -61,6 +63,7 @@ def read_contents(run_folder: Path) -> ReportContents:
         settings={str(name): _setting(value) for name, value in settings.items()},
         steps=steps,
         evaluations=evaluations,
+        forgetting=_read_forgetting(run_folder / "forgetting.json", notes),
         summary=summary,
         notes=notes,
     )
@@ -83,6 +86,20 @@ def _read_mapping(path: Path, parse: Callable[[str], Any], notes: list[str]) -> 
     if not isinstance(value, Mapping):
         notes.append(f"{path.name} could not be read and was left out.")
     return mapping(value)
+
+
+def _read_forgetting(path: Path, notes: list[str]) -> list[Line]:
+    """Lines of which each strength, loss and change are numbers; none where nobody measured."""
+    if not path.is_file():
+        return []
+    try:
+        lines = mappings(json.loads(path.read_text(encoding="utf-8", errors="replace")))
+    except (ValueError, RecursionError):
+        lines = []
+    known = [line for line in lines if all(is_number(line.get(key)) for key in ("strength", "loss", "change", "kl"))]
+    if not known:
+        notes.append(f"{path.name} could not be read and was left out.")
+    return known
 
 
 def _read_metrics(path: Path, notes: list[str]) -> tuple[list[Line], list[Line]]:

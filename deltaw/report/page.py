@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from deltaw.errors import DiskError
 from deltaw.report import headline, plots, tables
 from deltaw.report.contents import ReportContents, mapping, read_contents
 from deltaw.report.curves import column, tokens_per_second, window_steps
 from deltaw.report.quantities import human_bytes, plain, significant
+from deltaw.report.templates import template
 
-HERE = Path(__file__).parent
 FILE_NAME = "report.html"
 
 
@@ -45,13 +43,7 @@ def write_report(run_folder: Path, contents: ReportContents | None = None) -> Pa
 
 def render_page(contents: ReportContents) -> str:
     """The whole page as text; the same contents give the same text."""
-    # The file name ends in .jinja, so escaping by file name would be off: it is switched on for everything.
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["svg"] = Markup
-    template = environment.get_template("page.html.jinja")
-    return template.render(css=Markup((HERE / "page.css").read_text(encoding="utf-8")), **view(contents))
+    return template("page.html.jinja").render(**view(contents))
 
 
 def view(contents: ReportContents) -> dict[str, Any]:
@@ -68,6 +60,8 @@ def view(contents: ReportContents) -> dict[str, Any]:
         "evaluations": tables.evaluations(contents),
         "dot_plot": tables.dot_plot(contents),
         "results": tables.results(contents),
+        "forgetting_plot": plots.forgetting_plot(contents.forgetting) if contents.forgetting else None,
+        "forgetting": tables.forgetting(contents),
         "samples": tables.samples(contents),
         "target_groups": tables.target_groups(contents),
         "target_list": tables.target_list(contents),
@@ -88,6 +82,9 @@ def commands(run_name: str) -> list[tuple[str, str]]:
         ("Continue from the last checkpoint", f"deltaw train --resume {run}"),
         ("Talk to the adapted model", f"deltaw chat {run}"),
         ("Evaluate it on other data", f"deltaw eval {run} --data FILE"),
+        ("Measure the rank that it needed", f"deltaw rank {run}"),
+        ("See its spectra", f"deltaw inspect {run} --page inspect.html"),
+        ("See what it forgot", f"deltaw eval {run} --data FILE --forgetting"),
     ]
 
 

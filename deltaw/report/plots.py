@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from deltaw.report.curves import Curve, smoothed, thinned
-from deltaw.report.quantities import human_count, plain, significant
+from deltaw.report.quantities import human_count, is_number, plain, significant
 
 # Colours that no other part of an SVG uses, and the variable that takes the place of each.
 SENTINELS = {
@@ -230,3 +230,35 @@ def _ceiling(curve: Curve, course: Curve) -> float:
 def _outside(num_steps: int) -> str:
     """A sentence for the caption if points lie outside the frame."""
     return f" {num_steps} step{'s lie' if num_steps > 1 else ' lies'} outside the frame." if num_steps else ""
+
+
+def forgetting_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
+    """Gain against forgetting: loss on the data, or KL where that is not known, over the change on neutral text.
+
+    A point for each strength of the adapter, with the 95 % interval of the change; 0 is the base.
+    """
+    on_data = all(is_number(line.get("data_loss")) for line in lines)
+    values = [line["data_loss"] if on_data else line["kl"] for line in lines]
+
+    def paint(axes: Axes) -> None:
+        axes.plot([line["change"] for line in lines], values, color=ACCENT, linewidth=2)
+        for line, value in zip(lines, values, strict=True):
+            if is_number(line.get("change_low")) and is_number(line.get("change_high")):
+                axes.plot(
+                    [line["change_low"], line["change_high"]], [value] * 2, color=ACCENT_2, linewidth=1, alpha=0.6
+                )
+            axes.plot([line["change"]], [value], "o", color=ACCENT_2, markersize=5.5, markeredgecolor=CARD)
+            place = {"xytext": (0, 8), "textcoords": "offset points"}
+            axes.annotate(plain(line["strength"]), (line["change"], value), ha="center", color=FG, **place)  # type: ignore[arg-type]
+        axes.margins(x=0.08, y=0.18)
+
+    first, last = lines[0], lines[-1]
+    what = "loss on the data" if on_data else "KL to the base"
+    label = f"{what} from {significant(values[0])} to {significant(values[-1])} while loss on neutral text changes by "
+    label += f"{significant(last['change'] - first['change'])}, over strengths of the adapter"
+    caption = f"{what[0].upper()}{what[1:]} over the change in loss on neutral text; bars are 95 % intervals."
+    drawn = [
+        draw(f"forgetting-{kind}", label, size, paint, significant, steps=False)
+        for kind, size in (("wide", WIDE), ("narrow", PHONE))
+    ]
+    return Plot("Gain against forgetting", caption, [("points", "strength")], *drawn)

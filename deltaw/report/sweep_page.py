@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from deltaw.disk import write_text
 from deltaw.report.plots import ACCENT, ACCENT_2, HALF, MUTED, PHONE, Plot, draw
 from deltaw.report.quantities import human_bytes, human_count, human_seconds, significant
+from deltaw.report.templates import template
 
-HERE = Path(__file__).parent
 FILE_NAME = "sweep.html"
 # Lines of different rates: solid, dashed, dotted, dash-dotted, and again.
 DASHES = ("-", "--", ":", "-.")
@@ -23,13 +21,8 @@ HEADINGS = ("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behi
 
 def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
     """The path of a new sweep.html in `folder`, made of what `deltaw.sweeps.sweep` returns."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["svg"] = Markup
     cells = sorted((cell for cell in result["cells"] if cell["loss"] is not None), key=lambda cell: cell["loss"])
-    page = environment.get_template("sweep.html.jinja").render(
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+    page = template("sweep.html.jinja").render(
         name=folder.resolve().name,
         sentence=_sentence(cells, result),
         plots=[_by_rank(cells), _by_parameters(cells)] if cells else [],

@@ -115,6 +115,24 @@ def _dot(row: Line, low: float, high: float, centre: float) -> Dot:
     return Dot(label, percent(row["accuracy"]), centre, low, round(high - low, 2), label.startswith("adapter"))
 
 
+def forgetting(contents: ReportContents) -> Table:
+    """One row per strength of the adapter: loss on the data, and on neutral text with its change and KL to the base."""
+    columns = [("strength", "number"), ("loss on the data", "number"), ("on neutral text", "number")]
+    rows = [
+        [
+            *(plain(line["strength"]), significant(line.get("data_loss"), 4), significant(line["loss"], 4)),
+            f"{line['change']:+.4f} ({_signed(line.get('change_low'))} to {_signed(line.get('change_high'))})",
+            significant(line["kl"]),
+        ]
+        for line in contents.forgetting
+    ]
+    return table([*columns, ("change", "number"), ("KL to the base", "number")], rows)
+
+
+def _signed(value: Any) -> str:
+    return f"{value:+.4f}" if is_number(value) else DASH
+
+
 def suffix(name: str) -> str:
     """What stands behind the layer's number: model.layers.0.self_attn.q_proj → self_attn.q_proj.
 

@@ -11,12 +11,14 @@ from dense import EXACT, KINDS, again, deltas, linear
 
 from deltaw.adapter import Factors, LoraSpec
 from deltaw.analysis.compare import (
+    Overlap,
     compare,
     cosine,
     inner_product,
     interference,
     overlap,
     principal_angles,
+    shared_directions,
     sign_conflict,
 )
 from deltaw.analysis.spectrum import spectrum
@@ -54,6 +56,34 @@ def test_phi_is_its_formula_and_1_for_an_adapter_with_itself():
             assert abs(phi[i, j] - naive) <= EXACT
     assert (overlap(U, U).phi - 1).abs().diag().max() <= EXACT
     assert principal_angles(U, U).max() <= ANGLE
+
+
+def test_directions_are_called_shared_where_they_are_and_seldom_where_they_are_random():
+    generator = torch.Generator().manual_seed(0)
+    common = random_basis(200, 3, generator)
+    apart = torch.linalg.qr(torch.cat([common, torch.randn(200, 5, generator=generator, dtype=torch.float64)], 1)).Q
+    other = torch.linalg.qr(torch.cat([common, torch.randn(200, 5, generator=generator, dtype=torch.float64)], 1)).Q
+    assert shared_directions(overlap(apart, apart), 200) == 8
+    assert shared_directions(overlap(apart, other), 200) >= 3
+    found = [
+        overlap(random_basis(200, 4, generator), random_basis(200, 4, generator)).phi.diagonal() for _ in range(2000)
+    ]
+    calls = sum(shared_directions(Overlap(torch.diag(phi), torch.diag(phi)), 200) > 0 for phi in found)
+    assert calls <= 2000 * 4 * 0.012  # 99 % at each of four sizes
+
+
+def test_the_mean_of_phi_over_layers_stands_beside_its_null():
+    first, second = (linear(LoraSpec(rank=4, alpha=4), seed, one=(40, 30), two=(40, 50)) for seed in (1, 2))
+    found = compare(first, second)
+    for side, sizes in (("output", (40, 40)), ("input", (30, 50))):
+        mean = found["overlap"][side]
+        assert mean["first"] == mean["second"] == [1, 2, 4]
+        wanted = [max(i, j) * (1 / sizes[0] + 1 / sizes[1]) / 2 for i in (1, 2, 4) for j in (1, 2, 4)]
+        assert [number for row in mean["null"] for number in row] == pytest.approx(wanted)
+        last = [layer[side]["phi_all"] for layer in found["layers"]]
+        assert mean["phi"][-1][-1] == pytest.approx(sum(last) / 2)
+    same = compare(first, first)["overlap"]["output"]["phi"]
+    assert [same[k][k] for k in range(3)] == pytest.approx([1, 1, 1])
 
 
 def test_the_null_of_phi_is_the_mean_over_random_subspaces():
@@ -170,6 +200,7 @@ def test_directions_that_hold_nothing_are_not_compared():
                 "phi_all": 0,
                 "phi_all_null": 2 / 12,
                 "smallest_angle_degrees": 90,
+                "shared_directions": 0,
             },
             abs=1e-9,
         )

@@ -10,10 +10,12 @@ import torch
 import transformers
 from models import SMALL, byte_tokenizer, lively_model, slopes, some_batch
 
-from deltaw.adapter import LoraSpec, choose, inject, new_adapter
-from deltaw.base.load import load
+from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
+from deltaw.adapter.weight import ON_READ
+from deltaw.base.decoder import Decoder
+from deltaw.base.load import Base, load
 from deltaw.base.stream import Pager, blocks_of, release
-from deltaw.engine.objective import batch_loss, head_factors
+from deltaw.engine.objective import accumulate, batch_loss, head_factors
 from deltaw.errors import BaseError
 
 KINDS = ("llama", "llama-tied", "gemma3", "gpt_neox", "gpt2")
@@ -55,6 +57,76 @@ def test_blocks_that_are_computed_again_give_the_same_bits(folders, kind, count)
         assert torch.equal(one, other)
     base.recompute(0)
     assert base.way == way and all("forward" not in block.__dict__ for block in blocks_of(base.model))
+
+
+def gradients(base, sizes, layers=None, most=10**6):
+    """What `accumulate` adds to random factors for several batches, and the loss."""
+    spec = LoraSpec(rank=3, alpha=6, **({} if layers is None else {"layers": layers}))
+    adapter = new_adapter(choose(base.model, spec), spec, 0)
+    generator = torch.Generator().manual_seed(0)
+    filled = {n: Factors(f.A, 0.05 * torch.randn(f.B.shape, generator=generator)) for n, f in adapter.factors.items()}
+    batches = [some_batch(seed, lengths) for seed, lengths in enumerate(sizes)]
+    with inject(base.model, adapter.with_factors(filled), trainable=True, dtype=torch.float32) as injection:
+        injection.train(True)
+        assert base.tokens_a_reading in (0, most)
+        loss = accumulate(base, batches, 7.0, head_factors(base, injection))
+        return [torch.tensor(loss), *(tensor.grad for _, _, tensor in injection.trained())]
+
+
+SIZES = ((40, 9), (130,), (17, 33, 8))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("layers", [None, [1]], ids=["every block", "the upper block"])
+def test_passes_that_share_a_reading_of_the_base_give_the_bits_of_passes_one_by_one(folders, kind, layers, monkeypatch):
+    base = load(folders(kind), dtype="float32")
+    base.recompute(2)
+    alone = gradients(base, SIZES, layers)
+    monkeypatch.setattr(Base, "tokens_a_reading", 10**6)
+    calls = []
+    monkeypatch.setattr(base.decoder, "accumulate", lambda *a: calls.append(1) or Decoder.accumulate(base.decoder, *a))
+    for one, other in zip(alone, gradients(base, SIZES, layers), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert calls == [1]
+
+
+def test_adapted_embeddings_and_heads_learn_the_same_when_passes_share_a_reading(folders, monkeypatch):
+    base = load(folders("llama"), dtype="float32")
+    base.recompute(2)
+    spec = LoraSpec(rank=3, alpha=6, targets=["embed_tokens", "q_proj", "lm_head"])
+    found = []
+    for most in (0, 10**6):
+        monkeypatch.setattr(Base, "tokens_a_reading", most)
+        adapter = new_adapter(choose(base.model, spec), spec, 0)
+        with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
+            for _, part, tensor in injection.trained():
+                torch.nn.init.normal_(tensor, std=0.05, generator=torch.Generator().manual_seed(ord(part[0])))
+            batches = [some_batch(seed, lengths) for seed, lengths in enumerate(SIZES)]
+            accumulate(base, batches, 7.0, head_factors(base, injection))
+            found.append([tensor.grad for _, _, tensor in injection.trained()])
+    assert all(torch.equal(one, other) and other.count_nonzero() for one, other in zip(*found, strict=True))
+
+
+def test_a_streamed_base_is_read_twice_for_all_passes_of_a_step_that_it_serves_together(wide):
+    streamed = load(wide, dtype="float32", stream=True)
+    asked = []
+    enter = streamed.pager.enter
+    for number, section in enumerate(blocks_of(streamed.model)):
+        for module in section.modules():
+            module.__dict__[ON_READ] = lambda number=number: (asked.append(number), enter(number))
+    most = {}
+    for blocks in (0, 8):
+        streamed.recompute(blocks)
+        asked.clear()
+        most[blocks] = streamed.tokens_a_reading
+        found = gradients(streamed, ((40, 9), (60,), (17, 33, 8)), most=most[blocks])
+        visits = sum(a != b for a, b in itertools.pairwise(asked))
+        assert visits == (3 * 14 if blocks == 0 else 14)
+        if blocks == 0:
+            wanted = found
+    assert most[0] == 0 and most[8] > 200
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+    streamed.pager.close()
 
 
 def test_blocks_with_dora_and_dropout_are_computed_again_with_the_same_random_numbers(folders):

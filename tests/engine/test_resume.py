@@ -116,6 +116,32 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(start, straight, stops):
 
 
 @pytest.mark.parametrize(
+    ("exact", "ways"),
+    [
+        (True, {"recompute": 2}),
+        (True, {"stream": True}),
+        (True, {"stream": True, "recompute": 1}),
+        (False, {"quant": "nf4"}),
+        (False, {"quant": "int8", "stream": True, "recompute": 1}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_run_goes_on_bit_for_bit_when_its_base_is_streamed_or_quantised_or_computes_blocks_again(
+    start, straight, exact, ways
+):
+    if not exact:
+        straight, settings = start("quantised", **ways)
+        train(straight, settings, Watcher())
+    run, settings = start(**ways)
+    with pytest.raises(Interrupted, match="after step 4"):
+        train(run, settings, Saboteur(signal_at=4))
+    with pytest.raises(Killed):
+        _go_on(run, Saboteur(kill_at=8))
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+@pytest.mark.parametrize(
     "saboteur",
     [Saboteur(kill_at=5), Saboteur(kill_at=3), Saboteur(kill_in_evaluation=8), Saboteur(kill_in_evaluation=6)],
     ids=["between checkpoints", "before its checkpoint", "better adapter is newer", "evaluated, not saved"],

@@ -11,19 +11,15 @@ from deltaw import api
 from deltaw.engine.checkpoint import list_checkpoints
 from deltaw.engine.run import open_run
 
+GIVEN = {
+    "rank": 4, "steps": 6, "batch_tokens": 256, "lr": 1e-2, "dropout": 0.1, "device": "cpu", "dtype": "float32",
+    "checkpoint_steps": 2, "eval_steps": 3,
+}  # fmt: skip
+
 
 @pytest.fixture
 def run(tmp_path, llama_folder, chats):
-    given = {
-        "rank": 4,
-        "steps": 6,
-        "batch_tokens": 256,
-        "lr": 1e-2,
-        "dropout": 0.1,
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    return api.train(model=llama_folder, data=chats, out=tmp_path / "run", checkpoint_steps=2, eval_steps=3, **given)
+    return api.train(model=llama_folder, data=chats, out=tmp_path / "run", **GIVEN)
 
 
 def outcome(run):
@@ -45,6 +41,12 @@ def test_a_run_repeats_and_resumes_bit_for_bit_and_is_left_as_it_was(run):
     assert all(check["ok"] for check in checks), checks
     assert checks[-1]["detail"].startswith("steps 5 to 6, sha256 ")
     assert contents(run.folder) == before
+
+
+@pytest.mark.parametrize("ways", [{"stream": True, "recompute": 1}, {"quant": "nf4"}], ids=["streamed", "quantised"])
+def test_a_run_over_a_base_that_is_streamed_or_quantised_is_verified_too(tmp_path, llama_folder, chats, ways):
+    run = api.train(model=llama_folder, data=chats, out=tmp_path / "run", **GIVEN, **ways)
+    assert set(outcome(run).values()) == {True}
 
 
 def test_a_run_of_minutes_is_verified_with_what_its_clock_decided(tmp_path, llama_folder, chats):

@@ -3,12 +3,12 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from pages import Page
 
 from deltaw.errors import DiskError, UsageError
 from deltaw.report import curves, headline, plots, quantities, read_contents, tables, write_report
@@ -133,27 +133,6 @@ def write_run(folder, num_steps=120, every=20, **changes):
 
 def sentence_of(run):
     return headline.sentence(read_contents(run)).replace("\N{NO-BREAK SPACE}", " ")
-
-
-class Page(HTMLParser):
-    """Tags and attributes of a page, its section ids, and its visible text, with plain blanks."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags, self.attributes, self.words = [], [], []
-        self.feed(self.source)
-        self.text = re.sub(r"\s+", " ", " ".join(self.words)).replace("\N{NO-BREAK SPACE}", " ")
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def values(self, name):
-        return [value for key, value in self.attributes if key == name]
 
 
 @pytest.fixture(scope="module")
@@ -375,3 +354,18 @@ def test_durations_have_two_units(seconds, text):
 )
 def test_modules_are_grouped_by_what_stands_behind_the_layer(name, short):
     assert tables.suffix(name) == short
+
+
+def test_what_was_forgotten_is_drawn_in_the_report_of_its_run(tmp_path):
+    rows = [
+        {"strength": s, "loss": 2 + s / 10, "change": s / 10, "change_low": s / 20, "change_high": s / 5, "kl": s / 8}
+        | {"data_loss": 1.5 - s}
+        for s in (0.0, 0.5, 1.0)
+    ]
+    run = write_run(tmp_path / "run")
+    assert "forgetting" not in Page(write_report(run)).values("id")
+    (run / "forgetting.json").write_text(json.dumps(rows))
+    page = Page(write_report(run))
+    assert "forgetting" in page.values("id") and "+0.1000 (+0.0500 to +0.2000)" in page.text
+    (run / "forgetting.json").write_text("[{}]")
+    assert "forgetting.json could not be read" in Page(write_report(run)).text

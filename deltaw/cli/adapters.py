@@ -1,0 +1,303 @@
+"""Verbs that use, measure and change adapters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deltaw.cli.group import main
+from deltaw.cli.options import (
+    counting,
+    given_of,
+    json_option,
+    machine_of,
+    machine_options,
+    model_option,
+    numbers,
+    say,
+    settings_options,
+)
+from deltaw.config import make_settings
+from deltaw.errors import UsageError
+
+
+@main.command("eval")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
+@settings_options("columns", "allow_lost")
+@click.option("--forgetting", is_flag=True, help="Also loss and KL to the base on neutral text, by strength.")
+@click.option(
+    "--neutral", type=click.Path(path_type=Path), metavar="FILE", help="Other neutral text than Python's help."
+)
+@model_option
+@machine_options
+@json_option
+def evaluate(
+    adapter: Path,
+    data: tuple[str, ...],
+    forgetting: bool,
+    neutral: Path | None,
+    model: str | None,
+    as_json: bool,
+    columns: tuple[str, ...],
+    allow_lost: str | None,
+    **options: Any,
+) -> None:
+    """Loss, perplexity, exact match, and accuracy where answers are labels. ADAPTER is a run or adapter folder."""
+    from deltaw import api
+    from deltaw.terminal import TerminalWatcher, make_console, pairs, percent, show_json
+
+    watcher = TerminalWatcher(make_console(stderr=True))
+    reading = make_settings(given_of({"columns": columns, "allow_lost": allow_lost}))
+    opened = api.open_adapter(adapter, model, say, **machine_of(options))
+    result = opened.evaluate(data, watcher.measured, reading.allow_lost, reading.columns)
+    if forgetting or neutral:
+        result["forgetting"] = opened.forgetting(
+            neutral, data=data, allow_lost=reading.allow_lost, columns=reading.columns
+        )
+        if (page := api.keep_forgetting(adapter, result["forgetting"])) is not None:
+            say(f"The curve is in {page}.")
+    if as_json:
+        show_json(result)
+        return
+    shown = {"loss": f"{result['loss']:.4f}", "perplexity": f"{result['perplexity']:.3f}"}
+    for name, key, low, high in (
+        ("exact match", "exact_match", "exact_match_low", "exact_match_high"),
+        ("accuracy", "accuracy", "low", "high"),
+    ):
+        if key in result:
+            shown[name] = f"{percent(result[key])} ({percent(result[low])} – {percent(result[high])})"
+    pairs(make_console(), {**shown, "rows": f"{result['rows']:,}", "tokens": f"{result['tokens']:,}"})
+    if "forgetting" in result:
+        from deltaw.tables import forgetting_table
+
+        forgetting_table(make_console(), result["forgetting"])
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--prompt", metavar="TEXT", help="One prompt.")
+@click.option(
+    "--data", multiple=True, metavar="FILE", help="Answer every row of a data file; its own last answer is left out."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Longest answer."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X", help="0 is greedy."
+)
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
+@model_option
+@machine_options
+@json_option
+def generate(
+    adapter: Path, prompt: str | None, data: tuple[str, ...], max_new_tokens: int, temperature: float, seed: int,
+    model: str | None, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Answer a prompt, or every row of a file. ADAPTER is a run or adapter folder.
+
+    The rows' answers are printed as lines of JSON; with --json, as one list.
+    """
+    if (prompt is None) == (not data):
+        raise UsageError("Give either --prompt TEXT or --data FILE.")
+    from deltaw import api
+    from deltaw.terminal import show_json
+
+    opened = api.open_adapter(adapter, model, say, **machine_of(options))
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    answers = api.answers(opened, prompt, data, **sampling)
+    if as_json:
+        show_json(list(answers) if data else next(answers))
+        return
+    for answer in answers:
+        click.echo(api.as_json_line(answer) if data else answer["answer"])
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
+@model_option
+@machine_options
+@json_option
+def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options: Any) -> None:
+    """Fold an adapter into its base, read the result back and compare the logits."""
+    from deltaw import api
+    from deltaw.terminal import make_console, pairs, show_json
+
+    record = api.merge(adapter, out, model, say, **machine_of(options))
+    if as_json:
+        show_json(record)
+        return
+    about = f"largest logit {record['max_logit']:.1f}, computed in {record['computed_in']}"
+    same = f"{record['positions_with_same_next_token']} of {record['positions']} positions"
+    pairs(make_console(), {
+        "merged model": f"{record['folder']} (files in {record['dtype_of_files']})",
+        "largest logit difference": f"{record['max_logit_difference']:.2e} ({about})",
+        "same next token": same,
+    })  # fmt: skip
+    if not record["same_next_tokens"]:
+        say("Some next tokens differ: the files' dtype rounds part of the update away. --json has all figures.")
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="OTHER", help="Compare with another adapter.")
+@click.option("--base", "with_base", is_flag=True, help="Also compare each update with the weight that it changes.")
+@click.option("--layers", "by_layer", is_flag=True, help="One line for each layer, with ranks of its spectrum.")
+@click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help="Also write a page with all figures.")
+@model_option
+@machine_options
+@json_option
+def inspect(
+    adapter: Path, against: Path | None, with_base: bool, by_layer: bool, page: Path | None, model: str | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """What an adapter adapts: layers, ranks, effective scale, sizes, origin. Opens no base, unless --base is given."""
+    from deltaw import api
+    from deltaw.tables import beside_table, compare_page, spectra_table
+    from deltaw.terminal import TerminalWatcher, inspect_page, make_console, show_json
+
+    facts = api.inspect(adapter)
+    if against or with_base or by_layer or page:
+        from deltaw import adapters
+
+        watcher = TerminalWatcher(make_console(stderr=True))
+        if by_layer or as_json or page:
+            facts["spectra"] = adapters.layer_spectra(adapter)
+        if with_base:
+            facts["beside"] = adapters.beside_base(
+                adapter, model, say, counting(watcher, "layers"), **machine_of(options)
+            )
+        if against is not None:
+            facts["against"] = adapters.compare(adapter, against)
+    if page is not None:
+        from deltaw.report.adapter_page import write_adapter_page
+
+        write_adapter_page(page, adapter.resolve().name, facts, None if against is None else against.resolve().name)
+        say(f"The page is {page}.")
+    if as_json:
+        show_json(facts)
+        return
+    console = make_console()
+    inspect_page(console, facts)
+    if by_layer:
+        spectra_table(console, facts["spectra"])
+    if with_base:
+        beside_table(console, facts["beside"])
+    if against is not None:
+        compare_page(console, facts["against"], str(against))
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, metavar="FILE", help="Held-out data.  [default: what the run held out]")
+@click.option("--all", "everything", is_flag=True, help="Measure every document, however long it takes.")
+@click.option("--seconds", type=click.FloatRange(0), metavar="X", help="Time for it.  [default: 15 % of the training]")
+@click.option("--orders", is_flag=True, help="Compare ways to choose directions at equal numbers of parameters.")
+@settings_options("columns", "allow_lost")
+@model_option
+@machine_options
+@json_option
+def rank(
+    adapter: Path, data: tuple[str, ...], everything: bool, seconds: float | None, orders: bool, model: str | None,
+    as_json: bool, columns: tuple[str, ...], allow_lost: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """What rank the task needed: held-out loss against rank, from one trained adapter, with intervals."""
+    from deltaw import ranks
+    from deltaw.tables import rank_page
+    from deltaw.terminal import TerminalWatcher, make_console, show_json
+
+    reading = make_settings(given_of({"columns": columns, "allow_lost": allow_lost}))
+    found = ranks.rank(
+        adapter, data, model, everything=everything, seconds=seconds, orders=orders, columns=reading.columns,
+        allow_lost=reading.allow_lost, say=say, progress=counting(TerminalWatcher(make_console(stderr=True)), "cuts"),
+        **machine_of(options),
+    )  # fmt: skip
+    if as_json:
+        show_json(found)
+    else:
+        rank_page(make_console(), found)
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="N", help="The same rank in every layer; a higher one is exact."
+)
+@click.option("--budget", metavar="SIZE", help="Largest file, such as 2MB; ranks are chosen layer by layer.")
+@click.option("--keep", type=float, metavar="X", help="Share of the held-out gain to keep, such as 0.99; needs --data.")
+@click.option("--data", multiple=True, metavar="FILE", help="Held-out data, to measure the loss before and after.")
+@click.option("--heal", type=click.IntRange(1), metavar="STEPS", help="Train the result for so many steps.")
+@click.option("--train-data", multiple=True, metavar="FILE", help="What to heal with.")
+@model_option
+@machine_options
+@json_option
+def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Make an adapter of lower rank, each layer the best of its rank; without --data no base is opened."""
+    from deltaw import adapters
+    from deltaw.tables import compress_page
+    from deltaw.terminal import TerminalWatcher, make_console, show_json
+
+    watcher = TerminalWatcher(make_console(stderr=True))
+    chosen = {name: options.pop(name) for name in ("rank", "budget", "keep", "data", "heal", "train_data", "model")}
+    record = adapters.compress(
+        adapter, out, **chosen, say=say, progress=counting(watcher, "cuts"), watcher=watcher, **machine_of(options)
+    )
+    if as_json:
+        show_json(record)
+    else:
+        compress_page(make_console(), record)
+
+
+@main.command()
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
+@click.option(
+    "--weights", metavar="X,X", default="", help="A weight for each, such as 0.7,0.3 or 1,-1.  [default: the mean]"
+)
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="N", help="Rank of the result.  [default: one that loses nothing]"
+)
+@click.option(
+    "--method", type=click.Choice(("sum", "ties", "dare")), default="sum", show_default=True, help="How to add."
+)
+@click.option(
+    "--density", type=float, default=0.5, show_default=True, metavar="X", help="Entries that ties, dare keep."
+)
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of dare.")
+@json_option
+def combine(
+    adapters: tuple[Path, ...], out: Path, weights: str, rank: int | None, method: str, density: float,
+    seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Add adapters: exactly, on ΔW itself, whatever their ranks and scales. Opens no base."""
+    from deltaw.adapters import combine as add
+    from deltaw.terminal import make_console, pairs, show_json
+
+    record = add(adapters, out, numbers(weights, float, "--weights"), rank, method, density, seed)
+    if as_json:
+        show_json(record)
+        return
+    least, most = record["ranks"].values()
+    pairs(make_console(), {
+        "adapter": str(record["folder"]),
+        "rank": str(most) if least == most else f"{least} to {most}, layer by layer",
+        "energy left out": f"{record['discarded_energy']:.2%}",
+    })  # fmt: skip
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@model_option
+@machine_options
+def chat(adapter: Path, model: str | None, **options: Any) -> None:
+    """Talk to base and adapter side by side. ADAPTER is a run or adapter folder."""
+    from deltaw import api
+    from deltaw.terminal import chat_loop, make_console
+
+    opened = api.open_adapter(adapter, model, say, **machine_of(options))
+    chat_loop(make_console(), opened, sys.stdin)

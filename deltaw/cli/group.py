@@ -1,0 +1,90 @@
+"""The command itself: its help, and how errors, signals and broken pipes end it. Verbs add themselves to `main`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from deltaw import __version__
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, does_not_fit
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, "
+    "130 and 143 stopped by a signal."
+)
+EXIT_BROKEN_PIPE = 141
+# Libraries whose warnings speak to programmers. PYTHONWARNINGS and -W bring them back.
+_LIBRARIES = r"(torch|transformers|tokenizers|huggingface_hub|safetensors|matplotlib)(\.|$)"
+
+
+class _Group(click.Group):
+    """Turns our errors into one message and the documented exit code, for every verb."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=_LIBRARIES)
+        try:
+            with _terminable():
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+            return result
+        except (DeltawError, Interrupted) as error:
+            click.echo(f"{'' if isinstance(error, Interrupted) else 'Error: '}{error}", err=True)
+            ctx.exit(error.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            known = does_not_fit(error)
+            if known is None:
+                raise
+            click.echo(f"Error: {known}", err=True)
+            ctx.exit(known.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Stopped.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:  # whoever read our output has enough, as in `deltaw inspect RUN | head`
+            _forget_stdout()
+            ctx.exit(EXIT_BROKEN_PIPE)
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a verb as Ctrl-C does, so that what it has begun is tidied up; training handles both by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise Interrupted(EXIT_TERMINATED, "Stopped.")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _forget_stdout() -> None:
+    """Leaves nothing to flush into the broken pipe when Python exits, which it would complain about."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(
+    cls=_Group, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, prog_name="deltaw")
+def main() -> None:
+    """Adapt a large pre-trained model to a task on the machine you have.
+
+    Start with `deltaw demo`, or `deltaw train --data chats.jsonl`.
+    """

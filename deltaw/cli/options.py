@@ -1,0 +1,79 @@
+"""Options that verbs share, made from the one list of settings, and what they do with what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from deltaw.config import make_settings, settings_fields
+from deltaw.errors import UsageError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def settings_options(*names: str, without: tuple[str, ...] = ()) -> Decorator:
+    """One option for each of these settings, or for all but some, in the order of deltaw/config.py."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for field in reversed([field for field in settings_fields() if not names or field.name in names]):
+            if field.name not in without:
+                function = _option(field)(function)
+        return function
+
+    return decorate
+
+
+def _option(field: Any) -> Decorator:
+    name = "--" + field.name.replace("_", "-")
+    shown = field.default if field.default not in (None, (), False) else None
+    text = field.metadata["help"] + (
+        f"  [default: {', '.join(shown) if isinstance(shown, tuple) else shown}]" if shown is not None else ""
+    )
+    if field.metadata["kind"] is bool:
+        return click.option(f"{name}/--no-{field.name.replace('_', '-')}", field.name, default=None, help=text)
+    choices = field.metadata["choices"]
+    kind = click.Choice(choices) if choices and not field.metadata["many"] else str
+    metavar = (
+        None if choices and not field.metadata["many"] else {int: "N", float: "X"}.get(field.metadata["kind"], "TEXT")
+    )
+    return click.option(
+        name, field.name, default=None, multiple=field.metadata["many"], type=kind, metavar=metavar, help=text
+    )
+
+
+def given_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+quiet_option = click.option("--quiet", is_flag=True, help="No talk on stderr, only errors.")
+model_option = click.option("--model", metavar="TEXT", help="The base, where the adapter does not say where it lies.")
+
+
+machine_options = settings_options("device", "dtype", "threads", "revision")
+
+
+def machine_of(options: dict[str, Any]) -> dict[str, Any]:
+    """device, dtype, revision, threads as `load` takes them."""
+    return {name: getattr(make_settings({name: value}), name) for name, value in given_of(options).items()}
+
+
+def say(text: str) -> None:
+    """Talk of a verb that draws nothing."""
+    click.echo(text, err=True)
+
+
+def counting(watcher: Any, what: str) -> Callable[[int, int], None]:
+    """The watcher's progress of something else than rows."""
+    return lambda done, total: watcher.measured(done, total, what)
+
+
+def numbers(text: str, kind: Callable[[str], Any], flag: str) -> list[Any]:
+    """The numbers in a text with commas. UsageError when it holds something else."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"{flag} takes numbers with commas between them, not {text!r}.") from None
