@@ -59,7 +59,7 @@ class Setup(NamedTuple):
     limit_mb: int | None
     rank: int = 4
     tokens: int = 1024
-    micro: int = 256
+    micro: int = 344
     steps: int = 4
     options: Mapping[str, Any] = MappingProxyType({})
 

@@ -37,6 +37,9 @@ from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, look, set_threads, tune_memory
 from deltaw.kernels import continued_spans
 
+# Passes that share a reading: more have more shapes of products than oneDNN may remember (hardware.tune_memory), and
+# preparing products anew takes longer than they do.
+MOST_TOGETHER = 4
 MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
 # Layers: the deepest published models have about 130.
 _COUNTS, MAX_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4096

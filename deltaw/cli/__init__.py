@@ -11,6 +11,7 @@ _VERBS = (
     *("demo", "train", "plan", "sweep", "eval", "generate", "chat", "merge"),
     *("inspect", "rank", "compress", "combine", "verify", "bench", "doctor", "data"),
 )
-main.commands = {name: main.commands.pop(name) for name in _VERBS} | main.commands
+assert set(main.commands) == set(_VERBS)
+main.commands = {name: main.commands[name] for name in _VERBS}
 
 __all__ = ["adapters", "data", "main", "runs"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from deltaw.base.load import MOST_TOGETHER
 from deltaw.kernels.attention import TILE_TOKENS, WHOLE_TOKENS
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
@@ -109,7 +110,8 @@ def _kept(demand: Demand, choice: Choice, heavy: Pass, way: str, b: int) -> int:
     outline, T = demand.outline, heavy.tokens
     block = _block_bytes(demand, way, b) * T
     kept = (outline.layers - choice.recompute) * block + choice.recompute * outline.hidden * b * T
-    together = min(demand.tokens_a_reading(choice, way), int(demand.settings.batch_tokens))
+    most = MOST_TOGETHER * max(T, choice.micro_tokens)
+    together = min(demand.tokens_a_reading(choice, way), int(demand.settings.batch_tokens), most)
     if together > T:  # inputs of every block and one slope, of several passes
         kept = (outline.layers + 1) * outline.hidden * b * together
     return round(kept + (block if choice.recompute else 0))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from deltaw.base.load import MOST_TOGETHER
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import CPU_SHARE, GPU_SHARE, Device
 from deltaw.plan.pace import Pace
@@ -47,7 +48,7 @@ class Clock:
         """One optimiser step of these passes."""
         most, groups = self.demand.tokens_a_reading(choice, self.way), [list(passes[:1])]
         for one in passes[1:]:
-            if sum(each.tokens for each in (*groups[-1], one)) > most:
+            if len(groups[-1]) == MOST_TOGETHER or sum(each.tokens for each in (*groups[-1], one)) > most:
                 groups.append([])
             groups[-1].append(one)
         return sum(self._reading(choice, group) for group in groups) + self._update()
