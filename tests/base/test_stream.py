@@ -90,6 +90,22 @@ def test_passes_that_share_a_reading_of_the_base_give_the_bits_of_passes_one_by_
     assert calls == [1]
 
 
+def test_at_most_four_passes_share_a_reading_and_no_more_tokens_than_it_serves(folders, monkeypatch):
+    base = load(folders("llama"), dtype="float32")
+    base.recompute(2)
+    shared = []
+    monkeypatch.setattr(
+        base.decoder,
+        "accumulate",
+        lambda rows, loss: shared.append(len(rows)) or Decoder.accumulate(base.decoder, rows, loss),
+    )
+    for most, groups in ((10**6, [4, 2]), (60, [3, 3]), (20, [])):
+        shared.clear()
+        monkeypatch.setattr(Base, "tokens_a_reading", most)
+        gradients(base, [(20,)] * 6, most=most)
+        assert shared == groups
+
+
 def test_adapted_embeddings_and_heads_learn_the_same_when_passes_share_a_reading(folders, monkeypatch):
     base = load(folders("llama"), dtype="float32")
     base.recompute(2)
