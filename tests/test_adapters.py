@@ -182,8 +182,9 @@ def test_a_measured_rank_is_trained_measured_cut_and_healed(llama_folder, chats,
     assert [p["loss"] for p in again["points"]] == [p["loss"] for p in measured["points"]]
 
 
-def test_a_task_of_one_direction_is_cut_to_few_and_healed(llama_folder, tmp_path):
+def test_a_task_of_one_direction_is_cut_to_few_and_healed(llama_folder, tmp_path, monkeypatch):
     """Every answer is the same word: one direction of the output does it, whatever the rank that was trained."""
+    monkeypatch.setattr("deltaw.config.MOST_SHARE", 0.6)  # 4 % of a base this small is no more than rank 1
     rows = [
         {"prompt": " ".join(f"w{(5 * n + k) % 19}" for k in range(3 + n % 4)), "completion": "w3"} for n in range(60)
     ]
