@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,14 +24,21 @@ from deltaw.kernels import Branch, Span, gated_sum, normed, normed_projections, 
 
 Live = Mapping[int, AdaptedLayer]
 
+# A processor's products in bf16 are prepared anew for each number of rows, as long as many of them take themselves. Rows
+# come in multiples of this there: the last ones are zeros at the start, see nothing, and nothing sees them.
+ROW_STEP = 32
+
 
 class Row(NamedTuple):
-    """A flat row of documents as `hidden_states` takes it, and the N of its places whose hidden states are wanted."""
+    """A flat row of documents as `hidden_states` takes it, and the N of its places whose hidden states are wanted.
+
+    There may be more positions than tokens: ROW_STEP.
+    """
 
     tokens_T: Tensor
     positions_T: Tensor
     spans: tuple[Span, ...]
-    rows_N: Tensor
+    rows_N: Tensor | None
 
 
 class Decoder:
@@ -79,9 +87,11 @@ class Decoder:
         self, tokens_T: Tensor, positions_T: Tensor, spans: tuple[Span, ...], rows_N: Tensor | None = None
     ) -> Tensor:
         """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it."""
+        wanted = len(tokens_T if rows_N is None else rows_N)
+        tokens_T, positions_T, spans, rows_N = self._rounded(Row(tokens_T, positions_T, spans, rows_N))
         live, strength = self._adapters()
         angles = self._all_angles(positions_T)
-        x_TH = self.inner.embed_tokens(tokens_T)
+        x_TH = self._embedded(tokens_T, len(positions_T))
         for number, block in enumerate(self.blocks):
             wanted_N = rows_N if block is self.blocks[-1] else None
             rest = (angles[block.angles], spans, live, strength, wanted_N)
@@ -89,7 +99,7 @@ class Decoder:
                 x_TH = checkpoint(_run, block, x_TH, *rest, use_reentrant=False)
             else:
                 x_TH = _run(block, x_TH, *rest)
-        return normed(x_TH, self.norm)
+        return normed(x_TH, self.norm)[:wanted]
 
     def accumulate(self, rows: Sequence[Row], loss: Callable[[int, Tensor], Tensor]) -> None:
         """Adds to the factors the gradients of `loss(number, hidden states)` of every row, blocks outermost.
@@ -98,6 +108,8 @@ class Decoder:
         the inputs of blocks alone, and the rest is computed again. To the bit what backward of one row after the other
         gives, since each factor sums up the rows in their order.
         """
+        wanted = [len(row.tokens_T if row.rows_N is None else row.rows_N) for row in rows]
+        rows = [self._rounded(row) for row in rows]
         live, strength = self._adapters()
         angles = [self._all_angles(row.positions_T) for row in rows]
         embedded = id(self.inner.embed_tokens) in live
@@ -109,10 +121,10 @@ class Decoder:
             wanted_N = rows[row].rows_N if block is self.blocks[-1] else None
             return _run(block, x_TH, angles[row][block.angles], rows[row].spans, live, strength, wanted_N)
 
-        stops = itertools.accumulate((len(row.tokens_T) for row in rows), initial=0)
+        stops = itertools.accumulate((len(row.positions_T) for row in rows), initial=0)
         places = [slice(*ends) for ends in itertools.pairwise(stops)]
         with torch.no_grad():
-            first = torch.cat([self.inner.embed_tokens(row.tokens_T) for row in rows])
+            first = torch.cat([self._embedded(row.tokens_T, len(row.positions_T)) for row in rows])
             inputs_LTH = first.new_empty(len(self.blocks), *first.shape)  # whole, so that it leaves no gaps in the heap
             inputs_LTH[0] = first
             del first
@@ -122,7 +134,7 @@ class Decoder:
             last = [run(len(self.blocks) - 1, row, inputs_LTH[-1, place]) for row, place in enumerate(places)]
         slopes = []
         for row, x_NH in enumerate(last):
-            loss(row, normed(x_NH.requires_grad_(), self.norm)).backward()
+            loss(row, normed(x_NH.requires_grad_(), self.norm)[: wanted[row]]).backward()
             slopes.append(x_NH.grad)
         for number in reversed(range(lowest, len(self.blocks))):
             for row, place in enumerate(places):
@@ -131,7 +143,22 @@ class Decoder:
                 slopes[row] = x_TH.grad
         if embedded:
             for one, slope in zip(rows, slopes, strict=True):
-                self.inner.embed_tokens(one.tokens_T).backward(slope)
+                self._embedded(one.tokens_T, len(slope)).backward(slope)
+
+    def _rounded(self, row: Row) -> Row:
+        """The row with as many places, and as many of them wanted, as products are prepared for."""
+        step = row_step(self.inner.embed_tokens.weight)
+        if step == 1:
+            return row
+        positions_T, rows_N = F.pad(row.positions_T, (0, -len(row.positions_T) % step)), row.rows_N
+        if rows_N is not None:
+            rows_N = F.pad(rows_N, (0, -len(rows_N) % step), value=len(positions_T) - 1)
+        return row._replace(positions_T=positions_T, rows_N=rows_N)
+
+    def _embedded(self, tokens_T: Tensor, rows: int) -> Tensor:
+        """The embedded tokens, and zeros up to so many rows."""
+        x_TH: Tensor = self.inner.embed_tokens(tokens_T)
+        return F.pad(x_TH, (0, 0, 0, rows - len(x_TH))) if rows > len(x_TH) else x_TH
 
     def _adapters(self) -> tuple[Live, float]:
         """The adapted layers at work, and how strong they are."""
@@ -148,6 +175,11 @@ class Decoder:
         found = self.inner.rotary_emb(like, positions_T[None], *(() if kind is None else (kind,)))
         cos_TE, sin_TE = (x[0, :, : x.shape[-1] // 2].contiguous() for x in found)
         return cos_TE, sin_TE
+
+
+def row_step(weight: Tensor) -> int:
+    """Of what the number of rows in a product with this weight is made a multiple."""
+    return ROW_STEP if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else 1
 
 
 def _live(injection: Injection | None) -> Live:

@@ -209,8 +209,8 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tiles: Tiles, scale: float, softcap: float | None) -> Tensor:
-    """Attention outputs [T, H, D], tile by tile."""
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+    """Attention outputs [T, H, D], tile by tile; rows of no document are zero."""
+    out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
     for tile in tiles:
         q, k, v = _taken(q_THD, k_TKD, v_TKD, tile)
         shares, _ = _shares(q, k, tile, scale, softcap)
@@ -228,7 +228,7 @@ def attend_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attend`."""
-    dq_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+    dq_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
     # A key gathers what all tiles say of it: summed in fp32.
     finer = torch.promote_types(k_TKD.dtype, torch.float32)
     dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=finer) for x in (k_TKD, v_TKD))

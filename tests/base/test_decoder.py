@@ -68,7 +68,9 @@ def packed_loss(model, decoder, documents):
 
 
 @pytest.mark.parametrize("kind", FAST)
-def test_loss_and_every_factors_gradient_of_a_packed_row_are_those_of_the_models_own_forward(kind):
+@pytest.mark.parametrize("step", [1, running.ROW_STEP], ids=["as long as it is", "rounded up"])
+def test_loss_and_every_factors_gradient_of_a_packed_row_are_those_of_the_models_own_forward(kind, step, monkeypatch):
+    monkeypatch.setattr(running, "row_step", lambda _: step)
     model, decoder = proven(kind)
     documents = some_documents(LENGTHS)
     with inject(model, random_adapter(model), trainable=True) as injection:
@@ -208,13 +210,29 @@ def test_a_step_by_kernels_is_a_step_by_modules_whatever_is_adapted(kind, option
         torch.testing.assert_close(ours[name], slope, rtol=1e-3, atol=1e-6)
 
 
-def test_rows_of_the_last_layer_are_what_the_whole_row_has_there():
+@pytest.mark.parametrize("step", [1, running.ROW_STEP])
+def test_rows_of_the_last_layer_are_what_the_whole_row_has_there(step, monkeypatch):
+    monkeypatch.setattr(running, "row_step", lambda _: step)
     _, decoder = proven("llama")
     tokens, positions, bounds = flat_row(some_documents((9, 20)))
     whole = decoder.hidden_states(tokens, positions, spans_of(bounds))
     rows = torch.tensor([3, 8, 20])
     torch.testing.assert_close(decoder.hidden_states(tokens, positions, spans_of(bounds), rows), whole[rows])
     assert decoder.hidden_states(tokens, positions, spans_of(bounds), rows[:0]).shape == (0, 32)
+
+
+def test_rows_are_rounded_up_where_products_in_bf16_are_prepared_for_each_number_of_rows(monkeypatch):
+    for dtype, wanted in ((torch.float32, {(29, 3)}), (torch.bfloat16, {(running.ROW_STEP, running.ROW_STEP)})):
+        _, decoder = proven("llama", dtype)
+        seen, run = set(), running._run
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                running, "_run", lambda b, x, *rest, seen=seen: seen.add((len(x), len(rest[-1]))) or run(b, x, *rest)
+            )
+            decoder.blocks = decoder.blocks[-1:]
+            tokens, positions, bounds = flat_row(some_documents((9, 20)))
+            found = decoder.hidden_states(tokens, positions, spans_of(bounds), torch.tensor([3, 8, 20]))
+        assert seen == wanted and len(found) == 3
 
 
 def test_the_active_adapter_and_its_strength_are_heard():

@@ -12,7 +12,7 @@ from models import SMALL, byte_tokenizer, lively_model, slopes, some_batch
 
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
 from deltaw.adapter.weight import ON_READ
-from deltaw.base.decoder import Decoder
+from deltaw.base.decoder import ROW_STEP, Decoder
 from deltaw.base.load import Base, load
 from deltaw.base.stream import Pager, blocks_of, release
 from deltaw.engine.objective import accumulate, batch_loss, head_factors
@@ -78,7 +78,9 @@ SIZES = ((40, 9), (130,), (17, 33, 8))
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "qwen3_moe"])
 @pytest.mark.parametrize("layers", [None, [1]], ids=["every block", "the upper block"])
-def test_passes_that_share_a_reading_of_the_base_give_the_bits_of_passes_one_by_one(folders, kind, layers, monkeypatch):
+@pytest.mark.parametrize("step", [1, ROW_STEP])
+def test_passes_that_share_a_reading_give_the_bits_of_passes_one_by_one(folders, kind, layers, step, monkeypatch):
+    monkeypatch.setattr("deltaw.base.decoder.row_step", lambda _: step)
     base = load(folders(kind), dtype="float32")
     base.recompute(2)
     alone = gradients(base, SIZES, layers)
