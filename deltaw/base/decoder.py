@@ -24,8 +24,8 @@ from deltaw.kernels import Branch, Span, gated_sum, normed, normed_projections, 
 
 Live = Mapping[int, AdaptedLayer]
 
-# A processor's products in bf16 are prepared anew for each number of rows, as long as many of them take themselves. Rows
-# come in multiples of this there: the last ones are zeros at the start, see nothing, and nothing sees them.
+# On a processor, products in bf16 are prepared anew for each number of rows, which may take as long as a product itself.
+# Rows come in multiples of this there: the last ones are zeros at the start, see nothing, and nothing sees them.
 ROW_STEP = 32
 
 

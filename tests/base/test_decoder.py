@@ -222,17 +222,14 @@ def test_rows_of_the_last_layer_are_what_the_whole_row_has_there(step, monkeypat
 
 
 def test_rows_are_rounded_up_where_products_in_bf16_are_prepared_for_each_number_of_rows(monkeypatch):
-    for dtype, wanted in ((torch.float32, {(29, 3)}), (torch.bfloat16, {(running.ROW_STEP, running.ROW_STEP)})):
-        _, decoder = proven("llama", dtype)
-        seen, run = set(), running._run
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                running, "_run", lambda b, x, *rest, seen=seen: seen.add((len(x), len(rest[-1]))) or run(b, x, *rest)
-            )
-            decoder.blocks = decoder.blocks[-1:]
-            tokens, positions, bounds = flat_row(some_documents((9, 20)))
-            found = decoder.hidden_states(tokens, positions, spans_of(bounds), torch.tensor([3, 8, 20]))
-        assert seen == wanted and len(found) == 3
+    decoders = [proven("llama", dtype)[1] for dtype in (torch.float32, torch.bfloat16)]
+    seen, run = [], running._run
+    monkeypatch.setattr(running, "_run", lambda b, x, *rest: seen.append((len(x), len(rest[-1]))) or run(b, x, *rest))
+    for decoder in decoders:
+        decoder.blocks = decoder.blocks[-1:]
+        tokens, positions, bounds = flat_row(some_documents((9, 20)))
+        assert len(decoder.hidden_states(tokens, positions, spans_of(bounds), torch.tensor([3, 8, 20]))) == 3
+    assert seen == [(29, 3), (32, 32)]
 
 
 def test_the_active_adapter_and_its_strength_are_heard():
