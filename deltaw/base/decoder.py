@@ -24,7 +24,7 @@ from deltaw.kernels import Branch, Span, gated_sum, normed, normed_projections, 
 
 Live = Mapping[int, AdaptedLayer]
 
-# On a processor, products in bf16 are prepared anew for each number of rows, which may take as long as a product itself.
+# On a processor, products in bf16 are prepared anew for each number of rows, which may take as long as one product.
 # Rows come in multiples of this there: the last ones are zeros at the start, see nothing, and nothing sees them.
 ROW_STEP = 32
 
