@@ -466,6 +466,8 @@ def test_an_empty_file_is_an_error_and_a_row_that_is_not_there_is_said(rows, lla
     assert done.exit_code == 1 and "[no-rows]" in done.stdout
     shown = _run("data", "show", rows, "--model", llama_folder, "--row", 99)
     assert shown.exit_code == 1 and "There is no row 99 or later." in shown.stderr and shown.stdout == ""
+    absent = _run("data", "show", tmp_path / "absent.jsonl", "--model", llama_folder, "--json")
+    assert absent.exit_code == 1 and "No such data file" in json.loads(absent.stdout)["error"]
 
 
 def test_data_show_has_colour_and_pages_in_a_terminal(rows, llama_folder):

@@ -73,9 +73,13 @@ def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_
     console = make_console()
     paged = console.is_terminal and rows is None
     shown = islice(show(make_settings({**given_of(options), "data": files}), row), rows or (None if paged else 3))
-    first = next(shown, None)
-    if first is None:
-        raise DataError(f"There is no row {row} or later.")
+    try:
+        if (first := next(shown, None)) is None:
+            raise DataError(f"There is no row {row} or later.")
+    except DeltawError as error:
+        if as_json:
+            show_json({"ok": False, "error": str(error)})
+        raise
     if as_json:
         show_json([_plain_row(each) for each in chain((first,), shown)])
         return

@@ -28,6 +28,7 @@ LINE_ENDINGS = (".jsonl", ".ndjson", ".json")
 TABLE_ENDINGS = {".csv": ",", ".tsv": "\t"}
 ARROW_ENDINGS = (".parquet", ".arrow")
 PACKED_ENDINGS = (".gz", ".zst")
+OTHER_DELIMITERS = (";", "\t", "|", ",")
 KNOWN = "Give .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt, the text ones also as .gz or .zst; or hub:NAME."
 _DAMAGE = (OSError, EOFError, zlib.error)
 
@@ -269,6 +270,11 @@ def _read_table(file: Path, delimiter: str) -> Iterator[Record | Fault]:
             header = next(rows, None)
             if not header or len(set(header)) < len(header) or not all(header):
                 raise DataError(f"{file} needs a first line that names its columns, each once; it has {header}.")
+            if len(header) == 1 and (found := [mark for mark in OTHER_DELIMITERS if mark in header[0]]):
+                raise DataError(
+                    f"{file} has the single column {header[0]!r}. If {found[0]!r} parts columns there, save it with "
+                    f"{delimiter!r} instead."
+                )
             for number, cells in enumerate(rows, 1):
                 if len(cells) != len(header):
                     yield Fault(file.name, number, f"it has {len(cells)} cells, the header {len(header)}")

@@ -239,6 +239,16 @@ def test_lists_may_stand_as_json_in_the_cells_of_a_table(tmp_path):
     assert first.messages == tuple(CHAT) and "messages is not valid JSON" in second.reason
 
 
+def test_a_table_parted_by_another_mark_is_refused_with_the_mark_it_should_have(tmp_path):
+    for name, header, wanted in (("a.csv", "prompt;answer", "';' parts columns"), ("a.tsv", "prompt,answer", "'\\t'")):
+        (tmp_path / name).write_text(f"{header}\nq{header[6]}a\n")
+        with pytest.raises(DataError, match="single column") as caught:
+            list(read_rows([tmp_path / name]))
+        assert wanted in str(caught.value)
+    (tmp_path / "text.csv").write_text("text\none column is enough; for plain text\n")
+    assert len(list(read_rows([tmp_path / "text.csv"]))) == 1
+
+
 def test_columns_are_renamed_for_all_sources_or_for_one(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines({"question": "q", "reply": "a", "text": "not this"}))
     sources = parse_sources([f"{tmp_path}/a.jsonl::prompt=question"], ["completion=reply"])
