@@ -143,7 +143,7 @@ class Decoder:
                 slopes[row] = x_TH.grad
         if embedded:
             for one, slope in zip(rows, slopes, strict=True):
-                self._embedded(one.tokens_T, len(slope)).backward(slope)
+                self._embedded(one.tokens_T, len(one.positions_T)).backward(slope)
 
     def _rounded(self, row: Row) -> Row:
         """The row with as many places, and as many of them wanted, as products are prepared for."""

@@ -43,7 +43,7 @@ class Pager:
         self.current, self.held = -1, set[int]()
         # On files of others the first does nothing.
         self._drop = (_PAGE_OUT, _DO_NOT_NEED) if evict else (_DO_NOT_NEED,)
-        self._asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[set[int], int | None] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name="deltaw-pager", daemon=True)
         self._reader.start()
 
@@ -54,12 +54,9 @@ class Pager:
         last = len(self.sections) - 1
         up = (number > self.current or number == 0) and number != last  # the way turns at both ends
         following = min(number + 1, last) if up else max(number - 1, 0)
-        for other in self.held - {number, following}:
-            for advice in self._drop:
-                _advise(self.sections[other], advice)
-        if following not in self.held:
-            self._asked.put(following)
+        dropped, wanted = self.held - {number, following}, following if following not in self.held else None
         self.held, self.current = {number, following}, number
+        self._asked.put((dropped, wanted))
 
     def close(self) -> None:
         """Lets every section go and ends the reading thread."""
@@ -69,10 +66,14 @@ class Pager:
             _advise(ranges, _DO_NOT_NEED)
 
     def _read(self) -> None:
-        while (number := self._asked.get()) is not None:
+        while (asked := self._asked.get()) is not None:
+            dropped, wanted = asked
+            for number in dropped - self.held:
+                for advice in self._drop:
+                    _advise(self.sections[number], advice)
             # An older system reads ahead without putting the pages in place.
-            if number in self.held and not _advise(self.sections[number], _POPULATE_READ):
-                _advise(self.sections[number], _WILL_NEED)
+            if wanted in self.held and not _advise(self.sections[wanted], _POPULATE_READ):
+                _advise(self.sections[wanted], _WILL_NEED)
 
 
 def stream(model: Any) -> Pager:
