@@ -5,7 +5,8 @@
 Each run is a fresh process that plans and trains through `deltaw.train`, in a cgroup of exactly the memory that it is
 given as `--memory`, with the base's files dropped from the system's cache before. Four questions:
 
-- "1.7b": 3.4 GB of weights streamed under 1.2 GB, in turn with the same run in memory. How much of its speed is left?
+- "1.7b": 3.4 GB of weights streamed under 1.2 GB, and the same run in memory. How much of its speed is left? The two
+  take turns step by step, each with files of its own, so that both meet the same moods of the machine.
 - "8b": 16 GB of weights under 4 and 3 GB in bf16. How near are steps to the slower of two bounds, products and disk?
 - "8b nf4": the same, stored in 4 bits.
 - "demo": the demo's training with less and less memory, and its accuracy beside that of a run without a limit.
@@ -21,7 +22,9 @@ Rows go to results/big_base.json as they are measured; a run that has its row is
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -29,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -62,15 +66,15 @@ class Setup(NamedTuple):
     tokens: int = 1024
     micro: int = 344
     steps: int = 4
+    with_turns: bool = False
     options: Mapping[str, Any] = MappingProxyType({})
 
 
 BLOCKS_TWICE = {"smollm2-1.7b-shape": 24, "llama-3-8b-shape": 32}
 SETUPS = [
     *(
-        Setup(f"1.7b {how}, {turn}", "smollm2-1.7b-shape", limit, steps=7, options={"stream": limit is not None})
-        for turn in ("first", "second")
-        for how, limit in (("streamed", 1200), ("in memory", None))
+        Setup(name, "smollm2-1.7b-shape", limit, steps=9, with_turns=True, options={"stream": limit is not None})
+        for name, limit in (("1.7b streamed", 1200), ("1.7b in memory", None))
     ),
     *(Setup(f"demo {limit} MB" if limit else "demo", DEMO, limit) for limit in (None, *DEMO_LIMITS)),
     Setup("8b bf16, 4 GB", "llama-3-8b-shape", 4000, micro=512, options={"quant": "none"}),
@@ -82,41 +86,45 @@ SETUPS = [
 def main(names: list[str]) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     known = {row["name"] for row in rows}
-    for setup in SETUPS:
-        if setup.name in known or (names and not any(name in setup.name for name in names)):
-            continue
-        rows.append(measure(setup))
+    wanted = [s for s in SETUPS if s.name not in known and (not names or any(name in s.name for name in names))]
+    for setups in ([s for s in wanted if s.with_turns], *([s] for s in wanted if not s.with_turns)):
+        for row in measure(setups):
+            rows.append(row)
+            print(_line(row), file=sys.stderr, flush=True)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-        print(_line(rows[-1]), file=sys.stderr, flush=True)
     print("\n".join(_line(row) for row in rows))
     print(json.dumps(answers({row["name"]: row for row in rows}), indent=1))
 
 
-def measure(setup: Setup) -> dict[str, Any]:
-    """The row of one run; one that does not finish says why."""
-    demo = setup.base == DEMO
+def measure(setups: list[Setup]) -> list[dict[str, Any]]:
+    """The rows of one run, or of several that take turns; one that does not finish says why."""
+    if not setups:
+        return []
+    cache, base_name = FOLDER / "cache-big", setups[0].base
     torch.manual_seed(0)  # random weights of 24 blocks may be too rough in bf16 for the proofs; these pass
-    folder = base_path(TOKENIZER) if demo else base(setup.base)
-    shape = outline(folder)
-    multiplies = _median(lambda: 1e9 * hardware.measure_gemm(torch.bfloat16, setup.micro, shape.hidden, shape.inner))
+    folder = base_path(TOKENIZER) if base_name == DEMO else base(base_name)
     reads = _median(lambda: read_rate(folder))
-    cache = FOLDER / "cache-big"
     for part in ("pace", "probes"):  # each run measures its own, and takes its heaviest step before it begins
         shutil.rmtree(cache / part, ignore_errors=True)
-    row = {
-        "name": setup.name,
-        "setup": {**setup._asdict(), "options": dict(setup.options)},
-        "gemm_gflops": multiplies / 1e9,
-        "read_gb_per_s": reads / 1e9,
-    }
-    with tempfile.TemporaryDirectory() as work:
-        given = {**(_demo_settings() if demo else _settings(setup, Path(work))), "model": str(folder)}
-        given |= {"out": f"{work}/run", "memory": f"{setup.limit_mb}MB" if setup.limit_mb else None, **setup.options}
-        reason = _train(setup, given, cache, [*folder.glob("*.safetensors")])
-        if reason is not None:
-            return {**row, "finished": False, "reason": reason}
-        row |= {"finished": True, **_found(Path(work) / "run", shape, reads)}
-        return {**row, **_accuracy(Path(work) / "run")} if demo else row
+    with tempfile.TemporaryDirectory(dir=FOLDER) as work, ThreadPoolExecutor(len(setups)) as pool:
+        places = [Path(work) / str(number) for number in range(len(setups))]
+        turns = f"{work}/turns" if len(setups) > 1 else None
+        return list(pool.map(lambda setup, place: _row(setup, place, folder, reads, cache, turns), setups, places))
+
+
+def _row(setup: Setup, work: Path, folder: Path, reads: float, cache: Path, turns: str | None) -> dict[str, Any]:
+    demo, row = setup.base == DEMO, {"name": setup.name, "setup": {**setup._asdict(), "options": dict(setup.options)}}
+    row["read_gb_per_s"] = reads / 1e9
+    work.mkdir()
+    if turns is not None:  # pages that one run holds would cost the other nothing
+        folder = Path(shutil.copytree(folder, work / "base"))
+    given = {**(_demo_settings() if demo else _settings(setup, work)), "model": str(folder)}
+    given |= {"out": f"{work}/run", "memory": f"{setup.limit_mb}MB" if setup.limit_mb else None, **setup.options}
+    reason = _train(setup, {"given": given, "turns": turns}, cache, [*folder.glob("*.safetensors")])
+    if reason is not None:
+        return {**row, "finished": False, "reason": reason}
+    row |= {"finished": True, **_found(work / "run", outline(folder), reads)}
+    return {**row, **_accuracy(work / "run")} if demo else row
 
 
 def _settings(setup: Setup, work: Path) -> dict[str, Any]:
@@ -135,9 +143,9 @@ def _demo_settings() -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.sources if name != "model"}
 
 
-def _train(setup: Setup, given: dict[str, Any], cache: Path, files: list[Path]) -> str | None:
+def _train(setup: Setup, asked: dict[str, Any], cache: Path, files: list[Path]) -> str | None:
     """Why the run did not finish; None when it did."""
-    child = ["env", f"DELTAW_CACHE={cache}", sys.executable, __file__, "--child", json.dumps(given)]
+    child = ["env", f"DELTAW_CACHE={cache}", sys.executable, __file__, "--child", json.dumps(asked)]
     if setup.limit_mb is None:
         forget(files)
         subprocess.run(child, check=True, stdout=subprocess.DEVNULL)
@@ -149,11 +157,29 @@ def _train(setup: Setup, given: dict[str, Any], cache: Path, files: list[Path]) 
     return None if finished else "killed, or not done in an hour"
 
 
-class Recorder(Watcher):
-    """Remembers around each step what the kernel has read for this process and how fast the machine multiplies."""
+class Turns:
+    """Lets one process at a time work, in turn: a lock on a file."""
 
-    def __init__(self, product: tuple[int, int, int]) -> None:
-        self.read, self.quantised, self.multiplies, self.product = [], [], [], product
+    def __init__(self, path: str) -> None:
+        self.file = os.open(path, os.O_CREAT | os.O_WRONLY)  # closed when the process ends, which ends its turn
+
+    def take(self) -> None:
+        """Waits until it is this process's turn."""
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def pass_on(self) -> None:
+        """Lets another one work, if there is one, and waits for the next turn."""
+        fcntl.flock(self.file, fcntl.LOCK_UN)
+        time.sleep(0.5)
+        self.take()
+
+
+class Recorder(Watcher):
+    """Remembers of each step how long it took, what the kernel read for it, and how fast the machine multiplied."""
+
+    def __init__(self, product: tuple[int, int, int], turns: Turns | None, steps: int | None) -> None:
+        self.product, self.turns, self.left = product, turns, steps
+        self.seconds, self.read, self.multiplies, self.quantised = [], [], [], []
 
     def say(self, text: str) -> None:
         if text.startswith("Quantising"):
@@ -163,26 +189,38 @@ class Recorder(Watcher):
         self.look()
 
     def step(self, *_: Any) -> None:
-        self.look()
+        self.seconds.append(time.monotonic() - self.began)
+        self.read[-1] = _bytes_read() - self.read[-1]
+        self.multiplies[-1] = (self.multiplies[-1] + self.rate()) / 2
+        if self.left is None or len(self.seconds) < self.left:  # the last step's turn goes on to the end of the run
+            self.look()
 
     def look(self) -> None:
-        self.multiplies.append(1e9 * hardware.measure_gemm(torch.bfloat16, *self.product))
+        if self.turns is not None:
+            self.turns.pass_on()
+        self.multiplies.append(self.rate())
         self.read.append(_bytes_read())
+        self.began = time.monotonic()
+
+    def rate(self) -> float:
+        return 1e9 * hardware.measure_gemm(torch.bfloat16, *self.product, seconds=0.2)
 
 
-def child(given: dict[str, Any]) -> None:
-    """Trains these settings, and leaves beside the run's own records what the kernel knows."""
+def child(given: dict[str, Any], turns: str | None) -> None:
+    """Trains these settings, and leaves beside the run's own records what was seen of its steps."""
     settings, shape = make_settings(given), outline(Path(given["model"]))
-    watcher = Recorder((int(given.get("micro_tokens", 344)), min(2048, shape.hidden), 2048))
+    product = (int(given.get("micro_tokens", 344)), min(2048, shape.hidden), 2048)
+    watcher = Recorder(product, Turns(turns) if turns else None, given.get("steps"))
+    if watcher.turns is not None:
+        watcher.turns.take()
     run = create_run(settings)
     api.train(settings, run, watcher)
-    steps = [after - before for before, after in zip(watcher.read, watcher.read[1:], strict=False)]
     seconds = None
     if len(times := watcher.quantised) > 1:  # each block says when it begins
         seconds = (times[-1] - times[0]) * len(times) / (len(times) - 1)
-    rates = [(before + after) / 2 for before, after in zip(watcher.multiplies, watcher.multiplies[1:], strict=False)]
-    watched = {"read_bytes": steps, "multiplies": rates, "quantise_seconds": seconds}
-    (run.folder / "watched.json").write_text(json.dumps(watched))
+    seen = zip(watcher.seconds, watcher.read, watcher.multiplies, strict=False)
+    steps = [dict(zip(("seconds", "read", "multiplies"), numbers, strict=True)) for numbers in seen]
+    (run.folder / "watched.json").write_text(json.dumps({"steps": steps, "quantise_seconds": seconds}))
 
 
 def _bytes_read() -> int:
@@ -198,15 +236,15 @@ def _found(folder: Path, shape: Outline, reads: float) -> dict[str, Any]:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     steps = [line for line in lines if "seconds" in line]
     again = plan["choice"]["recompute"] / shape.layers
-    for step, read, rate in zip(steps, watched["read_bytes"], watched["multiplies"], strict=True):
+    for step, seen in zip(steps, watched["steps"], strict=True):
         operations = (4 + 2 * again) * shape.product_parameters * step["computed_tokens"]
         operations += 4 * step["trained_tokens"] * shape.head_shape[0] * shape.head_shape[1]
-        step["products"], step["disk"], step["read"] = operations / rate, read / reads, read
+        step |= {**seen, "products": operations / seen["multiplies"], "disk": seen["read"] / reads}
         step["product_share"] = step["products"] / step["seconds"]
         step["share"] = max(step["products"], step["disk"]) / step["seconds"]
     median = {
         name: statistics.median(step[name] for step in steps[1:])
-        for name in ("seconds", "products", "product_share", "disk", "read", "share", "computed_tokens")
+        for name in ("seconds", "products", "product_share", "multiplies", "disk", "read", "share", "computed_tokens")
     }
     return {
         "choice": plan["choice"],
@@ -217,6 +255,8 @@ def _found(folder: Path, shape: Outline, reads: float) -> dict[str, Any]:
         "steps": summary["steps"],
         "step_tokens": median["computed_tokens"],
         "step_seconds": median["seconds"],
+        "all_step_seconds": [step["seconds"] for step in steps],
+        "gemm_gflops": median["multiplies"] / 1e9,
         "planned_step_seconds": plan["step_seconds"],
         "product_seconds": median["products"],
         "product_share": median["product_share"],
@@ -243,11 +283,11 @@ def _median(measure: Callable[[], float]) -> float:
 def answers(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the rows say to the questions above, as far as they are there."""
     found: dict[str, Any] = {}
-    pairs = [[rows.get(f"1.7b {how}, {turn}") for how in ("in memory", "streamed")] for turn in ("first", "second")]
-    if all(row and row["finished"] for pair in pairs for row in pair):
-        for what, name in (("by the clock", "step_seconds"), ("in products of the minute", "product_share")):
-            ratios = [memory[name] / streamed[name] for memory, streamed in pairs]
-            found[f"1.7b speed kept, {what}"] = [1 / r if name == "product_share" else r for r in ratios]
+    pair = [rows.get(f"1.7b {how}") for how in ("in memory", "streamed")]
+    if all(row and row["finished"] for row in pair):
+        memory, streamed = (row["all_step_seconds"][1:] for row in pair)
+        ratios = [one / other for one, other in zip(memory, streamed, strict=True)]
+        found["1.7b speed kept"] = {"median": statistics.median(ratios), "pairs": ratios}
     for name, row in rows.items():
         if name.startswith("8b") and row["finished"]:
             found[f"{name}: share of the slower bound"] = row["share_of_slower_bound"]
@@ -273,6 +313,6 @@ def _line(row: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(json.loads(sys.argv[2]))
+        child(**json.loads(sys.argv[2]))
     else:
         main(sys.argv[1:])
