@@ -73,7 +73,7 @@ class Setup(NamedTuple):
 BLOCKS_TWICE = {"smollm2-1.7b-shape": 24, "llama-3-8b-shape": 32}
 SETUPS = [
     *(
-        Setup(name, "smollm2-1.7b-shape", limit, steps=9, with_turns=True, options={"stream": limit is not None})
+        Setup(name, "smollm2-1.7b-shape", limit, steps=7, with_turns=True, options={"stream": limit is not None})
         for name, limit in (("1.7b streamed", 1200), ("1.7b in memory", None))
     ),
     *(Setup(f"demo {limit} MB" if limit else "demo", DEMO, limit) for limit in (None, *DEMO_LIMITS)),

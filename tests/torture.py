@@ -160,6 +160,8 @@ def kills(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
 
 def ways(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
     """Kills of runs whose base is streamed or quantised or computes blocks again; the exact ways end as plain runs do."""
+    import bitsandbytes  # noqa: F401  (a second or two in every child otherwise)
+
     found, as_plain = [], 0
     for number, (exact, options) in enumerate(WAYS):
         there = Ground(ground.folder / f"way-{number}", ground.steps, ground.every, options)
