@@ -130,8 +130,8 @@ def _shards(config: Any) -> Iterator[list[tuple[str, torch.Size]]]:
 def _random(name: str, shape: torch.Size, norm: float, layers: int) -> torch.Tensor:
     """Norms that change nothing, biases of zero, and small random numbers elsewhere.
 
-    What blocks add to the stream is smaller by √(2·layers), as GPT-2 begins: a deep stack is too rough for bf16 otherwise,
-    and two right ways to compute it differ by more than a proof allows.
+    What blocks add to the stream is smaller by √(2·layers), as GPT-2 begins: a deep stack is too rough for bf16
+    otherwise, and two right ways to compute it differ by more than a proof allows.
     """
     if len(shape) == 1:
         return torch.full(shape, norm * ("norm" in name and name.endswith("weight")), dtype=torch.bfloat16)
