@@ -9,7 +9,6 @@ the folder that DELTAW_BENCH names (default: .bases beside the benchmarks' proje
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -27,7 +26,6 @@ FOLDER = Path(os.environ.get("DELTAW_BENCH", Path(__file__).resolve().parents[1]
 TOKENIZER = "smollm2-135m"
 SHARD_BYTES = 2_000_000_000
 DEVIATION = 0.02
-ADDING = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int, **rest: Any) -> Any:
@@ -102,7 +100,7 @@ def _write(config: Any, folder: Path) -> None:
     shards = list(_shards(config))
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _random(name, shape, norm, config.num_hidden_layers) for name, shape in names}
+        tensors = {name: _random(name, shape, norm) for name, shape in names}
         save_file(tensors, folder / file, {"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -127,16 +125,11 @@ def _shards(config: Any) -> Iterator[list[tuple[str, torch.Size]]]:
     yield shard
 
 
-def _random(name: str, shape: torch.Size, norm: float, layers: int) -> torch.Tensor:
-    """Norms that change nothing, biases of zero, and small random numbers elsewhere.
-
-    What blocks add to the stream is smaller by √(2·layers), as GPT-2 begins: a deep stack is too rough for bf16
-    otherwise, and two right ways to compute it differ by more than a proof allows.
-    """
+def _random(name: str, shape: torch.Size, norm: float) -> torch.Tensor:
+    """Norms that change nothing, biases of zero, and small random numbers elsewhere."""
     if len(shape) == 1:
         return torch.full(shape, norm * ("norm" in name and name.endswith("weight")), dtype=torch.bfloat16)
-    deviation = DEVIATION / (math.sqrt(2 * layers) if name.endswith(ADDING) else 1)
-    return (torch.randn(shape, dtype=torch.float32) * deviation).bfloat16()
+    return (torch.randn(shape, dtype=torch.float32) * DEVIATION).bfloat16()
 
 
 if __name__ == "__main__":

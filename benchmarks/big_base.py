@@ -66,28 +66,29 @@ class Setup(NamedTuple):
     tokens: int = 1024
     micro: int = 344
     steps: int = 4
-    with_turns: bool = False
     options: Mapping[str, Any] = MappingProxyType({})
 
 
 BLOCKS_TWICE = {"smollm2-1.7b-shape": 24, "llama-3-8b-shape": 32}
-SETUPS = [
-    *(
-        Setup(name, "smollm2-1.7b-shape", limit, steps=7, with_turns=True, options={"stream": limit is not None})
+RUNS = [  # those of one list take turns
+    [
+        Setup(name, "smollm2-1.7b-shape", limit, steps=7, options={"stream": limit is not None})
         for name, limit in (("1.7b streamed", 1200), ("1.7b in memory", None))
-    ),
-    *(Setup(f"demo {limit} MB" if limit else "demo", DEMO, limit) for limit in (None, *DEMO_LIMITS)),
-    Setup("8b bf16, 4 GB", "llama-3-8b-shape", 4000, micro=512, options={"quant": "none"}),
-    Setup("8b bf16, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "none"}),
-    Setup("8b nf4, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "nf4", "stream": True}),
+    ],
+    *([Setup(f"demo {limit} MB" if limit else "demo", DEMO, limit)] for limit in (None, *DEMO_LIMITS)),
+    [Setup("8b bf16, 4 GB", "llama-3-8b-shape", 4000, micro=512, options={"quant": "none"})],
+    [Setup("8b bf16, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "none"})],
+    [Setup("8b nf4, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "nf4", "stream": True})],
 ]
 
 
 def main(names: list[str]) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     known = {row["name"] for row in rows}
-    wanted = [s for s in SETUPS if s.name not in known and (not names or any(name in s.name for name in names))]
-    for setups in ([s for s in wanted if s.with_turns], *([s] for s in wanted if not s.with_turns)):
+    for setups in RUNS:
+        wanted = not names or any(name in setup.name for name in names for setup in setups)
+        if not wanted or known.issuperset(setup.name for setup in setups):
+            continue
         for row in measure(setups):
             rows.append(row)
             print(_line(row), file=sys.stderr, flush=True)
@@ -98,8 +99,7 @@ def main(names: list[str]) -> None:
 
 def measure(setups: list[Setup]) -> list[dict[str, Any]]:
     """The rows of one run, or of several that take turns; one that does not finish says why."""
-    if not setups:
-        return []
+    FOLDER.mkdir(parents=True, exist_ok=True)
     cache, base_name = FOLDER / "cache-big", setups[0].base
     torch.manual_seed(0)  # random weights of 24 blocks may be too rough in bf16 for the proofs; these pass
     folder = base_path(TOKENIZER) if base_name == DEMO else base(base_name)
@@ -120,7 +120,9 @@ def _row(setup: Setup, work: Path, folder: Path, reads: float, cache: Path, turn
         folder = Path(shutil.copytree(folder, work / "base"))
     given = {**(_demo_settings() if demo else _settings(setup, work)), "model": str(folder)}
     given |= {"out": f"{work}/run", "memory": f"{setup.limit_mb}MB" if setup.limit_mb else None, **setup.options}
-    reason = _train(setup, {"given": given, "turns": turns}, cache, [*folder.glob("*.safetensors")])
+    reason = _train(
+        setup, {"given": given, "turns": turns, "micro": setup.micro}, cache, [*folder.glob("*.safetensors")]
+    )
     if reason is not None:
         return {**row, "finished": False, "reason": reason}
     row |= {"finished": True, **_found(work / "run", outline(folder), reads)}
@@ -178,7 +180,7 @@ class Recorder(Watcher):
     """Remembers of each step how long it took, what the kernel read for it, and how fast the machine multiplied."""
 
     def __init__(self, product: tuple[int, int, int], turns: Turns | None, steps: int | None) -> None:
-        self.product, self.turns, self.left = product, turns, steps
+        self.product, self.turns, self.steps = product, turns, steps
         self.seconds, self.read, self.multiplies, self.quantised = [], [], [], []
 
     def say(self, text: str) -> None:
@@ -192,7 +194,7 @@ class Recorder(Watcher):
         self.seconds.append(time.monotonic() - self.began)
         self.read[-1] = _bytes_read() - self.read[-1]
         self.multiplies[-1] = (self.multiplies[-1] + self.rate()) / 2
-        if self.left is None or len(self.seconds) < self.left:  # the last step's turn goes on to the end of the run
+        if self.steps is None or len(self.seconds) < self.steps:  # the last step's turn goes on to the end of the run
             self.look()
 
     def look(self) -> None:
@@ -206,11 +208,10 @@ class Recorder(Watcher):
         return 1e9 * hardware.measure_gemm(torch.bfloat16, *self.product, seconds=0.2)
 
 
-def child(given: dict[str, Any], turns: str | None) -> None:
+def child(given: dict[str, Any], turns: str | None, micro: int) -> None:
     """Trains these settings, and leaves beside the run's own records what was seen of its steps."""
     settings, shape = make_settings(given), outline(Path(given["model"]))
-    product = (int(given.get("micro_tokens", 344)), min(2048, shape.hidden), 2048)
-    watcher = Recorder(product, Turns(turns) if turns else None, given.get("steps"))
+    watcher = Recorder((micro, min(2048, shape.hidden), 2048), Turns(turns) if turns else None, given.get("steps"))
     if watcher.turns is not None:
         watcher.turns.take()
     run = create_run(settings)

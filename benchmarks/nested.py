@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,8 @@ def train(task: str, seed: int, out: str, kind: str) -> None:
 
     files = task_files(task)
     given = {"model": BASE, "data": files["train"], "eval_data": files["validation"], "rank": RANK, "seed": seed}
-    with nested(seed) if kind == "nested" else _as_it_is():
+    with nested(seed) if kind == "nested" else nullcontext():
         deltaw.train(**given, out=out, **LENGTH_OF_RUN)
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager

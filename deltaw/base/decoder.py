@@ -38,7 +38,12 @@ class Row(NamedTuple):
     tokens_T: Tensor
     positions_T: Tensor
     spans: tuple[Span, ...]
-    rows_N: Tensor | None
+    rows_N: Tensor | None = None
+
+    @property
+    def wanted(self) -> int:
+        """How many hidden states are asked for."""
+        return len(self.tokens_T if self.rows_N is None else self.rows_N)
 
 
 class Decoder:
@@ -87,8 +92,9 @@ class Decoder:
         self, tokens_T: Tensor, positions_T: Tensor, spans: tuple[Span, ...], rows_N: Tensor | None = None
     ) -> Tensor:
         """Final hidden states [T, H] of a flat row of documents, or [N, H] of some rows of it."""
-        wanted = len(tokens_T if rows_N is None else rows_N)
-        tokens_T, positions_T, spans, rows_N = self._rounded(Row(tokens_T, positions_T, spans, rows_N))
+        row = Row(tokens_T, positions_T, spans, rows_N)
+        wanted = row.wanted
+        tokens_T, positions_T, spans, rows_N = self._rounded(row)
         live, strength = self._adapters()
         angles = self._all_angles(positions_T)
         x_TH = self._embedded(tokens_T, len(positions_T))
@@ -108,7 +114,7 @@ class Decoder:
         the inputs of blocks alone, and the rest is computed again. To the bit what backward of one row after the other
         gives, since each factor sums up the rows in their order.
         """
-        wanted = [len(row.tokens_T if row.rows_N is None else row.rows_N) for row in rows]
+        wanted = [row.wanted for row in rows]
         rows = [self._rounded(row) for row in rows]
         live, strength = self._adapters()
         angles = [self._all_angles(row.positions_T) for row in rows]

@@ -9,7 +9,7 @@ import click
 from deltaw.cli.group import main
 from deltaw.cli.options import given_of, json_option, quiet_option, settings_options
 from deltaw.config import make_settings
-from deltaw.errors import DataError, DeltawError
+from deltaw.errors import DataError
 
 
 @main.group()
@@ -34,20 +34,12 @@ _data_options = settings_options("model", "columns", "train_on", "max_length", "
 @quiet_option
 @json_option
 def check_data(files: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> None:
-    """One page on a whole data set. Exits 1 on any error that is not allowed, 0 on warnings.
-
-    With --json, stdout is one JSON document whatever the exit code.
-    """
+    """One page on a whole data set. Exits 1 on any error that is not allowed, 0 on warnings."""
     from deltaw.datasets import check_data as check
     from deltaw.terminal import TerminalWatcher, check_page, make_console, show_json
 
     watcher = TerminalWatcher(make_console(stderr=True), quiet)
-    try:
-        page = check(make_settings({**given_of(options), "data": files}), watcher.reading)
-    except DeltawError as error:
-        if as_json:
-            show_json({"ok": False, "error": str(error)})
-        raise
+    page = check(make_settings({**given_of(options), "data": files}), watcher.reading)
     if as_json:
         show_json(page)
     else:
@@ -73,13 +65,8 @@ def show_data(files: tuple[str, ...], row: int, rows: int | None, ids: bool, as_
     console = make_console()
     paged = console.is_terminal and rows is None
     shown = islice(show(make_settings({**given_of(options), "data": files}), row), rows or (None if paged else 3))
-    try:
-        if (first := next(shown, None)) is None:
-            raise DataError(f"There is no row {row} or later.")
-    except DeltawError as error:
-        if as_json:
-            show_json({"ok": False, "error": str(error)})
-        raise
+    if (first := next(shown, None)) is None:
+        raise DataError(f"There is no row {row} or later.")
     if as_json:
         show_json([_plain_row(each) for each in chain((first,), shown)])
         return

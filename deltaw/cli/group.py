@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ EXIT_CODES = (
     "130 and 143 stopped by a signal."
 )
 EXIT_BROKEN_PIPE = 141
+AS_JSON = "deltaw.as_json"  # in the context's notes: whether the verb was asked for JSON
 # Libraries whose warnings speak to programmers. PYTHONWARNINGS and -W bring them back.
 _LIBRARIES = r"(torch|transformers|tokenizers|huggingface_hub|safetensors|matplotlib)(\.|$)"
 
@@ -37,13 +39,13 @@ class _Group(click.Group):
                 sys.stdout.flush()
             return result
         except (DeltawError, Interrupted) as error:
-            click.echo(f"{'' if isinstance(error, Interrupted) else 'Error: '}{error}", err=True)
+            _tell(ctx, error)
             ctx.exit(error.exit_code)
         except (MemoryError, RuntimeError) as error:
             known = does_not_fit(error)
             if known is None:
                 raise
-            click.echo(f"Error: {known}", err=True)
+            _tell(ctx, known)
             ctx.exit(known.exit_code)
         except KeyboardInterrupt:
             click.echo("Stopped.", err=True)
@@ -54,6 +56,16 @@ class _Group(click.Group):
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+
+def _tell(ctx: click.Context, error: BaseException) -> None:
+    """On stderr; and, where JSON was asked for and it is no stop, on stdout too."""
+    if isinstance(error, Interrupted):
+        click.echo(str(error), err=True)
+        return
+    if ctx.meta.get(AS_JSON):
+        click.echo(json.dumps({"ok": False, "error": str(error)}, indent=2))
+    click.echo(f"Error: {error}", err=True)
 
 
 @contextlib.contextmanager

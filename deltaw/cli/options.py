@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from deltaw.cli.group import AS_JSON
 from deltaw.config import make_settings, settings_fields
 from deltaw.errors import UsageError
 
@@ -48,7 +49,19 @@ def given_of(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value not in (None, ())}
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+def _remember_json(ctx: click.Context, _option: click.Parameter, asked: bool) -> bool:
+    """Errors are told in the group, which sees no options of verbs."""
+    ctx.meta[AS_JSON] = asked
+    return asked
+
+
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    callback=_remember_json,
+    help="Print one JSON document to stdout; of an error: ok, false, and error, its text.",
+)
 quiet_option = click.option("--quiet", is_flag=True, help="No talk on stderr, only errors.")
 model_option = click.option("--model", metavar="TEXT", help="The base, where the adapter does not say where it lies.")
 
