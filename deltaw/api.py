@@ -30,7 +30,7 @@ from deltaw.adapter.files import WEIGHTS
 from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN, cache_folder
 from deltaw.base.forward import plain_attention
-from deltaw.base.save import require_new, write_merged
+from deltaw.base.save import check_merged, require_new, write_merged
 from deltaw.config import DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
 from deltaw.data.chat import Encoder
 from deltaw.data.example import Example
@@ -370,8 +370,6 @@ def evaluate(path: str | Path, data: Sequence[str | Path], model: str | None = N
     return open_adapter(path, model, **options).evaluate(data)
 
 
-# What rounding may change in a logit, as a share of the largest one: weights and activations round in each layer.
-MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 MERGE_PROMPTS = ("The capital of France is", "def add(a, b):", "I loved this film because", "2 + 2 =")
 
 
@@ -382,25 +380,32 @@ def merge(
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Folds an adapter into its base, writes the model folder, reloads it and compares logits with the unmerged model.
+    """Folds an adapter into its base, reads the folder back, checks every weight of it, and compares logits.
 
-    Returns and stores (`merge.json` in the folder) the largest difference and whether each next token stayed the same.
+    Returns and stores (`merge.json` in the folder) how many weights carry the adapter, the largest difference of a
+    logit from that of base and adapter, beside what the adapter itself changes, and whether each next token stayed the
+    same. Raises AdapterError when a weight is not W + ΔW to half a unit in the last place. The logits decide nothing:
+    what bf16 rounds in a forward can be more than what a missing layer changes.
     """
     require_new(Path(out))
     opened = open_adapter(path, model, say, **options)
     base, injection = opened.base, opened.injection
     assert injection is not None
     wanted = _logits(base)
-    adapter, device, dtype = injection.adapters[0], str(base.device), base.dtype
+    adapter, device, dtype, folder = injection.adapters[0], str(base.device), base.dtype, base.folder
     injection.eject()
+    plain = _logits(base)
     say("Writing the merged model.")
     write_merged(base, adapter, Path(out))
     del opened, base, injection  # two models at once may be too many
     say("Reading it back.")
+    checked = check_merged(folder, adapter, Path(out))
     got = _logits(base_load.load(Path(out), device=device, dtype=str(dtype).removeprefix("torch.")))
     same = got.argmax(-1) == wanted.argmax(-1)
     record: dict[str, Any] = {
+        "merged_weights": checked,
         "max_logit_difference": float((got - wanted).abs().max()),
+        "max_logit_change_by_adapter": float((plain - wanted).abs().max()),
         "max_logit": float(wanted.abs().max()),
         "same_next_tokens": bool(same.all()),
         "positions": len(got),
@@ -410,14 +415,6 @@ def merge(
         "origin": adapter.origin,
     }
     write_text(Path(out) / "merge.json", json.dumps(record, indent=2) + "\n")
-    coarse = torch.float32 if (dtype, record["dtype_of_files"]) == (torch.float32, "F32") else torch.bfloat16
-    bound = MERGE_TOLERANCE[coarse] * record["max_logit"]
-    if not record["max_logit_difference"] <= bound:
-        raise AdapterError(
-            f"The merged model in {out} does not compute what base and adapter do: its logits differ by "
-            f"{record['max_logit_difference']:.2e}, more than rounding to {coarse} explains ({bound:.2e}). "
-            "Do not use it."
-        )
     return {**record, "folder": str(out)}
 
 

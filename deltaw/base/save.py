@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
 from deltaw.base.load import Base
 from deltaw.disk import new_folder, write_text
-from deltaw.errors import UsageError
+from deltaw.errors import AdapterError, UsageError, bullet_list
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -63,6 +63,39 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
         else:
             _write_whole(base.folder, temporary, adapter)
             _copy_others(base.folder, temporary, but=(_CONFIG, _INDEX))
+
+
+@torch.no_grad()
+def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
+    """How many weights of the merged folder `out` carry the adapter, when every weight is what it must be.
+
+    Both folders are opened as transformers opens them, in the dtype of their files. An adapted weight must be
+    W + ΔW, formed in fp32, to half a unit in the last place; every other one must have the base's bits. Raises
+    AdapterError naming each that does not.
+    """
+    base, merged = _open_whole(folder), _open_whole(out)
+    targets = {_weight_name(target): target for target in choose_for(base, adapter)}
+    stored, found = base.state_dict(), merged.state_dict()
+    faults = [f"{name} is in one of the two folders only" for name in sorted(stored.keys() ^ found.keys())]
+    for name in sorted(stored.keys() & found.keys()):
+        if name not in targets:
+            if not torch.equal(found[name], stored[name]):
+                faults.append(f"{name} is not the base's, and has no update")
+        elif not _is_rounded(found[name], wanted := merged_weight(targets[name], adapter)):
+            apart = float((found[name].float() - wanted).abs().max())
+            faults.append(f"{name} is not W + ΔW rounded to {found[name].dtype}: it is off by up to {apart:.2e}")
+    if faults:
+        raise AdapterError(
+            f"The merged model in {out} is not the base with the adapter; do not use it.\n" + bullet_list(faults)
+        )
+    return len(targets)
+
+
+def _is_rounded(found: Tensor, wanted: Tensor) -> bool:
+    """Whether `found` is the fp32 sum `wanted` rounded once to its dtype."""
+    half_unit = torch.finfo(found.dtype).eps / 2
+    slack = 2 * torch.finfo(torch.float32).eps * float(wanted.abs().max())  # fp32 may have summed in another order
+    return torch.allclose(found.float(), wanted, rtol=half_unit, atol=slack)
 
 
 def _weight_name(target: Target) -> str:
@@ -167,11 +200,15 @@ def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> 
 
 def _write_whole(folder: Path, out: Path, adapter: Adapter) -> None:
     """Opens the base once more, in the dtype of its files, merges there and lets transformers write its own layout."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
+    model = _open_whole(folder)
     merge_(model, adapter, keep_originals=False)
     try:
         model.save_pretrained(out)
     except SafetensorError as error:  # it wraps the system's error in a text
         raise OSError(str(error)) from error
+
+
+def _open_whole(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )

@@ -123,7 +123,7 @@ def generate(
 @machine_options
 @json_option
 def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options: Any) -> None:
-    """Fold an adapter into its base, read the result back and compare the logits."""
+    """Fold an adapter into its base, read the result back, check its weights and compare the logits."""
     from deltaw import api
     from deltaw.terminal import make_console, pairs, show_json
 
@@ -131,11 +131,12 @@ def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options:
     if as_json:
         show_json(record)
         return
-    about = f"largest logit {record['max_logit']:.1f}, computed in {record['computed_in']}"
+    about = f"the adapter changes them by up to {record['max_logit_change_by_adapter']:.2e}"
     same = f"{record['positions_with_same_next_token']} of {record['positions']} positions"
     pairs(make_console(), {
         "merged model": f"{record['folder']} (files in {record['dtype_of_files']})",
-        "largest logit difference": f"{record['max_logit_difference']:.2e} ({about})",
+        "weights with the adapter": f"{record['merged_weights']}, each W + ΔW rounded once",
+        "largest logit difference": f"{record['max_logit_difference']:.2e} in {record['computed_in']} ({about})",
         "same next token": same,
     })  # fmt: skip
     if not record["same_next_tokens"]:

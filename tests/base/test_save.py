@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base.load import load
-from deltaw.base.save import write_merged
+from deltaw.base.save import check_merged, write_merged
 from deltaw.errors import AdapterError, DiskError, UsageError
 
 TOKENS = (torch.arange(12) * 37 % 259)[None]
@@ -50,6 +50,7 @@ def _merge(folder, out, targets=LINEAR, **spec):
         wanted = _logits(base.model)
     assert float((wanted - plain).abs().max()) > 1e-3, "the adapter must make a difference"
     write_merged(base, adapter, out)
+    assert check_merged(folder, adapter, out) == len(adapter.factors)
     assert torch.equal(_logits(base.model), plain), "the live base stays what it was"
     return wanted, transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
@@ -140,6 +141,24 @@ def test_files_keep_their_dtype_and_the_sum_is_rounded_once(tmp_path):
         factors = adapter.factors[target.name]
         exact = target.holder.weight + target.delta(factors.A, factors.B)
         assert torch.equal(after[f"{target.name}.weight"], exact.bfloat16())
+
+
+def test_a_merge_that_lacks_one_update_or_changed_another_weight_is_refused(tmp_path):
+    """In bf16, where one layer's update changes logits less than rounding does."""
+    folder, out = _folder(tmp_path / "base", "llama", dtype=torch.bfloat16), tmp_path / "merged"
+    base = load(folder, device="cpu", dtype="float32")
+    adapter = _adapter(base, ["q_proj", "down_proj"])
+    write_merged(base, adapter, out)
+    lacking = "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(out / "model.safetensors")
+    tensors[lacking] = load_file(folder / "model.safetensors")[lacking]
+    tensors["model.norm.weight"][3] += 0.01
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="not the base with the adapter") as refused:
+        check_merged(folder, adapter, out)
+    assert f"{lacking} is not W + ΔW rounded to torch.bfloat16" in str(refused.value)
+    assert "model.norm.weight is not the base's" in str(refused.value)
+    assert str(refused.value).count("  - ") == 2, "and nothing else"
 
 
 def test_a_second_format_beside_the_weights_is_left_out(tmp_path):
