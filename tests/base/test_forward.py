@@ -136,6 +136,17 @@ def test_bf16_is_proven_too():
         assert forward.prove(lively_model(kind).bfloat16()) is None
 
 
+def test_many_layers_in_bf16_may_differ_by_what_two_attentions_of_the_model_differ_by_and_no_more(monkeypatch):
+    deep = lively_model("llama", num_hidden_layers=16).bfloat16()
+    assert forward.prove(deep) is None
+    monkeypatch.setattr(forward, "ROUGHNESS_FACTOR", 0)
+    assert "its own from its own by" in forward.prove(deep), "the fixed tolerance alone refuses it"
+    monkeypatch.undo()
+    right = forward.flat_hidden_states
+    monkeypatch.setattr(forward, "flat_hidden_states", lambda *args: right(*args[:-1], (0, 8, 15)))
+    assert "flat logits differ" in forward.prove(deep), "one token on the wrong side of the border"
+
+
 def test_a_base_that_reads_in_both_directions_is_seen(tmp_path):
     config = transformers.BertConfig(**GENERAL, intermediate_size=48)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
