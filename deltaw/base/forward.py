@@ -149,7 +149,9 @@ def _difference(model: Any) -> str | None:
     roughness = _relative(own(EAGER), plain)
     if difference <= ROUGHNESS_FACTOR * roughness:
         return None
-    return f"its flat logits differ from its own by {difference:.1e} (relative), its own from its own by {roughness:.1e}"
+    return (
+        f"its flat logits differ from its own by {difference:.1e} (relative), its own from its own by {roughness:.1e}"
+    )
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
