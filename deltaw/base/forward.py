@@ -26,7 +26,7 @@ from deltaw.kernels import document_attention, spans_of
 
 ATTENTION_NAME = "deltaw_flat"
 # Largest relative difference between the flat and the model's own forward that still counts as the same computation.
-# Many layers can round to more than that: then it may be so many times what two attentions of the model itself differ by.
+# Many layers round to more: then it may be so many times what two attentions of the model itself differ by.
 PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 ROUGHNESS_FACTOR = 3  # something wrong differs by eight times that and more (dev/LOG.md)
 EAGER = "eager"  # the attention of transformers that every model has
