@@ -1,6 +1,6 @@
 """Bases larger than the memory that a run may take: does it finish, how fast is that, and how fast could it be?
 
-    python benchmarks/big_base.py [NAME ...]
+    python benchmarks/big_base.py [NAME ...]        # as in RUNS; 'demo*' for all that begin so
 
 Each run is a fresh process that plans and trains through `deltaw.train`, in a cgroup of exactly the memory that it is
 given as `--memory`, with the base's files dropped from the system's cache before. Four questions:
@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ class Setup(NamedTuple):
 BLOCKS_TWICE = {"smollm2-1.7b-shape": 24, "llama-3-8b-shape": 32}
 RUNS = [  # those of one list take turns
     [
-        Setup(name, "smollm2-1.7b-shape", limit, steps=7, options={"stream": limit is not None})
+        Setup(name, "smollm2-1.7b-shape", limit, micro=256, steps=7, options={"stream": limit is not None})
         for name, limit in (("1.7b streamed", 1200), ("1.7b in memory", None))
     ],
     *([Setup(f"demo {limit} MB" if limit else "demo", DEMO, limit)] for limit in (None, *DEMO_LIMITS)),
@@ -86,7 +87,7 @@ def main(names: list[str]) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     known = {row["name"] for row in rows}
     for setups in RUNS:
-        wanted = not names or any(name in setup.name for name in names for setup in setups)
+        wanted = not names or any(fnmatch(setup.name, name) for name in names for setup in setups)
         if not wanted or known.issuperset(setup.name for setup in setups):
             continue
         for row in measure(setups):
@@ -109,24 +110,31 @@ def measure(setups: list[Setup]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=FOLDER) as work, ThreadPoolExecutor(len(setups)) as pool:
         places = [Path(work) / str(number) for number in range(len(setups))]
         turns = f"{work}/turns" if len(setups) > 1 else None
-        return list(pool.map(lambda setup, place: _row(setup, place, folder, reads, cache, turns), setups, places))
+        runs = [_prepare(*pair, folder, turns is not None) for pair in zip(setups, places, strict=True)]
+        os.sync()  # a page that was not written yet cannot be dropped
+        reasons = list(pool.map(lambda setup, given: _train(setup, given, cache, turns), setups, runs))
+        shape = outline(folder)
+        return [_row(*run, reads, shape) for run in zip(setups, places, reasons, strict=True)]
 
 
-def _row(setup: Setup, work: Path, folder: Path, reads: float, cache: Path, turns: str | None) -> dict[str, Any]:
-    demo, row = setup.base == DEMO, {"name": setup.name, "setup": {**setup._asdict(), "options": dict(setup.options)}}
-    row["read_gb_per_s"] = reads / 1e9
+def _prepare(setup: Setup, work: Path, folder: Path, alone: bool) -> dict[str, Any]:
+    """The settings of a run, in a folder of its own; with a base of its own where pages of others would help it."""
     work.mkdir()
-    if turns is not None:  # pages that one run holds would cost the other nothing
+    if alone:
         folder = Path(shutil.copytree(folder, work / "base"))
-    given = {**(_demo_settings() if demo else _settings(setup, work)), "model": str(folder)}
-    given |= {"out": f"{work}/run", "memory": f"{setup.limit_mb}MB" if setup.limit_mb else None, **setup.options}
-    reason = _train(
-        setup, {"given": given, "turns": turns, "micro": setup.micro}, cache, [*folder.glob("*.safetensors")]
-    )
+    given = {**(_demo_settings() if setup.base == DEMO else _settings(setup, work)), "model": str(folder)}
+    return given | {
+        "out": f"{work}/run", "memory": f"{setup.limit_mb}MB" if setup.limit_mb else None, **setup.options
+    }  # fmt: skip
+
+
+def _row(setup: Setup, work: Path, reason: str | None, reads: float, shape: Outline) -> dict[str, Any]:
+    row = {"name": setup.name, "setup": {**setup._asdict(), "options": dict(setup.options)}}
+    row["read_gb_per_s"] = reads / 1e9
     if reason is not None:
         return {**row, "finished": False, "reason": reason}
-    row |= {"finished": True, **_found(work / "run", outline(folder), reads)}
-    return {**row, **_accuracy(work / "run")} if demo else row
+    row |= {"finished": True, **_found(work / "run", shape, reads)}
+    return {**row, **_accuracy(work / "run")} if setup.base == DEMO else row
 
 
 def _settings(setup: Setup, work: Path) -> dict[str, Any]:
@@ -145,8 +153,9 @@ def _demo_settings() -> dict[str, Any]:
     return {name: getattr(settings, name) for name in settings.sources if name != "model"}
 
 
-def _train(setup: Setup, asked: dict[str, Any], cache: Path, files: list[Path]) -> str | None:
+def _train(setup: Setup, given: dict[str, Any], cache: Path, turns: str | None) -> str | None:
     """Why the run did not finish; None when it did."""
+    asked, files = {"given": given, "turns": turns, "micro": setup.micro}, [*Path(given["model"]).glob("*.safetensors")]
     child = ["env", f"DELTAW_CACHE={cache}", sys.executable, __file__, "--child", json.dumps(asked)]
     if setup.limit_mb is None:
         forget(files)
@@ -155,7 +164,7 @@ def _train(setup: Setup, asked: dict[str, Any], cache: Path, files: list[Path]) 
     try:
         finished = finishes_under(setup.limit_mb * MB, child, files, 3600)
     except RuntimeError as error:  # refused
-        return str(error).splitlines()[-1]
+        return "\n".join(str(error).splitlines()[-5:])
     return None if finished else "killed, or not done in an hour"
 
 
