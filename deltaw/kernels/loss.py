@@ -60,11 +60,14 @@ def token_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(−log p(target), whether the target is the most likely token, logits of `columns`): [N], [N], [N, columns]."""
     losses, hits, chosen = [], [], []
-    for rows in torch.arange(len(h_NH), device=h_NH.device).split(chunk or chunk_rows(vocabulary)):
-        logits_NV = head(h_NH[rows]).float()
-        losses.append(F.cross_entropy(logits_NV, targets_N[rows], reduction="none"))
-        hits.append(logits_NV.argmax(-1) == targets_N[rows])
-        chosen.append(logits_NV[:, list(columns)])
+    rows = chunk or chunk_rows(vocabulary, h_NH.dtype)
+    for h, targets in zip(h_NH.split(rows), targets_N.split(rows), strict=True):
+        logits_NV = head(h)
+        for part in _pieces(logits_NV, torch.float32):
+            logits, target = logits_NV[part].float(), targets[part]
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            hits.append(logits.argmax(-1) == target)
+            chosen.append(logits[:, list(columns)])
     if not losses:
         nothing = h_NH.new_zeros(0, dtype=torch.float32)
         return nothing, nothing.bool(), nothing.view(0, len(columns))
@@ -107,11 +110,10 @@ def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) 
     """
     N, V = logits_NV.shape
     finer = torch.promote_types(logits_NV.dtype, torch.float32)
-    rows = max(2, PIECE_BYTES // (finer.itemsize * V)) if logits_NV.device.type == "cpu" else N
     losses_N, slopes_NV = logits_NV.new_empty(N, dtype=finer), torch.empty_like(logits_NV)
-    buffer = logits_NV.new_empty(min(rows, N), V, dtype=finer)
-    for start in range(0, N, rows):
-        part = slice(start, start + rows)
+    pieces = _pieces(logits_NV, finer)
+    buffer = logits_NV.new_empty(min(pieces[0].stop, N), V, dtype=finer)
+    for part in pieces:
         logits, targets_n1 = logits_NV[part], targets_N[part, None]
         p = torch.softmax(logits, -1, dtype=finer, out=buffer[: len(logits)])
         below_largest = logits.amax(-1).to(finer) - logits.gather(1, targets_n1)[:, 0].to(finer)
@@ -119,3 +121,10 @@ def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) 
         p.scatter_add_(1, targets_n1, p.new_full((1, 1), -1.0).expand_as(targets_n1))
         slopes_NV[part] = p.mul_(weights_N[part, None])
     return losses_N, slopes_NV
+
+
+def _pieces(logits_NV: Tensor, finer: torch.dtype) -> list[slice]:
+    """The rows that are taken at a time: on CPU as many as `PIECE_BYTES` of the finer dtype hold, at least two."""
+    N, V = logits_NV.shape
+    rows = max(2, PIECE_BYTES // (finer.itemsize * V)) if logits_NV.device.type == "cpu" else N
+    return [slice(start, start + rows) for start in range(0, N, rows)]

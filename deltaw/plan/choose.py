@@ -111,14 +111,27 @@ def _held(demand: Demand, choice: Choice, room: Room, way: str) -> Memory:
 
 def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
     steps = demand.steps(choice.micro_tokens, share=clock.share)
-    seconds = sum(clock.step(choice, step) for step in steps) / len(steps)
+    held = _held(demand, choice, room, clock.way)
+    short = _short_bytes(demand, choice, held, room)
+    seconds = sum(clock.step(choice, step, short) for step in steps) / len(steps)
     tokens = sum(one.tokens for step in steps for one in step) / len(steps)
     count = demand.step_count
     run = None if count is None else count * seconds + EVALUATIONS * clock.evaluation(choice)
     machine = "this machine" if clock.device is None else clock.device.name
-    held = _held(demand, choice, room, clock.way)
     calibrated = clock.device is None
     return Plan(choice, held, room, seconds, run, count, tokens / seconds, clock.way, machine, calibrated)
+
+
+def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> int:
+    """What a streamed run lacks for pages that it uses all the time: of two blocks or of the head, and of libraries.
+
+    The peak is taken in the middle between what is predicted and the upper end of its interval.
+    """
+    if not choice.stream:
+        return 0
+    block = demand.block_bytes(choice.quant)
+    wanted = max(2 * block, math.prod(demand.outline.head_shape) * demand.dtype.itemsize) - block + room.file_bytes
+    return max(0, min(wanted, round(held.peak_bytes * (1 + MEMORY_SPREAD[1] / 2)) + wanted - room.limit_bytes))
 
 
 # -- choices ----------------------------------------------------------------------------------------------------------

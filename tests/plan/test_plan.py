@@ -153,6 +153,13 @@ def test_the_fastest_exact_choice_that_fits_is_made_and_less_memory_never_costs_
     assert plan(asked, least).choice.quant in ("none", "nf4", "int8")
 
 
+def test_a_streamed_run_that_lacks_room_to_read_ahead_waits_for_what_is_read_again(demand):
+    asked = demand(stream=True, recompute=0, micro_tokens=64)
+    tight, block = needed(asked, Choice(64, stream=True)), asked.block_bytes("none")
+    seconds = [plan(asked, tight + room).step_seconds for room in (0, block // 2, block, 2 * block)]
+    assert seconds[0] > seconds[1] > seconds[2] == seconds[3]
+
+
 def test_what_the_user_set_is_not_changed(demand):
     asked = demand(micro_tokens=512, recompute=0, stream=False, quant="none")
     peak = needed(asked, Choice(512))
