@@ -153,10 +153,11 @@ def test_the_fastest_exact_choice_that_fits_is_made_and_less_memory_never_costs_
     assert plan(asked, least).choice.quant in ("none", "nf4", "int8")
 
 
-def test_a_streamed_run_that_lacks_room_to_read_ahead_waits_for_what_is_read_again(demand):
+def test_a_streamed_run_waits_for_what_is_read_again_where_pages_of_libraries_have_no_room(demand):
     asked = demand(stream=True, recompute=0, micro_tokens=64)
-    tight, block = needed(asked, Choice(64, stream=True)), asked.block_bytes("none")
-    seconds = [plan(asked, tight + room).step_seconds for room in (0, block // 2, block, 2 * block)]
+    tight, pages = needed(asked, Choice(64, stream=True)), 100 * MB
+    rooms = [Room(tight + more, "--memory", pages, file_bytes=pages) for more in (0, pages // 2, 2 * pages, 3 * pages)]
+    seconds = [make_plan(asked, room, Clock(asked, PACE)).step_seconds for room in rooms]
     assert seconds[0] > seconds[1] > seconds[2] == seconds[3]
 
 
