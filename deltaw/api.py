@@ -370,6 +370,9 @@ def evaluate(path: str | Path, data: Sequence[str | Path], model: str | None = N
     return open_adapter(path, model, **options).evaluate(data)
 
 
+# What rounding may change in a logit, as a share of the largest one, where all is fp32. In bf16 there is no such bound:
+# a forward rounds more than what a missing layer changes (dev/LOG.md).
+MERGE_TOLERANCE = 1e-3
 MERGE_PROMPTS = ("The capital of France is", "def add(a, b):", "I loved this film because", "2 + 2 =")
 
 
@@ -384,8 +387,8 @@ def merge(
 
     Returns and stores (`merge.json` in the folder) how many weights carry the adapter, the largest difference of a
     logit from that of base and adapter, beside what the adapter itself changes, and whether each next token stayed the
-    same. Raises AdapterError when a weight is not W + ΔW to half a unit in the last place. The logits decide nothing:
-    what bf16 rounds in a forward can be more than what a missing layer changes.
+    same. Raises AdapterError when a weight is not W + ΔW to half a unit in the last place, and, where files and
+    forward are fp32, when logits differ by more than rounding explains.
     """
     require_new(Path(out))
     opened = open_adapter(path, model, say, **options)
@@ -415,6 +418,12 @@ def merge(
         "origin": adapter.origin,
     }
     write_text(Path(out) / "merge.json", json.dumps(record, indent=2) + "\n")
+    exact = dtype == torch.float32 and record["dtype_of_files"] == "F32"
+    if exact and not record["max_logit_difference"] <= MERGE_TOLERANCE * record["max_logit"]:
+        raise AdapterError(
+            f"The merged model in {out} does not compute what base and adapter do: its logits differ by "
+            f"{record['max_logit_difference']:.2e} of {record['max_logit']:.1f}. Do not use it."
+        )
     return {**record, "folder": str(out)}
 
 

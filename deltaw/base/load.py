@@ -200,7 +200,7 @@ def load(
     folder = locate(name, revision)
     check_folder(folder)
     quiet_transformers()
-    model = _open_model(folder, "auto" if quant != "none" else chosen)
+    model = open_model(folder, "auto" if quant != "none" else chosen)
     if quant == "none":
         model = model.to(where)
     else:
@@ -292,7 +292,8 @@ def _odd_settings(config: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _open_model(folder: Path, dtype: torch.dtype | str) -> Any:
+def open_model(folder: Path, dtype: torch.dtype | str) -> Any:
+    """The model in a folder as transformers opens it; `dtype` "auto" is that of its files. Raises BaseError."""
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,

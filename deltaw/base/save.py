@@ -11,18 +11,17 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from deltaw.adapter import Adapter, choose_for, merge_
 from deltaw.adapter.files import save_tensors
 from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
-from deltaw.base.load import Base
+from deltaw.base.load import Base, open_model
 from deltaw.disk import new_folder, write_text
 from deltaw.errors import AdapterError, UsageError, bullet_list
 
@@ -73,7 +72,7 @@ def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     W + ΔW, formed in fp32, to half a unit in the last place; every other one must have the base's bits. Raises
     AdapterError naming each that does not.
     """
-    base, merged = _open_whole(folder), _open_whole(out)
+    base, merged = open_model(folder, "auto"), open_model(out, "auto")
     targets = {_weight_name(target): target for target in choose_for(base, adapter)}
     stored, found = base.state_dict(), merged.state_dict()
     faults = [f"{name} is in one of the two folders only" for name in sorted(stored.keys() ^ found.keys())]
@@ -200,15 +199,9 @@ def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> 
 
 def _write_whole(folder: Path, out: Path, adapter: Adapter) -> None:
     """Opens the base once more, in the dtype of its files, merges there and lets transformers write its own layout."""
-    model = _open_whole(folder)
+    model = open_model(folder, "auto")
     merge_(model, adapter, keep_originals=False)
     try:
         model.save_pretrained(out)
     except SafetensorError as error:  # it wraps the system's error in a text
         raise OSError(str(error)) from error
-
-
-def _open_whole(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )

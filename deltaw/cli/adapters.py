@@ -140,7 +140,7 @@ def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options:
         "same next token": same,
     })  # fmt: skip
     if not record["same_next_tokens"]:
-        say("Some next tokens differ: the files' dtype rounds part of the update away. --json has all figures.")
+        say("Some next tokens differ: where two are about equally likely, rounding decides. --json has all figures.")
 
 
 @main.command()

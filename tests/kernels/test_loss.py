@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltaw.kernels import labelled_loss, token_losses
-from deltaw.kernels.loss import CHUNK_BYTES, chunk_rows
+from deltaw.kernels.loss import CHUNK_BYTES, PIECE_BYTES, chunk_rows
 
 N, WIDTH, VOCABULARY = 50, 12, 31
 
@@ -123,3 +123,15 @@ def test_rows_of_a_wide_vocabulary_are_taken_in_pieces_and_in_bf16_the_target_ke
     p = torch.softmax(F.linear(h[:1].detach().double(), weight.double()), -1)[0, 7]
     assert 0 < float(1 - p) < 4e-3
     torch.testing.assert_close(grad[:, 0].double(), (p - 1).expand(37), rtol=0.1, atol=0)
+
+
+def test_token_losses_of_a_wide_vocabulary_are_the_same_in_pieces():
+    torch.manual_seed(0)
+    h, weight, targets = torch.randn(37, 4), torch.randn(200_000, 4), torch.randint(200_000, (37,))
+    assert PIECE_BYTES // (4 * 200_000) < CHUNK_BYTES // (4 * 200_000) < 37, "several chunks of several pieces"
+    logits = F.linear(h, weight)
+    targets[::3] = logits[::3].argmax(-1)
+    losses, hits, columns = token_losses(h, lambda x: F.linear(x, weight), targets, 200_000, [7, 0])
+    torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(hits, logits.argmax(-1) == targets) and hits[::3].all() and not hits.all()
+    torch.testing.assert_close(columns, logits[:, [7, 0]])

@@ -232,7 +232,7 @@ def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypa
 
 def test_a_plan_reads_no_weight_and_leaves_nothing_behind(llama_folder, chats, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deltaw.base.load._open_model", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("deltaw.base.load.open_model", lambda *_: pytest.fail("opened"))
     made = api.plan(model=llama_folder, data=[chats], steps=3)
     assert list(tmp_path.iterdir()) == []
     written = made.as_dict()
