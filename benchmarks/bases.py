@@ -87,7 +87,7 @@ def base(name: str) -> Path:
 
 
 def _write(config: Any, folder: Path) -> None:
-    torch.manual_seed(0)  # with some numbers, bf16 logits of two right ways differ by more than a proof allows
+    torch.manual_seed(0)
     config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.dtype = "bfloat16"
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2

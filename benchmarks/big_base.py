@@ -82,6 +82,8 @@ RUNS = [  # those of one list take turns
     [Setup("8b nf4, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "nf4", "stream": True})],
 ]
 
+SHOWN = {"1.7b streamed", "1.7b in memory", "demo", "demo 900 MB", "8b bf16, 4 GB", "8b nf4, 3 GB"}  # in the guide
+
 
 def main(names: list[str]) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
@@ -95,14 +97,16 @@ def main(names: list[str]) -> None:
             print(_line(row), file=sys.stderr, flush=True)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join(_line(row) for row in rows))
-    print(json.dumps(answers({row["name"]: row for row in rows}), indent=1))
+    found = {row["name"]: row for row in rows}
+    print(json.dumps(answers(found), indent=1))
+    if found.keys() >= SHOWN and all(found[name]["finished"] for name in SHOWN):
+        print(table(found))
 
 
 def measure(setups: list[Setup]) -> list[dict[str, Any]]:
     """The rows of one run, or of several that take turns; one that does not finish says why."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     cache, base_name = FOLDER / "cache-big", setups[0].base
-    torch.manual_seed(0)  # random weights of 24 blocks may be too rough in bf16 for the proofs; these pass
     folder = base_path(TOKENIZER) if base_name == DEMO else base(base_name)
     reads = _median(lambda: read_rate(folder))
     for part in ("pace", "probes"):  # each run measures its own, and takes its heaviest step before it begins
@@ -305,6 +309,28 @@ def answers(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if limits := [limit for limit in demos if limit]:
         found["demo: lowest limit in MB"] = min(limits)
     return found
+
+
+def table(rows: Mapping[str, dict[str, Any]]) -> str:
+    """What docs/guides/memory.md shows of the rows."""
+    ratios = answers(dict(rows))["1.7b speed kept"]
+    memory, demo, small = rows["1.7b in memory"], rows["demo"], rows["demo 900 MB"]
+    big, quantised = rows["8b bf16, 4 GB"], rows["8b nf4, 3 GB"]
+    share = f"{big['product_seconds']:.0f} s of products at the rate measured then: {big['share_of_slower_bound']:.0%}"
+    besides = {
+        "1.7b streamed": f"{ratios['median']:.2f} of the speed in memory ({memory['peak_bytes'] / 1e9:.1f} GB), "
+        f"step by step in turns: {min(ratios['pairs']):.2f} to {max(ratios['pairs']):.2f}",
+        "8b bf16, 4 GB": f"{share} of the slower bound",
+        "8b nf4, 3 GB": f"{quantised['quantise_seconds']:.0f} s to quantise, once",
+        "demo 900 MB": f"{demo['step_seconds']:.1f} s and {demo['peak_bytes'] / 1e9:.1f} GB without a limit; accuracy "
+        f"{small['test']['accuracy']:.1%} and {demo['test']['accuracy']:.1%}",
+    }
+    lines = ["| run | limit | a step | beside |", "|---|---|---|---|"]
+    for name, beside in besides.items():
+        limit = f"{rows[name]['setup']['limit_mb'] / 1000:g} GB"
+        lines.append(f"| {name.split(',')[0]} | {limit} | {rows[name]['step_seconds']:.1f} s | {beside} |")
+    rates = [row["gemm_gflops"] for row in rows.values()]
+    return "\n".join([*lines, "", f"The machine multiplied at {min(rates):.0f} to {max(rates):.0f} GFLOP/s."])
 
 
 def _line(row: dict[str, Any]) -> str:
