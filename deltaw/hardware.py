@@ -39,6 +39,9 @@ MAC_FLAGS = {"hw.optional.AdvSIMD": "neon", "hw.optional.arm.FEAT_BF16": "bf16"}
 MAC_FREE_PAGES = ("vm.page_free_count", "vm.page_purgeable_count", "vm.page_pageable_external_count")
 PROC = Path("/proc/self")
 
+PRODUCTS = 128  # that oneDNN remembers prepared, 2 MB each, where nothing is known of the data
+REMEMBERED = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -316,17 +319,18 @@ def set_threads(num_threads: int | None) -> int:
 
 
 @functools.cache
-def tune_memory() -> None:
+def tune_memory(products: int = PRODUCTS) -> None:
     """Bounds what oneDNN remembers, and lets the C library keep what was freed for the next step. Before any product.
 
     oneDNN and torch's layer above it keep a prepared product, with its memory, for each of the last 1,024 shapes; as
-    every batch has new ones, a run grew by 22 MB a step. 128 of each hold the peak and cost no measurable time.
+    every batch has new ones, a run grew by 22 MB a step. `products` of each hold the peak. The first call in a process
+    decides; what the environment says already stays.
 
     glibc gives large blocks back and has them zeroed anew; kept, a step of dense rows takes 190,000 page faults less
     and the high-water mark stays what it was. 32 MB is the largest size that it may keep.
     """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "128")
+    for name in ("LRU_CACHE_CAPACITY", REMEMBERED):
+        os.environ.setdefault(name, str(products))
     if sys.platform != "linux":
         return
     try:
@@ -336,6 +340,12 @@ def tune_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3
     mallopt(trim_threshold, (1 << 31) - 1)
     mallopt(mmap_threshold, 32 << 20)
+
+
+def remembered_products() -> int:
+    """How many prepared products oneDNN keeps in this process, from `tune_memory` or by the environment."""
+    given = os.environ.get(REMEMBERED, "")
+    return int(given) if given.isdecimal() else PRODUCTS
 
 
 def give_memory_back() -> None:

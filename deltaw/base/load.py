@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,16 +35,23 @@ from deltaw.base.stream import Pager, blocks_of, follow_modules
 from deltaw.base.stream import stream as streaming
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
-from deltaw.hardware import choose_device, compute_dtype, look, set_threads, tune_memory
+from deltaw.hardware import (
+    choose_device,
+    compute_dtype,
+    look,
+    remembered_products,
+    set_threads,
+    tune_memory,
+)
 from deltaw.kernels import continued_spans
 
-# Passes that share a reading: more have more shapes of products than oneDNN may remember (hardware.tune_memory), and
-# preparing products anew takes longer than they do.
-MOST_TOGETHER = 4
+# Products that the layers of a block take for a pass of one length; and passes that may share a reading.
+LAYER_PRODUCTS, MOST_TOGETHER = 32, 4
 MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
 # Layers: the deepest published models have about 130.
 _COUNTS, MAX_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4096
 MAX_CONTEXT = 1 << 20
+_NUMBER = re.compile(r"\.([0-9]{1,4})\.")  # of a block, in the name of a weight
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -221,6 +229,14 @@ def load(
     return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager)
 
 
+def most_together() -> int:
+    """How many passes may share a reading of a streamed base.
+
+    More have more shapes of products than oneDNN remembers, and preparing them anew takes longer than they do.
+    """
+    return min(MOST_TOGETHER, max(1, remembered_products() // LAYER_PRODUCTS))
+
+
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where a base computes, and in what. Raises UsageError."""
     where = choose_device(device)
@@ -312,7 +328,33 @@ def open_model(folder: Path, dtype: torch.dtype | str) -> Any:
             + bullet_list(sorted(found["missing_keys"]))
             + "\nFetch it again, or save it whole with model.save_pretrained."
         )
+    left_out = _blocks_left_out(model, found["unexpected_keys"])
+    if left_out:
+        raise BaseError(
+            f"The base in {folder} holds blocks that its config.json does not count: {', '.join(map(str, left_out))}. "
+            "Set num_hidden_layers right, or save the model anew with model.save_pretrained."
+        )
     return model
+
+
+def _blocks_left_out(model: Any, unexpected: Iterable[str]) -> list[int]:
+    """Numbers of blocks that lie in the files with weights such as the first one has, and that the model does without.
+
+    Blocks with others besides predict several tokens ahead (DeepSeek, GLM) and are left out on purpose.
+    """
+    held = _weights_by_block(unexpected)
+    first = _weights_by_block(model.state_dict()).get(0, set())
+    return sorted(number for number, names in held.items() if names <= first)
+
+
+def _weights_by_block(names: Iterable[str]) -> dict[int, set[tuple[str, str]]]:
+    """{4: {("model.layers", "mlp.up_proj.weight"), …}, …}."""
+    found: dict[int, set[tuple[str, str]]] = {}
+    for name in names:
+        before, *numbered = _NUMBER.split(name, maxsplit=1)
+        if numbered:
+            found.setdefault(int(numbered[0]), set()).add((before, numbered[1]))
+    return found
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor
 from deltaw.adapter import Injection
 from deltaw.base.decoder import Row
 from deltaw.base.forward import plain_attention
-from deltaw.base.load import MOST_TOGETHER, Base
+from deltaw.base.load import Base, most_together
 from deltaw.data.pack import Batch
 from deltaw.kernels import continued_spans, labelled_loss, token_losses
 
@@ -76,7 +76,7 @@ def _groups(base: Base, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
     most, group = base.tokens_a_reading, list[Batch]()
     for batch in batches:
         tokens = sum(one.computed_tokens for one in (*group, batch))
-        if group and (tokens > most or len(group) == MOST_TOGETHER):
+        if group and (tokens > most or len(group) == most_together()):
             yield group
             group = []
         group.append(batch.to(base.device))

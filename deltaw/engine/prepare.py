@@ -6,7 +6,7 @@ The sketch knows shapes, token lengths and every setting that a rule decides; wh
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from deltaw import hardware
 from deltaw.adapter import Adapter, LoraSpec, choose, choose_for, new_adapter, read_adapter
 from deltaw.adapter.layer import Target
 from deltaw.base.builtin import token_cache
-from deltaw.base.load import Base, load, place
+from deltaw.base.load import LAYER_PRODUCTS, Base, load, place
 from deltaw.base.locate import tokenizer_digest
 from deltaw.base.shapes import Outline, outline
 from deltaw.config import (
@@ -26,6 +26,7 @@ from deltaw.config import (
     default_batch_tokens,
     default_rank,
     default_rate,
+    parse_bytes,
     parse_layers,
     parse_pattern,
 )
@@ -37,8 +38,13 @@ from deltaw.data.prepare import DataSet, held_out_share, prepare
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, UsageError
+from deltaw.kernels.attention import products
 
 DEFAULT_MICRO_TOKENS = 1024
+# A base that takes more than this of the memory may come to be streamed, although no plan is made yet.
+LARGE_SHARE = 0.25
+# Products that oneDNN remembers, 2 MB each: SHARING where passes may share a reading.
+LEAST_PRODUCTS, SHARING_PRODUCTS, MOST_PRODUCTS, SPARE_PRODUCTS = 64, 128, 512, 8
 
 
 @dataclass
@@ -77,7 +83,6 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
     """Shapes, data and targets of a run; resolves every `auto` in the settings by its rule. No weight is read."""
     threads = settings.threads or min(torch.get_num_threads(), hardware.usable_cores())
     hardware.set_threads(threads)
-    hardware.tune_memory()
     known = outline(settings.model, settings.revision)
     if settings.max_length == AUTO:
         settings.put(
@@ -86,10 +91,29 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
             f"rule: the model's context, at most {DEFAULT_MAX_LENGTH}",
         )
     data, lines = _prepare_data(run, settings, known, watcher)
+    hardware.tune_memory(_products(known, settings, data))
     start = None if settings.adapter is None else read_adapter(run.start)
     targets = _choose_targets(settings, known, start)
     _resolve_rules(settings, known, data["train"])
     return Sketch(known, data, lines, start, targets)
+
+
+def _products(known: Outline, settings: Settings, data: Mapping[str, DataSet]) -> int:
+    """How many products oneDNN shall remember: one too few, and every block prepares all of its products anew."""
+    longest = max(int(each.store.lengths.max(initial=1)) for each in data.values())
+    needed = LAYER_PRODUCTS + products(min(longest, int(settings.max_length))) + SPARE_PRODUCTS
+    least = SHARING_PRODUCTS if _may_stream(known, settings) else LEAST_PRODUCTS
+    return min(MOST_PRODUCTS, max(least, -(-needed // 16) * 16))
+
+
+def _may_stream(known: Outline, settings: Settings) -> bool:
+    """Whether the base is, or is likely to be, read from its files block by block: it takes much of the memory."""
+    if isinstance(settings.stream, bool):
+        return settings.stream
+    limit = hardware.look().memory_limit_bytes
+    if settings.memory is not None:
+        limit = min(limit, parse_bytes(settings.memory))
+    return known.parameters * 2 > LARGE_SHARE * limit
 
 
 def prepare_run(sketch: Sketch, settings: Settings, watcher: Watcher) -> Prepared:

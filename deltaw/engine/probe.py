@@ -18,7 +18,7 @@ import torch
 
 from deltaw import hardware
 from deltaw.base.builtin import cache_folder
-from deltaw.base.load import MOST_TOGETHER
+from deltaw.base.load import most_together
 from deltaw.data.loader import evaluation_batches
 from deltaw.data.pack import batch_of
 from deltaw.data.store import TokenStore
@@ -85,7 +85,7 @@ def _step(trainer: Trainer, documents: list[int]) -> None:
     trainer.injection.train(True)
     batch = batch_of(store, documents)
     together = min(base.tokens_a_reading, int(trainer.settings.batch_tokens)) // batch.computed_tokens
-    accumulate(base, [batch] * min(MOST_TOGETHER, max(1, together)), 1.0, head_factors(base, trainer.injection))
+    accumulate(base, [batch] * min(most_together(), max(1, together)), 1.0, head_factors(base, trainer.injection))
     trainer.flat.step([0.0])
     trainer.injection.train(False)
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from deltaw.base.load import MOST_TOGETHER
-from deltaw.kernels.attention import TILE_TOKENS, WHOLE_TOKENS
+from deltaw.base.load import most_together
+from deltaw.hardware import remembered_products
+from deltaw.kernels.attention import TILE_TOKENS
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.pace import timed_blocks
@@ -29,10 +30,11 @@ MADE_BYTES, SAVED_BYTES = 8, 4
 TILES, TILE_WIDTHS = 4, 6
 
 # Fitted to measured peaks (benchmarks/plan_accuracy.py, cases marked "fitted"): what a run adds to the process beyond
-# its tensors (threads, prepared products, pages of libraries), more where modules run and where bitsandbytes is loaded;
-# and how often the heap comes to hold what a block needs for a moment, as steps of other lengths leave other gaps.
-RUNNING_BYTES, MODULE_RUNNING_BYTES, QUANT_RUNNING_BYTES = 125_000_000, 185_000_000, 100_000_000
-GAPS = 4
+# its tensors (threads, pages of libraries), more where modules run and where bitsandbytes is loaded; a product that
+# oneDNN keeps prepared; and how often the heap comes to hold what a block needs for a moment, as steps of other lengths
+# leave other gaps.
+RUNNING_BYTES, MODULE_RUNNING_BYTES, QUANT_RUNNING_BYTES = 20_000_000, 80_000_000, 100_000_000
+PRODUCT_BYTES, GAPS = 1_200_000, 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     little as the base's own where the measure is the lowest limit.
     """
     heavy, b = demand.heaviest(choice.micro_tokens), demand.dtype.itemsize
-    held = fixed_bytes - (file_bytes if choice.stream else 0) + _running_bytes(choice, way)
+    held = fixed_bytes - (file_bytes if choice.stream else 0) + _running_bytes(demand, choice, way)
     fixed = {"fixed": held, "base": base_bytes(demand, choice)}
     best = demand.trained * BEST_BYTES if "eval" in demand.data else 0
     factors = demand.trained * STATE_BYTES + best
@@ -90,8 +92,10 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     return Memory({name: {part: parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}, measure)
 
 
-def _running_bytes(choice: Choice, way: str) -> int:
+def _running_bytes(demand: Demand, choice: Choice, way: str) -> int:
     running = RUNNING_BYTES if way == "kernels" else MODULE_RUNNING_BYTES
+    if demand.device.type == "cpu" and demand.dtype == torch.bfloat16:  # in which oneDNN multiplies
+        running += PRODUCT_BYTES * remembered_products()
     return running + (QUANT_RUNNING_BYTES if choice.quant != "none" else 0)
 
 
@@ -110,7 +114,7 @@ def _kept(demand: Demand, choice: Choice, heavy: Pass, way: str, b: int) -> int:
     outline, T = demand.outline, heavy.tokens
     block = _block_bytes(demand, way, b) * T
     kept = (outline.layers - choice.recompute) * block + choice.recompute * outline.hidden * b * T
-    most = MOST_TOGETHER * max(T, choice.micro_tokens)
+    most = most_together() * max(T, choice.micro_tokens)
     together = min(demand.tokens_a_reading(choice, way), int(demand.settings.batch_tokens), most)
     if together > T:  # inputs of every block and one slope, of several passes
         kept = (outline.layers + 1) * outline.hidden * b * together
@@ -133,8 +137,8 @@ def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int) -> int:
     o, T = demand.outline, heavy.tokens
     dense = 0 if choice.quant == "none" else max(o.inner, o.hidden) * o.hidden * b
     gated = T * (4 * b * o.inner + (4 + 4 + b) * o.hidden)
-    scores = sum(n * n if n <= WHOLE_TOKENS else 0 for n in heavy.lengths)
-    scores = max(scores, *(TILE_TOKENS * n if n > WHOLE_TOKENS else 0 for n in heavy.lengths))
+    scores = sum(n * n for n in heavy.lengths if n <= TILE_TOKENS)
+    scores = max(scores, *(TILE_TOKENS * n if n > TILE_TOKENS else 0 for n in heavy.lengths))
     A, K = o.heads * o.head_width, o.key_heads * o.head_width
     attention = TILES * b * o.heads * scores + T * (TILE_WIDTHS * b * A + 2 * 4 * K)
     return round(GAPS * max(gated, attention) + dense)

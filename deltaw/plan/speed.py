@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from deltaw.base.load import MOST_TOGETHER
+from deltaw.base.load import most_together
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import CPU_SHARE, GPU_SHARE, Device
 from deltaw.plan.pace import Pace
@@ -48,7 +48,7 @@ class Clock:
         """One optimiser step of these passes; `short_bytes` of what a streamed base needs at hand have no room."""
         most, groups = self.demand.tokens_a_reading(choice, self.way), [list(passes[:1])]
         for one in passes[1:]:
-            if len(groups[-1]) == MOST_TOGETHER or sum(each.tokens for each in (*groups[-1], one)) > most:
+            if len(groups[-1]) == most_together() or sum(each.tokens for each in (*groups[-1], one)) > most:
                 groups.append([])
             groups[-1].append(one)
         return sum(self._reading(choice, group, short_bytes) for group in groups) + self._update()

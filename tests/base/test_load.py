@@ -13,7 +13,7 @@ import gguf
 import pytest
 import safetensors.torch
 import torch
-from models import byte_tokenizer, small_model
+from models import byte_tokenizer, save_base, small_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltaw.base import load as load_module
@@ -210,6 +210,24 @@ def test_missing_weights_are_refused_instead_of_made_up(folder):
     del weights["model.layers.1.mlp.up_proj.weight"]
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert "model.layers.1.mlp.up_proj.weight" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "qwen3_moe"])
+def test_blocks_that_the_config_does_not_count_are_refused_instead_of_dropped(kind, tmp_path):
+    save_base(tmp_path / kind, kind)
+    config = json.loads((tmp_path / kind / "config.json").read_text())
+    key = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    edit_json(tmp_path / kind / "config.json", **{key: 1, "layer_types": (config.get("layer_types") or [])[:1] or None})
+    says = refusal(tmp_path / kind)
+    assert "blocks that its config.json does not count: 1." in says
+
+
+def test_a_block_that_predicts_further_tokens_is_left_out(folder):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights |= {name.replace("layers.1", "layers.2"): w.clone() for name, w in weights.items() if "layers.1" in name}
+    weights["model.layers.2.eh_proj.weight"] = torch.zeros(4, 4)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert len(load(folder).model.model.layers) == 2
 
 
 def test_damaged_weights_of_a_wrong_shape_and_damaged_tokenizers_are_refused(folder):

@@ -17,6 +17,7 @@ from deltaw.base.load import Base, load
 from deltaw.base.stream import Pager, blocks_of, release
 from deltaw.engine.objective import accumulate, batch_loss, head_factors
 from deltaw.errors import BaseError
+from deltaw.hardware import REMEMBERED
 
 KINDS = ("llama", "llama-tied", "gemma3", "gpt_neox", "gpt2")
 
@@ -85,6 +86,7 @@ def test_passes_that_share_a_reading_give_the_bits_of_passes_one_by_one(folders,
     base.recompute(2)
     alone = gradients(base, SIZES, layers)
     monkeypatch.setattr(Base, "tokens_a_reading", 10**6)
+    monkeypatch.setenv(REMEMBERED, "128")
     calls = []
     monkeypatch.setattr(base.decoder, "accumulate", lambda *a: calls.append(1) or Decoder.accumulate(base.decoder, *a))
     for one, other in zip(alone, gradients(base, SIZES, layers), strict=True):
@@ -92,7 +94,7 @@ def test_passes_that_share_a_reading_give_the_bits_of_passes_one_by_one(folders,
     assert calls == [1]
 
 
-def test_at_most_four_passes_share_a_reading_and_no_more_tokens_than_it_serves(folders, monkeypatch):
+def test_as_many_passes_share_a_reading_as_products_are_remembered_and_tokens_served(folders, monkeypatch):
     base = load(folders("llama"), dtype="float32")
     base.recompute(2)
     shared = []
@@ -101,8 +103,15 @@ def test_at_most_four_passes_share_a_reading_and_no_more_tokens_than_it_serves(f
         "accumulate",
         lambda rows, loss: shared.append(len(rows)) or Decoder.accumulate(base.decoder, rows, loss),
     )
-    for most, groups in ((10**6, [4, 2]), (60, [3, 3]), (20, [])):
+    for products, most, groups in (
+        (128, 10**6, [4, 2]),
+        (128, 60, [3, 3]),
+        (128, 20, []),
+        (80, 10**6, [2, 2, 2]),
+        (1, 10**6, []),
+    ):
         shared.clear()
+        monkeypatch.setenv(REMEMBERED, str(products))
         monkeypatch.setattr(Base, "tokens_a_reading", most)
         gradients(base, [(20,)] * 6, most=most)
         assert shared == groups
@@ -125,7 +134,8 @@ def test_adapted_embeddings_and_heads_learn_the_same_when_passes_share_a_reading
     assert all(torch.equal(one, other) and other.count_nonzero() for one, other in zip(*found, strict=True))
 
 
-def test_a_streamed_base_is_read_twice_for_all_passes_of_a_step_that_it_serves_together(wide):
+def test_a_streamed_base_is_read_twice_for_all_passes_of_a_step_that_it_serves_together(wide, monkeypatch):
+    monkeypatch.setenv(REMEMBERED, "128")
     streamed = load(wide, dtype="float32", stream=True)
     asked = []
     enter = streamed.pager.enter

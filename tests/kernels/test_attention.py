@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from deltaw.kernels import Span, document_attention, spans_of
-from deltaw.kernels.attention import one_document
+from deltaw.kernels.attention import one_document, products
 
-LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400)
+LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400, 513)
 H, K, D = 4, 2, 8
 
 
@@ -122,3 +122,18 @@ def test_what_other_devices_run_is_the_same_attention(options):
     torch.testing.assert_close(torch.cat(alone), dense, atol=1e-5, rtol=1e-5)
     last = one_document(q[290:300], k[:300], v[:300], 0.7, window, softcap)
     torch.testing.assert_close(last, dense[290:300], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(60, 5, 33, 64), (256, 31, 190, 100, 70, 90), (1000, 700, 20), (2048,), (400,) * 5]
+)
+def test_products_are_counted_as_they_are_made(lengths, monkeypatch):
+    shapes = set()
+    for name in ("bmm", "baddbmm"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *x, real=real, **more: shapes.add((x[-2].shape, x[-1].shape)) or real(*x, **more)
+        )
+    (q, k, v), bounds = random_row(lengths)
+    torch.autograd.grad(ours_of(q, k, v, bounds, 1.0).sum(), (q, k, v))
+    assert 6 <= len(shapes) <= products(max(lengths))

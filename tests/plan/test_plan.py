@@ -11,10 +11,10 @@ import torch
 from models import save_base
 
 from deltaw import api, hardware
-from deltaw.base.load import load
+from deltaw.base.load import load, most_together
 from deltaw.base.shapes import outline, stored_dtype
 from deltaw.config import make_settings, parse_bytes
-from deltaw.engine.prepare import sketch_run
+from deltaw.engine.prepare import LEAST_PRODUCTS, SHARING_PRODUCTS, sketch_run
 from deltaw.engine.run import create_run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DoesNotFitError, UsageError
@@ -100,7 +100,8 @@ def test_a_base_in_memory_a_streamed_and_a_quantised_one_are_counted_by_their_we
     assert 4 * known.parameters - small == pytest.approx(known.product_parameters * (4 - 0.516), rel=0.01)
 
 
-def test_passes_that_share_a_reading_cost_one_reading_and_the_inputs_of_all(demand, llama_folder):
+def test_passes_that_share_a_reading_cost_one_reading_and_the_inputs_of_all(demand, llama_folder, monkeypatch):
+    monkeypatch.setenv(hardware.REMEMBERED, str(SHARING_PRODUCTS))
     asked = dataclasses.replace(demand(batch_tokens=1024, micro_tokens=20), longest_tokens=20)
     shared, apart = Choice(20, recompute=2, stream=True), Choice(20, recompute=1, stream=True)
     base = load(llama_folder, dtype="float32", stream=True)
@@ -225,6 +226,31 @@ def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypa
     )
     api.plan(model=llama_folder, data=[chats], steps=3)
     assert bounded == [1]
+
+
+@pytest.mark.parametrize(
+    ("given", "products"),
+    [({}, LEAST_PRODUCTS), ({"stream": True}, SHARING_PRODUCTS), ({"memory": "4GB"}, LEAST_PRODUCTS)],
+)
+def test_more_products_are_remembered_where_passes_may_share_a_reading(
+    llama_folder, chats, monkeypatch, given, products
+):
+    monkeypatch.setenv(hardware.REMEMBERED, "")
+    monkeypatch.delenv(hardware.REMEMBERED)
+    hardware.tune_memory.cache_clear()
+    monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
+    api.plan(model=llama_folder, data=[chats], steps=3, **given)
+    assert hardware.remembered_products() == products
+    assert most_together() == products // 32
+
+
+def test_a_base_that_takes_much_of_the_memory_may_come_to_be_streamed(llama_folder, chats, monkeypatch):
+    monkeypatch.setenv(hardware.REMEMBERED, "")
+    monkeypatch.delenv(hardware.REMEMBERED)
+    hardware.tune_memory.cache_clear()
+    with pytest.raises(DoesNotFitError):
+        api.plan(model=llama_folder, data=[chats], steps=3, memory="100kB")
+    assert hardware.remembered_products() == SHARING_PRODUCTS
 
 
 # -- from outside -----------------------------------------------------------------------------------------------------
