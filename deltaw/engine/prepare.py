@@ -44,7 +44,7 @@ DEFAULT_MICRO_TOKENS = 1024
 # A base that takes more than this of the memory may come to be streamed, although no plan is made yet.
 LARGE_SHARE = 0.25
 # Products that oneDNN remembers, 2 MB each: SHARING where passes may share a reading.
-LEAST_PRODUCTS, SHARING_PRODUCTS, MOST_PRODUCTS, SPARE_PRODUCTS = 64, 128, 512, 8
+LEAST_PRODUCTS, SHARING_PRODUCTS, MOST_PRODUCTS, SPARE_PRODUCTS = 64, 128, 1024, 8
 
 
 @dataclass
