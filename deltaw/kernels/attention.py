@@ -2,7 +2,7 @@
 
 On CPU the work is cut into tiles of queries and the keys that they may see, and each tile is a handful of batched
 matrix products, which run at the processor's full rate where the fused kernel's backward does not. Documents up to 256
-tokens are taken whole, those of similar length side by side in one tile; longer ones in tiles of 128 queries that end
+tokens are taken whole, those of similar length side by side in one tile; longer ones in tiles of 256 queries that end
 at their last key, so nothing above the diagonal is computed. Query heads that share a key head lie below each other in
 one product. The probabilities are not kept: backward forms them again, from the same numbers in the same way.
 
@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WHOLE_TOKENS = 256
-TILE_TOKENS = 128
+TILE_TOKENS = 256
 VECTOR = 16
 TILE_PRODUCTS, ENDS = 6, 4  # what `products` counts
-SIDE_BY_SIDE = (32, 64, 96, 128, 192, WHOLE_TOKENS)
+SIDE_BY_SIDE = (32, 64, 96, 128, 192, TILE_TOKENS)
 
 
 class Rows(NamedTuple):
@@ -140,7 +139,7 @@ def tiles_of(spans: tuple[Span, ...], window: int | None, heads: int, group: int
     tiles: list[Tile] = []
     side_by_side: dict[tuple[int, int, int], list[Span]] = {}
     for span in spans:
-        if span.stop - span.start > WHOLE_TOKENS:
+        if span.stop - span.start > TILE_TOKENS:
             tiles += _in_parts(span, window, dtype)
         else:
             size = next(size for size in SIDE_BY_SIDE if span.stop - span.start <= size)
@@ -155,7 +154,7 @@ def products(longest: int) -> int:
     their own.
     """
     whole = sum(size <= longest for size in (0, *SIDE_BY_SIDE[:-1]))
-    tiles = longest // TILE_TOKENS + ENDS if longest > WHOLE_TOKENS else 0
+    tiles = longest // TILE_TOKENS + ENDS if longest > TILE_TOKENS else 0
     return TILE_PRODUCTS * (whole + tiles)
 
 

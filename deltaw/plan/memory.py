@@ -16,7 +16,7 @@ import torch
 
 from deltaw.base.load import most_together
 from deltaw.hardware import remembered_products
-from deltaw.kernels.attention import TILE_TOKENS, WHOLE_TOKENS
+from deltaw.kernels.attention import TILE_TOKENS
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.pace import timed_blocks
@@ -137,8 +137,8 @@ def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int) -> int:
     o, T = demand.outline, heavy.tokens
     dense = 0 if choice.quant == "none" else max(o.inner, o.hidden) * o.hidden * b
     gated = T * (4 * b * o.inner + (4 + 4 + b) * o.hidden)
-    scores = sum(n * n for n in heavy.lengths if n <= WHOLE_TOKENS)
-    scores = max(scores, *(TILE_TOKENS * n if n > WHOLE_TOKENS else 0 for n in heavy.lengths))
+    scores = sum(n * n for n in heavy.lengths if n <= TILE_TOKENS)
+    scores = max(scores, *(TILE_TOKENS * n if n > TILE_TOKENS else 0 for n in heavy.lengths))
     A, K = o.heads * o.head_width, o.key_heads * o.head_width
     attention = TILES * b * o.heads * scores + T * (TILE_WIDTHS * b * A + 2 * 4 * K)
     return round(GAPS * max(gated, attention) + dense)
