@@ -78,6 +78,12 @@ class Outline:
         return any("gate" in name for name, _ in self.model.named_modules())
 
     @cached_property
+    def norms_behind(self) -> int:
+        """How many norms of a block stand behind a layer, as in Gemma and OLMo-2, so that their inputs are kept too."""
+        block = blocks_of(self.model)[0]
+        return 2 if hasattr(block, "post_feedforward_layernorm") else 0
+
+    @cached_property
     def parameters(self) -> int:
         """Numbers in the whole model, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
