@@ -11,6 +11,7 @@ import torch
 from models import save_base
 
 from deltaw import api, hardware
+from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base.load import load, most_together
 from deltaw.base.shapes import outline, stored_dtype
 from deltaw.config import make_settings, parse_bytes
@@ -21,7 +22,7 @@ from deltaw.errors import DoesNotFitError, UsageError
 from deltaw.plan.choose import MEMORY_SPREAD, Room, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import DEVICES
-from deltaw.plan.memory import PARTS, RUNNING_BYTES, base_bytes, memory
+from deltaw.plan.memory import KEPT_GAPS, PARTS, RUNNING_BYTES, base_bytes, memory
 from deltaw.plan.pace import Pace, Timed, measure_pace
 from deltaw.plan.speed import Clock
 
@@ -88,6 +89,29 @@ def test_every_choice_changes_the_parts_that_it_should_and_no_other(demand):
         other = memory(asked, choice, "kernels", 100 * MB).phases["step"]
         assert {part for part in PARTS if other[part] < plain[part]} >= lower - {"loss"}
         assert all(other[part] == plain[part] for part in set(PARTS) - lower - {"base"})
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "olmo2"])
+def test_what_is_counted_for_backward_is_what_the_blocks_keep(kind, demand, tmp_path):
+    """To 10 %: the last norm's input and the angles are not counted."""
+    asked = demand(model=str(save_base(tmp_path / kind, kind)))
+    T, spec = 97, LoraSpec(rank=4)
+    counted = memory(asked, Choice(256), "kernels", 0).phases["step"]["activations"] / KEPT_GAPS
+    base, kept = load(tmp_path / kind, dtype="float32"), {}
+    with inject(base.model, new_adapter(choose(base.model, spec), spec, 0), trainable=True) as injection:
+        injection.train(True)
+        lasting = {x.data_ptr() for x in (*base.model.parameters(), *(x for _, _, x in injection.trained()))}
+
+        def keep(x):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in lasting:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden = base.hidden_states(torch.arange(T), torch.arange(T), (0, 40, T))
+    assert base.way == "kernels" and hidden.requires_grad
+    assert 1 <= sum(kept.values()) / T / (counted / asked.heaviest(256).tokens) < 1.1
 
 
 def test_a_base_in_memory_a_streamed_and_a_quantised_one_are_counted_by_their_weights(demand):
