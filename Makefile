@@ -41,6 +41,7 @@ torture: $(READY)  ## thousands of kills, failing disks, flipped bits and NaNs (
 docs: $(READY)  ## write the reference pages from the code
 	$(BIN)/python dev/reference.py docs/reference
 
+# Those that keep rows measure what has none: take a row out of benchmarks/results to measure it anew.
 bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/demo_accuracy.py
 	$(BIN)/python benchmarks/data_speed.py

@@ -2,8 +2,9 @@
 
     python benchmarks/memory_growth.py [STEPS]
 
-Two fresh processes train the built-in base on the same random short chats: one as deltaw does, one with the 1,024
-prepared products that oneDNN and torch's layer above it keep by themselves. Writes results/memory_growth.json.
+Two fresh processes train the built-in base on the same random short chats: one with the bound that `deltaw.load` sets,
+one with the 1,024 prepared products that oneDNN and torch's layer above it keep by themselves. Writes
+results/memory_growth.json.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ CASES = [
     Case("qwen3-1.7b-shape", 16, 128, 512, ("--quant", "nf4", "--stream")),
     Case("gemma-3-270m-shape", 16, 256, 1024, fitted=True),
     Case("gemma-3-270m-shape", 4, 2048, 2048, fitted=True),
-    Case("gemma-3-1b-shape", 16, 512, 512),
+    Case("gemma-3-1b-shape", 16, 512, 512, fitted=True),
     Case("gemma-3-1b-shape", 32, 64, 512, ("--recompute", "13")),
     Case("pythia-160m-shape", 16, 256, 1024, fitted=True),
     Case("pythia-160m-shape", 64, 1024, 1024, fitted=True),

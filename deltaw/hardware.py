@@ -39,7 +39,7 @@ MAC_FLAGS = {"hw.optional.AdvSIMD": "neon", "hw.optional.arm.FEAT_BF16": "bf16"}
 MAC_FREE_PAGES = ("vm.page_free_count", "vm.page_purgeable_count", "vm.page_pageable_external_count")
 PROC = Path("/proc/self")
 
-PRODUCTS = 128  # that oneDNN remembers prepared, 2 MB each, where nothing is known of the data
+PRODUCTS = 128  # that oneDNN remembers prepared, 1 to 3 MB each, where nothing is known of the data
 REMEMBERED = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 

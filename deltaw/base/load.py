@@ -338,13 +338,14 @@ def open_model(folder: Path, dtype: torch.dtype | str) -> Any:
 
 
 def _blocks_left_out(model: Any, unexpected: Iterable[str]) -> list[int]:
-    """Numbers of blocks that lie in the files with weights such as the first one has, and that the model does without.
+    """Numbers of blocks that lie in the files with weights such as the model's own have, and that it does without.
 
     Blocks with others besides predict several tokens ahead (DeepSeek, GLM) and are left out on purpose.
     """
+    own = _weights_by_block(model.state_dict())
+    usual = set[tuple[str, str]]().union(*own.values())
     held = _weights_by_block(unexpected)
-    first = _weights_by_block(model.state_dict()).get(0, set())
-    return sorted(number for number, names in held.items() if names <= first)
+    return sorted(number for number, names in held.items() if number not in own and names <= usual)
 
 
 def _weights_by_block(names: Iterable[str]) -> dict[int, set[tuple[str, str]]]:

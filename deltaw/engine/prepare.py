@@ -6,10 +6,11 @@ The sketch knows shapes, token lengths and every setting that a rule decides; wh
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from deltaw import hardware
@@ -34,17 +35,21 @@ from deltaw.data.agreement import template_warning
 from deltaw.data.chat import Encoder
 from deltaw.data.check import check, summary_lines
 from deltaw.data.formats import parse_sources
+from deltaw.data.loader import Loader
 from deltaw.data.prepare import DataSet, held_out_share, prepare
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, UsageError
+from deltaw.kernels import Span, continued_spans, spans_of
 from deltaw.kernels.attention import products
 
 DEFAULT_MICRO_TOKENS = 1024
 # A base that takes more than this of the memory may come to be streamed, although no plan is made yet.
 LARGE_SHARE = 0.25
-# Products that oneDNN remembers, 2 MB each: SHARING where passes may share a reading.
-LEAST_PRODUCTS, SHARING_PRODUCTS, MOST_PRODUCTS, SPARE_PRODUCTS = 64, 128, 1024, 8
+# Products that oneDNN remembers, 1 to 3 MB each: SHARING where passes may share a reading, and some SPARE, as the next
+# pass has many of the last one's.
+LEAST_PRODUCTS, SHARING_PRODUCTS, MOST_PRODUCTS, SPARE_PRODUCTS = 64, 128, 1024, 24
+SAMPLED_STEPS = 8  # whose passes are looked at
 
 
 @dataclass
@@ -91,29 +96,66 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
             f"rule: the model's context, at most {DEFAULT_MAX_LENGTH}",
         )
     data, lines = _prepare_data(run, settings, known, watcher)
-    hardware.tune_memory(_products(known, settings, data))
     start = None if settings.adapter is None else read_adapter(run.start)
     targets = _choose_targets(settings, known, start)
     _resolve_rules(settings, known, data["train"])
+    _remember_products(_products(known, settings, data["train"]), watcher)
     return Sketch(known, data, lines, start, targets)
 
 
-def _products(known: Outline, settings: Settings, data: Mapping[str, DataSet]) -> int:
+def _remember_products(needed: int, watcher: Watcher) -> None:
+    hardware.tune_memory(needed)
+    remembered = hardware.remembered_products()
+    if remembered < needed:  # an earlier run of this process, or its environment, said so
+        watcher.say(
+            f"This process remembers {remembered} prepared products, and passes of these documents need {needed}: "
+            "steps may take longer than in a process of their own."
+        )
+
+
+def _products(known: Outline, settings: Settings, train: DataSet) -> int:
     """How many products oneDNN shall remember: one too few, and every block prepares all of its products anew."""
-    longest = max(int(each.store.lengths.max(initial=1)) for each in data.values())
-    needed = LAYER_PRODUCTS + products(min(longest, int(settings.max_length))) + SPARE_PRODUCTS
+    windows = {None, getattr(known.config, "sliding_window", None)}
+    passes = [_heaviest_pass(settings, train), *_first_passes(settings, train)]
+    attention = max(products(spans, windows) for spans in passes)
+    needed = LAYER_PRODUCTS + attention + SPARE_PRODUCTS
     least = SHARING_PRODUCTS if _may_stream(known, settings) else LEAST_PRODUCTS
     return min(MOST_PRODUCTS, max(least, -(-needed // 16) * 16))
+
+
+def _heaviest_pass(settings: Settings, train: DataSet) -> tuple[Span, ...]:
+    ends = np.sort(train.store.lengths)[::-1].cumsum()
+    count = max(1, int(np.searchsorted(ends, int(settings.micro_tokens), side="right")))
+    return spans_of([0, *ends[:count].tolist()])
+
+
+def _first_passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:
+    loader = Loader(
+        train.store,
+        int(settings.batch_tokens),
+        int(settings.micro_tokens),
+        settings.seed,
+        train.mix,
+        share=settings.share_prefixes,
+    )
+    position = 0
+    for _ in range(SAMPLED_STEPS):
+        step = loader.step(position)
+        for batch in loader.batches(step):
+            yield continued_spans(batch.bounds, batch.before)
+        position = step.next_position
 
 
 def _may_stream(known: Outline, settings: Settings) -> bool:
     """Whether the base is, or is likely to be, read from its files block by block: it takes much of the memory."""
     if isinstance(settings.stream, bool):
         return settings.stream
-    limit = hardware.look().memory_limit_bytes
+    machine = hardware.look()
+    limit = min(machine.memory_limit_bytes, machine.available_bytes)
     if settings.memory is not None:
         limit = min(limit, parse_bytes(settings.memory))
-    return known.parameters * 2 > LARGE_SHARE * limit
+    _, dtype = place(settings.device, settings.dtype)
+    return known.parameters * dtype.itemsize > LARGE_SHARE * limit
 
 
 def prepare_run(sketch: Sketch, settings: Settings, watcher: Watcher) -> Prepared:

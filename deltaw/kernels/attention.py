@@ -15,7 +15,7 @@ n documents of one tile, L queries and M keys of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 TILE_TOKENS = 256
 VECTOR = 16
-TILE_PRODUCTS, ENDS = 6, 4  # what `products` counts
+TILE_PRODUCTS = 6  # of one tile: two forward, four more backward
 SIDE_BY_SIDE = (32, 64, 96, 128, 192, TILE_TOKENS)
 
 
@@ -147,15 +147,15 @@ def tiles_of(spans: tuple[Span, ...], window: int | None, heads: int, group: int
     return (*(_whole(documents, window, (heads, group), dtype) for documents in side_by_side.values()), *tiles)
 
 
-def products(longest: int) -> int:
-    """How many products of different shapes the documents of one pass take, forward and backward, at most.
+def products(spans: tuple[Span, ...], windows: Iterable[int | None] = (None,)) -> int:
+    """How many products of different shapes attention to these documents takes on CPU, forward and backward."""
+    tiles = [tile for window in windows for tile in tiles_of(spans, window, 1, 1, torch.float32)]
+    shapes = {(tile.count, _rows(tile.queries), _rows(tile.before) + _rows(tile.keys)) for tile in tiles}
+    return TILE_PRODUCTS * len(shapes)
 
-    `longest` is the longest document's number of tokens; of longer ones than are taken whole, four end in tiles of
-    their own.
-    """
-    whole = sum(size <= longest for size in (0, *SIDE_BY_SIDE[:-1]))
-    tiles = longest // TILE_TOKENS + ENDS if longest > TILE_TOKENS else 0
-    return TILE_PRODUCTS * (whole + tiles)
+
+def _rows(rows: slice | Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows.padded)
 
 
 def _in_parts(span: Span, window: int | None, dtype: torch.dtype) -> list[Tile]:

@@ -124,16 +124,25 @@ def test_what_other_devices_run_is_the_same_attention(options):
     torch.testing.assert_close(last, dense[290:300], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "lengths", [(60, 5, 33, 64), (256, 31, 190, 100, 70, 90), (1000, 700, 20), (2048,), (400,) * 5]
-)
-def test_products_are_counted_as_they_are_made(lengths, monkeypatch):
-    shapes = set()
+PASSES = [
+    *(spans_of([0, *accumulate(x)]) for x in ((60, 5, 33, 64), (256, 31, 190, 100, 70), (1000, 700, 20), (300,) * 9)),
+    (Span(0, 40), Span(40, 46, 0, 40), Span(46, 57, 0, 40), Span(57, 80), Span(80, 90, 57, 80), Span(90, 400, 57, 80)),
+]
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 100), (100,)], ids=str)
+@pytest.mark.parametrize("spans", PASSES, ids=lambda spans: str(len(spans)))
+def test_products_are_counted_as_they_are_made(spans, windows, monkeypatch):
+    made = set()
     for name in ("bmm", "baddbmm"):
         real = getattr(torch, name)
-        monkeypatch.setattr(
-            torch, name, lambda *x, real=real, **more: shapes.add((x[-2].shape, x[-1].shape)) or real(*x, **more)
-        )
-    (q, k, v), bounds = random_row(lengths)
-    torch.autograd.grad(ours_of(q, k, v, bounds, 1.0).sum(), (q, k, v))
-    assert 6 <= len(shapes) <= products(max(lengths))
+
+        def product(*x, name=name, real=real, **more):
+            made.add((name, x[-2].shape, x[-1].shape, *(y.is_contiguous() for y in x[-2:])))
+            return real(*x, **more)
+
+        monkeypatch.setattr(torch, name, product)
+    (q, k, v), _ = random_row([spans[-1].stop])
+    for window in windows:
+        torch.autograd.grad(document_attention(q, k, v, spans, 1.0, window=window).sum(), (q, k, v))
+    assert len(made) == products(spans, windows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -15,14 +17,14 @@ from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base.load import load, most_together
 from deltaw.base.shapes import outline, stored_dtype
 from deltaw.config import make_settings, parse_bytes
-from deltaw.engine.prepare import LEAST_PRODUCTS, SHARING_PRODUCTS, sketch_run
+from deltaw.engine.prepare import SHARING_PRODUCTS, sketch_run
 from deltaw.engine.run import create_run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DoesNotFitError, UsageError
 from deltaw.plan.choose import MEMORY_SPREAD, Room, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import DEVICES
-from deltaw.plan.memory import KEPT_GAPS, PARTS, RUNNING_BYTES, base_bytes, memory
+from deltaw.plan.memory import KEPT_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, SPARED_BYTES, base_bytes, memory
 from deltaw.plan.pace import Pace, Timed, measure_pace
 from deltaw.plan.speed import Clock
 
@@ -252,29 +254,46 @@ def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypa
     assert bounded == [1]
 
 
-@pytest.mark.parametrize(
-    ("given", "products"),
-    [({}, LEAST_PRODUCTS), ({"stream": True}, SHARING_PRODUCTS), ({"memory": "4GB"}, LEAST_PRODUCTS)],
-)
-def test_more_products_are_remembered_where_passes_may_share_a_reading(
-    llama_folder, chats, monkeypatch, given, products
-):
+@pytest.mark.parametrize("given", [{"stream": True}, {"memory": "100kB"}], ids=str)
+def test_more_products_are_remembered_where_passes_may_share_a_reading(llama_folder, chats, monkeypatch, given):
+    """Streamed, or a base that takes much of the memory and so may come to be."""
     monkeypatch.setenv(hardware.REMEMBERED, "")
     monkeypatch.delenv(hardware.REMEMBERED)
     hardware.tune_memory.cache_clear()
     monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
-    api.plan(model=llama_folder, data=[chats], steps=3, **given)
-    assert hardware.remembered_products() == products
-    assert most_together() == products // 32
+    with contextlib.suppress(DoesNotFitError):
+        api.plan(model=llama_folder, data=[chats], steps=3, **given)
+    assert hardware.remembered_products() >= SHARING_PRODUCTS
+    assert most_together() == 4
 
 
-def test_a_base_that_takes_much_of_the_memory_may_come_to_be_streamed(llama_folder, chats, monkeypatch):
+def test_a_plan_counts_each_product_that_is_remembered_and_what_a_pressed_run_spares(demand, monkeypatch):
+    asked, held = demand(dtype="bfloat16"), {}
+    for products, stream in ((64, False), (160, False), (160, True)):
+        monkeypatch.setenv(hardware.REMEMBERED, str(products))
+        held[products, stream] = memory(asked, Choice(256, stream=stream), "kernels", 0).phases["step"]["fixed"]
+    assert held[160, False] - held[64, False] == 96 * PRODUCT_BYTES
+    assert held[160, False] - held[160, True] == SPARED_BYTES
+
+
+def test_who_runs_in_a_process_that_remembers_too_few_products_is_told(demand, monkeypatch):
+    monkeypatch.setenv(hardware.REMEMBERED, "16")
+    said = []
+    monkeypatch.setattr(Watcher, "say", lambda _, line: said.append(line))
+    demand()
+    assert any("remembers 16 prepared products, and passes of these documents need" in line for line in said)
+
+
+@pytest.mark.parametrize("length", [60, 1000])
+def test_longer_documents_have_more_products_remembered(llama_folder, tmp_path, monkeypatch, length):
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"prompt": str(n), "completion": "x" * length}) + "\n" for n in range(40)))
     monkeypatch.setenv(hardware.REMEMBERED, "")
     monkeypatch.delenv(hardware.REMEMBERED)
     hardware.tune_memory.cache_clear()
-    with pytest.raises(DoesNotFitError):
-        api.plan(model=llama_folder, data=[chats], steps=3, memory="100kB")
-    assert hardware.remembered_products() == SHARING_PRODUCTS
+    monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
+    api.plan(model=llama_folder, data=[data], steps=3, stream=False, max_length=2048)
+    assert (hardware.remembered_products() > 80) == (length == 1000)
 
 
 # -- from outside -----------------------------------------------------------------------------------------------------
