@@ -23,6 +23,7 @@ from deltaw.plan.speed import EVALUATIONS, Clock
 MEMORY_SPREAD, TIME_SPREAD = (0.1, 0.06), (0.25, 0.6)
 UNCALIBRATED_SPREAD = (0.6, 0.6)
 LEAST_MICRO = 64
+STARTS_DIFFER = 1.01  # one process holds a few MB more than the next: what a refusal names must fit when it is tried
 RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -101,7 +102,7 @@ def _refusal(demand: Demand, room: Room, way: str) -> DoesNotFitError:
     needs = {choice: _needed(_held(demand, choice, room, way)) for choice in _choices(demand)}
     least = min(needs, key=needs.__getitem__)
     return DoesNotFitError(
-        f"This run needs at least {_megabytes(needs[least])} ({_described(least)}), and may take "
+        f"This run needs at least {_megabytes(STARTS_DIFFER * needs[least])} ({_described(least)}), and may take "
         f"{_megabytes(room.limit_bytes)} ({room.source}). What would fit:\n" + bullet_list(_ways_out(demand, room, way))
     )
 
@@ -178,12 +179,12 @@ def _ways_out(demand: Demand, room: Room, way: str) -> list[str]:
     found, more = [], []
     for text, changed in _changes(demand):
         least = _least(changed, room, way)
-        if least <= room.limit_bytes:
+        if STARTS_DIFFER * least <= room.limit_bytes:
             found.append(text)
         more.append((least, text))
     own = _least(demand, room, way)
-    rest = [f"--memory {_megabytes(own)}"]
-    rest += [f"--memory {_megabytes(least)} {text}" for least, text in sorted(more)]
+    rest = [f"--memory {_megabytes(STARTS_DIFFER * own)}"]
+    rest += [f"--memory {_megabytes(STARTS_DIFFER * least)} {text}" for least, text in sorted(more)]
     return (found + rest)[:3]
 
 
