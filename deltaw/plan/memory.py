@@ -32,9 +32,9 @@ TILES, TILE_WIDTHS = 4, 6
 # Fitted to measured peaks (benchmarks/plan_accuracy.py, cases marked "fitted"), so that few of them are predicted too
 # low: what a process adds to its tensors for each product that oneDNN keeps prepared, or, where others multiply, in
 # all; what bitsandbytes adds; what the heap holds between kept tensors, and how often what a block needs for a moment,
-# as steps of other lengths leave other gaps; and what a run does without when a limit presses.
+# as steps of other lengths leave other gaps.
 PRODUCT_BYTES, RUNNING_BYTES, QUANT_RUNNING_BYTES = 1_100_000, 125_000_000, 150_000_000
-KEPT_GAPS, GAPS, SPARED_BYTES = 1.2, 6, 160_000_000
+KEPT_GAPS, GAPS = 1.2, 6
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
 def _running_bytes(demand: Demand, choice: Choice) -> int:
     prepared = demand.device.type == "cpu" and demand.dtype == torch.bfloat16  # oneDNN multiplies
     running = PRODUCT_BYTES * remembered_products() if prepared else RUNNING_BYTES
-    running += QUANT_RUNNING_BYTES if choice.quant != "none" else 0
-    return running - (SPARED_BYTES if prepared and choice.stream else 0)
+    return running + (QUANT_RUNNING_BYTES if choice.quant != "none" else 0)
 
 
 def base_bytes(demand: Demand, choice: Choice) -> int:

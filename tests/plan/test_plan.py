@@ -24,7 +24,7 @@ from deltaw.errors import DoesNotFitError, UsageError
 from deltaw.plan.choose import MEMORY_SPREAD, Room, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import DEVICES
-from deltaw.plan.memory import KEPT_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, SPARED_BYTES, base_bytes, memory
+from deltaw.plan.memory import KEPT_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, base_bytes, memory
 from deltaw.plan.pace import Pace, Timed, measure_pace
 from deltaw.plan.speed import Clock
 
@@ -267,13 +267,12 @@ def test_more_products_are_remembered_where_passes_may_share_a_reading(llama_fol
     assert most_together() == 4
 
 
-def test_a_plan_counts_each_product_that_is_remembered_and_what_a_pressed_run_spares(demand, monkeypatch):
+def test_a_plan_counts_each_product_that_is_remembered(demand, monkeypatch):
     asked, held = demand(dtype="bfloat16"), {}
-    for products, stream in ((64, False), (160, False), (160, True)):
+    for products in (64, 160):
         monkeypatch.setenv(hardware.REMEMBERED, str(products))
-        held[products, stream] = memory(asked, Choice(256, stream=stream), "kernels", 0).phases["step"]["fixed"]
-    assert held[160, False] - held[64, False] == 96 * PRODUCT_BYTES
-    assert held[160, False] - held[160, True] == SPARED_BYTES
+        held[products] = memory(asked, Choice(256), "kernels", 0).phases["step"]["fixed"]
+    assert held[160] - held[64] == 96 * PRODUCT_BYTES
 
 
 def test_who_runs_in_a_process_that_remembers_too_few_products_is_told(demand, monkeypatch):
