@@ -342,6 +342,11 @@ def tune_memory(products: int = PRODUCTS) -> None:
     mallopt(mmap_threshold, 32 << 20)
 
 
+def prepares_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies there, which prepares a product for each new shape."""
+    return device.type == "cpu" and dtype == torch.bfloat16
+
+
 def remembered_products() -> int:
     """How many prepared products oneDNN keeps in this process, from `tune_memory` or by the environment."""
     given = os.environ.get(REMEMBERED, "")

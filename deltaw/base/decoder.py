@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from deltaw.adapter import AdaptedLayer, Injection, injection_of
 from deltaw.base.forward import Recomputed
 from deltaw.base.reading import Block, Gate, Unreadable, read_block, read_norm
+from deltaw.hardware import prepares_products
 from deltaw.kernels import Branch, Span, gated_sum, normed, normed_projections, projected_sum, rotary_attention
 
 Live = Mapping[int, AdaptedLayer]
@@ -185,7 +186,7 @@ class Decoder:
 
 def row_step(weight: Tensor) -> int:
     """Of what the number of rows in a product with this weight is made a multiple."""
-    return ROW_STEP if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else 1
+    return ROW_STEP if prepares_products(weight.device, weight.dtype) else 1
 
 
 def _live(injection: Injection | None) -> Live:

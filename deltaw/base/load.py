@@ -35,14 +35,7 @@ from deltaw.base.stream import Pager, blocks_of, follow_modules
 from deltaw.base.stream import stream as streaming
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
-from deltaw.hardware import (
-    choose_device,
-    compute_dtype,
-    look,
-    remembered_products,
-    set_threads,
-    tune_memory,
-)
+from deltaw.hardware import choose_device, compute_dtype, look, remembered_products, set_threads, tune_memory
 from deltaw.kernels import continued_spans
 
 # Products that the layers of a block take for a pass of one length; and passes that may share a reading.
@@ -342,9 +335,8 @@ def _blocks_left_out(model: Any, unexpected: Iterable[str]) -> list[int]:
 
     Blocks with others besides predict several tokens ahead (DeepSeek, GLM) and are left out on purpose.
     """
-    own = _weights_by_block(model.state_dict())
+    held, own = _weights_by_block(unexpected), _weights_by_block(model.state_dict())
     usual = set[tuple[str, str]]().union(*own.values())
-    held = _weights_by_block(unexpected)
     return sorted(number for number, names in held.items() if number not in own and names <= usual)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -183,12 +183,28 @@ class Loader:
             return [shared_batch([self.store[d] for d in documents], documents) for documents in step.micro_batches]
         return [batch_of(self.store, documents) for documents in step.micro_batches]
 
+    def first_steps(self, count: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each of the first `count` steps."""
+        position = 0
+        for _ in range(count):
+            step = self.step(position)
+            yield self.batches(step)
+            position = step.next_position
+
     def steps_until(self, stop: int) -> int:
         """How many steps take the documents up to position `stop`."""
         position = steps = 0
         while position < stop:
             position, steps = position + len(self._taken(position, stop)), steps + 1
         return steps
+
+
+def heaviest_documents(lengths: np.ndarray, micro_tokens: int) -> list[int]:
+    """The longest document, and as many of the next longest as one forward pass may hold beside it."""
+    order = lengths.argsort(kind="stable")[::-1]
+    count = max(1, int(np.searchsorted(lengths[order].cumsum(), micro_tokens, side="right")))
+    found: list[int] = order[:count].tolist()
+    return found
 
 
 def _evenly(cut: Callable[[int], list[list[int]]], most: int) -> list[list[int]]:

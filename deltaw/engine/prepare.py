@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from deltaw import hardware
@@ -35,7 +34,7 @@ from deltaw.data.agreement import template_warning
 from deltaw.data.chat import Encoder
 from deltaw.data.check import check, summary_lines
 from deltaw.data.formats import parse_sources
-from deltaw.data.loader import Loader
+from deltaw.data.loader import Loader, heaviest_documents
 from deltaw.data.prepare import DataSet, held_out_share, prepare
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
@@ -99,51 +98,37 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
     start = None if settings.adapter is None else read_adapter(run.start)
     targets = _choose_targets(settings, known, start)
     _resolve_rules(settings, known, data["train"])
-    _remember_products(_products(known, settings, data["train"]), watcher)
+    _remember_products(known, settings, data["train"], watcher)
     return Sketch(known, data, lines, start, targets)
 
 
-def _remember_products(needed: int, watcher: Watcher) -> None:
-    hardware.tune_memory(needed)
+def _remember_products(known: Outline, settings: Settings, train: DataSet, watcher: Watcher) -> None:
+    """Has oneDNN keep as many prepared products as passes need: one too few, and each block prepares all of its own."""
+    if not hardware.prepares_products(torch.device(settings.device), getattr(torch, settings.dtype)):
+        hardware.tune_memory()
+        return
+    windows = {None, getattr(known.config, "sliding_window", None)}
+    attention = max(products(spans, windows) for spans in _passes(settings, train))
+    needed = -(-(LAYER_PRODUCTS + attention + SPARE_PRODUCTS) // 16) * 16
+    least = SHARING_PRODUCTS if _may_stream(known, settings) else LEAST_PRODUCTS
+    hardware.tune_memory(min(MOST_PRODUCTS, max(least, needed)))
     remembered = hardware.remembered_products()
-    if remembered < needed:  # an earlier run of this process, or its environment, said so
+    if remembered < min(needed, MOST_PRODUCTS):  # an earlier run of this process, or its environment, said so
         watcher.say(
             f"This process remembers {remembered} prepared products, and passes of these documents need {needed}: "
             "steps may take longer than in a process of their own."
         )
 
 
-def _products(known: Outline, settings: Settings, train: DataSet) -> int:
-    """How many products oneDNN shall remember: one too few, and every block prepares all of its products anew."""
-    windows = {None, getattr(known.config, "sliding_window", None)}
-    passes = [_heaviest_pass(settings, train), *_first_passes(settings, train)]
-    attention = max(products(spans, windows) for spans in passes)
-    needed = LAYER_PRODUCTS + attention + SPARE_PRODUCTS
-    least = SHARING_PRODUCTS if _may_stream(known, settings) else LEAST_PRODUCTS
-    return min(MOST_PRODUCTS, max(least, -(-needed // 16) * 16))
-
-
-def _heaviest_pass(settings: Settings, train: DataSet) -> tuple[Span, ...]:
-    ends = np.sort(train.store.lengths)[::-1].cumsum()
-    count = max(1, int(np.searchsorted(ends, int(settings.micro_tokens), side="right")))
-    return spans_of([0, *ends[:count].tolist()])
-
-
-def _first_passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:
-    loader = Loader(
-        train.store,
-        int(settings.batch_tokens),
-        int(settings.micro_tokens),
-        settings.seed,
-        train.mix,
-        share=settings.share_prefixes,
-    )
-    position = 0
-    for _ in range(SAMPLED_STEPS):
-        step = loader.step(position)
-        for batch in loader.batches(step):
+def _passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:
+    """The heaviest pass, and those of the first steps."""
+    store, micro_tokens, share = train.store, int(settings.micro_tokens), settings.share_prefixes
+    heavy = store.lengths[heaviest_documents(store.lengths, micro_tokens)]
+    yield spans_of([0, *heavy.cumsum().tolist()])
+    loader = Loader(store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share)
+    for batches in loader.first_steps(SAMPLED_STEPS):
+        for batch in batches:
             yield continued_spans(batch.bounds, batch.before)
-        position = step.next_position
 
 
 def _may_stream(known: Outline, settings: Settings) -> bool:
@@ -154,8 +139,7 @@ def _may_stream(known: Outline, settings: Settings) -> bool:
     limit = min(machine.memory_limit_bytes, machine.available_bytes)
     if settings.memory is not None:
         limit = min(limit, parse_bytes(settings.memory))
-    _, dtype = place(settings.device, settings.dtype)
-    return known.parameters * dtype.itemsize > LARGE_SHARE * limit
+    return known.parameters * getattr(torch, settings.dtype).itemsize > LARGE_SHARE * limit
 
 
 def prepare_run(sketch: Sketch, settings: Settings, watcher: Watcher) -> Prepared:

@@ -19,9 +19,8 @@ import torch
 from deltaw import hardware
 from deltaw.base.builtin import cache_folder
 from deltaw.base.load import most_together
-from deltaw.data.loader import evaluation_batches
+from deltaw.data.loader import evaluation_batches, heaviest_documents
 from deltaw.data.pack import batch_of
-from deltaw.data.store import TokenStore
 from deltaw.disk import disk_errors, write_text
 from deltaw.engine.checkpoint import save_checkpoint
 from deltaw.engine.objective import accumulate, head_factors, score_batch
@@ -40,7 +39,7 @@ def probe(trainer: Trainer) -> None:
         memory = cache_folder() / "probes" / _key(trainer)
     if memory.is_file():
         return
-    documents = longest_micro_batch(trainer.ready.data["train"].store, int(trainer.settings.micro_tokens))
+    documents = heaviest_documents(trainer.ready.data["train"].store.lengths, int(trainer.settings.micro_tokens))
     random_state = torch.get_rng_state()
     master = trainer.flat.master.clone()
     try:
@@ -58,19 +57,6 @@ def probe(trainer: Trainer) -> None:
         write_text(memory, "")
     except (OSError, DiskError):  # a cache that cannot be written only costs time
         return
-
-
-def longest_micro_batch(store: TokenStore, micro_tokens: int) -> list[int]:
-    """The longest document, and as many of the next longest as one forward pass may hold beside it."""
-    lengths = store.lengths
-    order = lengths.argsort(kind="stable")[::-1].tolist()
-    chosen, total = [order[0]], int(lengths[order[0]])
-    for document in order[1:]:
-        total += int(lengths[document])
-        if total > micro_tokens:
-            break
-        chosen.append(document)
-    return chosen
 
 
 def _key(trainer: Trainer) -> str:

@@ -16,7 +16,7 @@ from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline, stored_dtype
 from deltaw.config import Settings
-from deltaw.data.loader import Loader
+from deltaw.data.loader import Loader, heaviest_documents
 from deltaw.data.prepare import DataSet
 
 SAMPLED_STEPS = 16
@@ -84,26 +84,19 @@ class Demand:
     def steps(self, micro_tokens: int, *, share: bool) -> list[list[Pass]]:
         """The passes of the run's first steps."""
         if (micro_tokens, share) not in self._steps:
-            self._steps[micro_tokens, share] = self._first_steps(micro_tokens, share=share)
+            self._steps[micro_tokens, share] = [
+                [Pass(tuple(np.diff(batch.bounds).tolist()), batch.trained_tokens) for batch in batches]
+                for batches in self.loader(micro_tokens, share=share).first_steps(SAMPLED_STEPS)
+            ]
         return self._steps[micro_tokens, share]
-
-    def _first_steps(self, micro_tokens: int, *, share: bool) -> list[list[Pass]]:
-        loader, position, found = self.loader(micro_tokens, share=share), 0, []
-        for _ in range(SAMPLED_STEPS):
-            step = loader.step(position)
-            batches = loader.batches(step)
-            found.append([Pass(tuple(np.diff(b.bounds).tolist()), b.trained_tokens) for b in batches])
-            position = step.next_position
-        return found
 
     def heaviest(self, micro_tokens: int) -> Pass:
         """The longest document, and as many of the next longest as one pass may hold beside it."""
         store = self.data["train"].store
-        order = store.lengths.argsort(kind="stable")[::-1]
-        lengths = np.minimum(store.lengths[order], self.longest_tokens)
-        count = max(1, int(np.searchsorted(lengths.cumsum(), micro_tokens, side="right")))
-        labelled = np.minimum(store.trained[order[:count]], lengths[:count]).sum()
-        return Pass(tuple(int(n) for n in lengths[:count]), int(labelled))
+        lengths = np.minimum(store.lengths, self.longest_tokens)
+        documents = heaviest_documents(lengths, micro_tokens)
+        labelled = np.minimum(store.trained[documents], lengths[documents]).sum()
+        return Pass(tuple(int(n) for n in lengths[documents]), int(labelled))
 
     def tokens_a_reading(self, choice: Choice, way: str) -> int:
         """How many tokens one reading of the base serves, as Base.tokens_a_reading; 0 where passes run one by one."""

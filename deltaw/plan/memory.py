@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from deltaw.base.load import most_together
-from deltaw.hardware import remembered_products
+from deltaw.hardware import prepares_products, remembered_products
 from deltaw.kernels.attention import TILE_TOKENS
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
@@ -93,7 +93,7 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
 
 
 def _running_bytes(demand: Demand, choice: Choice) -> int:
-    prepared = demand.device.type == "cpu" and demand.dtype == torch.bfloat16  # oneDNN multiplies
+    prepared = prepares_products(demand.device, demand.dtype)
     running = PRODUCT_BYTES * remembered_products() if prepared else RUNNING_BYTES
     return running + (QUANT_RUNNING_BYTES if choice.quant != "none" else 0)
 

@@ -15,6 +15,7 @@ from models import CONFIGS, SMALL, byte_tokenizer
 
 from deltaw.config import make_settings
 from deltaw.data.example import Example
+from deltaw.data.loader import heaviest_documents
 from deltaw.data.store import TokenStore
 from deltaw.engine import probe as probing
 from deltaw.engine.prepare import prepare_run, sketch_run
@@ -55,13 +56,11 @@ def test_a_probe_that_passed_is_remembered_until_something_changes(trainer, monk
     assert len(steps) == 2
 
 
-def test_the_longest_document_is_probed_with_the_next_longest_that_fit_beside_it(tmp_path):
-    lengths = [5, 90, 30, 60, 8]
-    examples = (Example(np.zeros(n, np.int32), np.ones(n, np.float32), n) for n in lengths)
-    store = TokenStore.write(tmp_path / "store", examples)
-    assert probing.longest_micro_batch(store, 180) == [1, 3, 2]
-    assert probing.longest_micro_batch(store, 150) == [1, 3]
-    assert probing.longest_micro_batch(store, 10) == [1]
+def test_the_longest_document_is_probed_with_the_next_longest_that_fit_beside_it():
+    lengths = np.array([5, 90, 30, 60, 8])
+    assert heaviest_documents(lengths, 180) == [1, 3, 2]
+    assert heaviest_documents(lengths, 150) == [1, 3]
+    assert heaviest_documents(lengths, 10) == [1]
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_more_products_are_remembered_where_passes_may_share_a_reading(llama_fol
     hardware.tune_memory.cache_clear()
     monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
     with contextlib.suppress(DoesNotFitError):
-        api.plan(model=llama_folder, data=[chats], steps=3, **given)
+        api.plan(model=llama_folder, data=[chats], steps=3, dtype="bfloat16", **given)
     assert hardware.remembered_products() >= SHARING_PRODUCTS
     assert most_together() == 4
 
@@ -279,7 +279,9 @@ def test_who_runs_in_a_process_that_remembers_too_few_products_is_told(demand, m
     monkeypatch.setenv(hardware.REMEMBERED, "16")
     said = []
     monkeypatch.setattr(Watcher, "say", lambda _, line: said.append(line))
-    demand()
+    demand(dtype="float32")
+    assert said == []
+    demand(dtype="bfloat16")
     assert any("remembers 16 prepared products, and passes of these documents need" in line for line in said)
 
 
@@ -291,7 +293,7 @@ def test_longer_documents_have_more_products_remembered(llama_folder, tmp_path, 
     monkeypatch.delenv(hardware.REMEMBERED)
     hardware.tune_memory.cache_clear()
     monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
-    api.plan(model=llama_folder, data=[data], steps=3, stream=False, max_length=2048)
+    api.plan(model=llama_folder, data=[data], steps=3, stream=False, max_length=2048, dtype="bfloat16")
     assert (hardware.remembered_products() > 80) == (length == 1000)
 
 
