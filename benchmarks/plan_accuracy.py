@@ -89,6 +89,16 @@ CASES = [
 ]
 
 
+SHOWN = {  # in the guide
+    "smollm2-135m r16 256": "135M, 16, 256, in memory",
+    "smollm2-135m r16 256 --stream": "135M, 16, 256, streamed",
+    "pythia-410m r16 512": "410M (modules), 16, 512, in memory",
+    "pythia-410m r16 128 --recompute 24": "410M (modules), 16, 128, every block computed twice",
+    "smollm2-1.7b r8 256": "1.7B, 8, 256, in memory",
+    "smollm2-1.7b r16 256 --stream": "1.7B, 16, 256, streamed",
+}
+
+
 def main(names: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.is_file() else []
@@ -105,7 +115,9 @@ def main(names: list[str]) -> None:
         print(_line(rows[-1]), file=sys.stderr, flush=True)
     found = {"errors": errors(rows), "rows": rows}
     SUMMARY.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["errors"], indent=1))
+    print(json.dumps(found["errors"], indent=1), sentence(found["errors"]["all"]), sep="\n")
+    if SHOWN.keys() <= {row["name"] for row in rows}:
+        print(table(rows))
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -241,6 +253,26 @@ def errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "time_most": max(times),
             }
     return found
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """What the README says of the errors of all cases."""
+    shown = {name: f"{100 * value:.{0 if name.startswith('time') else 1}f} %" for name, value in found.items()}
+    return (
+        "A plan's memory is {peak_median} off in the median of {runs} runs and {peak_95th} in the 95th percentile, at "
+        "most {peak_most_under} too low and {peak_most_over} too high; step times are {time_median} off in the median "
+        "and {time_most} at most"
+    ).format(**{**shown, "runs": found["runs"]})
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What docs/guides/memory.md shows of the rows."""
+    found = {row["name"]: row for row in rows}
+    lines = ["| base, rank, tokens of a document | memory | a step |", "|---|---|---|"]
+    for name, described in SHOWN.items():
+        row = found[name]
+        lines.append(f"| {described} | {row['peak_bytes'] / 1e9:.2f} GB | {row['step_seconds']:.2f} s |")
+    return "\n".join(lines)
 
 
 def _line(row: dict[str, Any]) -> str:

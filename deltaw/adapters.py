@@ -30,14 +30,14 @@ from deltaw.analysis.truncate import (
     uniform_ranks,
 )
 from deltaw.analysis.weights import beside
-from deltaw.api import base_of, open_adapter, train
+from deltaw.api import MEASURED, base_of, open_adapter, settings_of, train, train_run
 from deltaw.base.save import require_new
 from deltaw.config import AUTO, Settings, parse_bytes
 from deltaw.disk import write_text
 from deltaw.engine.heldout import HeldOut, Progress
-from deltaw.engine.run import adapter_folder, create_run, run_of
+from deltaw.engine.run import Run, adapter_folder, create_run, run_of
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import AdapterError, UsageError
+from deltaw.errors import AdapterError, Interrupted, UsageError
 from deltaw.ranks import open_held_out
 from deltaw.ranks import rank as rank_of
 
@@ -59,6 +59,9 @@ def compress(
     heal: int | None = None,
     train_data: Sequence[str | Path] = (),
     model: str | None = None,
+    columns: Sequence[str] = (),
+    allow_lost: float = 0.01,
+    allow: Sequence[str] = (),
     say: Say = lambda _: None,
     progress: Progress | None = None,
     watcher: Watcher | None = None,
@@ -83,7 +86,9 @@ def compress(
     numbers = None if budget is None else _numbers_in(adapter, budget)
     known = spectra(adapter)
     with tempfile.TemporaryDirectory() as folder:
-        held_out = open_held_out(path, data, model, Path(folder), say=say, **options) if data else None
+        held_out = None
+        if data:
+            held_out = open_held_out(path, data, model, Path(folder), columns, allow_lost, allow, say, **options)
         before = np.zeros(0) if held_out is None else held_out.curve_losses([None, adapter])
         if rank is not None:
             ranks = uniform_ranks(adapter, rank)
@@ -95,10 +100,10 @@ def compress(
         made = truncate(adapter, ranks, known)
         if heal is not None:
             name = model or base_of(Path(path), adapter)
-            known_settings = {} if (run := run_of(Path(path))) is None else _shared(run.settings())
-            made = _healed(
-                made, name, heal, train_data, Path(folder), watcher or Watcher(), {**known_settings, **options}
-            )
+            alike = {**_healed_alike(Path(path), adapter), **options}
+            alike |= {key: value for key, value in (("columns", columns), ("allow", allow)) if value}
+            alike["allow_lost"] = max(alike.get("allow_lost", 0.0), allow_lost)
+            made = _healed(made, name, heal, train_data, Path(folder), watcher or Watcher(), alike)
         measured = {} if held_out is None else _before_and_after(held_out, before, made)
     write_adapter(made, Path(out))
     return {
@@ -189,12 +194,16 @@ def _before_and_after(held_out: HeldOut, before: np.ndarray, made: Adapter) -> d
 
 # What healing does as the run did.
 HEALED_ALIKE = (
-    *("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "date", "lr", "dtype", "revision"),
+    *("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "allow_lost", "date", "lr"),
+    *("dtype", "revision", "memory", "quant"),
 )
 
 
-def _shared(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in HEALED_ALIKE}
+def _healed_alike(path: Path, adapter: Adapter) -> dict[str, Any]:
+    """The settings that healing takes from the run that the adapter is of, or from what the adapter says of it."""
+    run = run_of(path)
+    known = settings_of(adapter) if run is None else vars(run.settings())
+    return {name: known[name] for name in HEALED_ALIKE if known.get(name) is not None}
 
 
 def _healed(
@@ -202,10 +211,13 @@ def _healed(
 ) -> Adapter:
     """The adapter after some steps of training, in the dtype that it had."""
     start = write_adapter(cut, folder / "cut")
-    run = train(
-        model=model, adapter=str(start), data=[str(each) for each in data], steps=steps, out=str(folder / "healing"),
-        watcher=watcher, **options,
-    )  # fmt: skip
+    try:
+        run = train(
+            model=model, adapter=str(start), data=[str(each) for each in data], steps=steps,
+            out=str(folder / "healing"), watcher=watcher, **options,
+        )  # fmt: skip
+    except Interrupted as stop:
+        raise Interrupted(stop.exit_code, "Healing was stopped, and nothing was written. Begin it again.") from stop
     healed = read_adapter(run.adapter)
     for name, factors in healed.factors.items():
         like = cut.factors[name]
@@ -228,20 +240,38 @@ def train_measured(settings: Settings, watcher: Watcher | None = None) -> dict[s
     """
     watcher = watcher or Watcher()
     settings.put("rank", AUTO, "measure: the default rank first")
-    run = train(settings, create_run(settings), watcher)
+    run = create_run(settings)
+    train_run(run, settings, watcher, MEASURED)
+    return _measured(run, watcher)
+
+
+def resume_measured(run: Run, watcher: Watcher) -> dict[str, Any]:
+    """Goes on with a run of `train_measured`, whichever part of it was stopped."""
+    if run.read_summary().get("status") not in ("done", "stopped early"):
+        train_run(run, run.settings(), watcher, MEASURED, resume=True)
+    return _measured(run, watcher)
+
+
+def _measured(run: Run, watcher: Watcher) -> dict[str, Any]:
+    """What follows training: the measurement, and what it says to make. Both stay as they are where they are made."""
+    measurement, compressed = run.folder / "rank.json", run.folder / "compressed"
     if "eval" not in run.read_summary()["data"]:
         watcher.say("Nothing was held out, so no rank can be measured; give --eval-data.")
         return {"run": str(run.folder), "measured": None, "compressed": None}
-    found = rank_of(run.folder, everything=True, say=watcher.say)
-    write_text(run.folder / "rank.json", json.dumps(found, indent=2) + "\n")
+    if not measurement.is_file():
+        found = rank_of(run.folder, everything=True, say=watcher.say)
+        write_text(measurement, json.dumps(found, indent=2) + "\n")
+    found = json.loads(measurement.read_text("utf-8"))
+    watcher.say(f"{found['verdict']} The curve is in {measurement}.")
     need = next(need for need in found["needed"] if need["share"] == MEASURED_SHARE)
     made = None
-    if need["determined"] and need["high"] < found["rank"]:
+    if need["determined"] and need["high"] < found["rank"] and not compressed.exists():
         steps = max(1, round(HEALED_SHARE * int(run.read_summary()["steps"])))
         made = compress(
-            run.folder, run.folder / "compressed", rank=need["high"], heal=steps, train_data=settings.data,
+            run.folder, compressed, rank=need["high"], heal=steps, train_data=run.settings().data,
             watcher=watcher, say=watcher.say,
         )  # fmt: skip
+        watcher.say(f"The adapter of rank {need['high']} is in {compressed}.")
     return {"run": str(run.folder), "measured": found, "compressed": made}
 
 
@@ -304,7 +334,7 @@ def beside_base(
         if progress is not None:
             progress(number, len(targets))
         if not is_stack(adapter, target.name):
-            found = beside(spectrum(adapter, target.name), target.weight_matrix())
+            found = beside(spectrum(adapter, target.name), target.weight_matrix(), target.weight_dtype)
             rows.append({"name": target.name, **vars(found)})
     return rows
 

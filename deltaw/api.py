@@ -59,17 +59,25 @@ from deltaw.plan.pace import likely_way, measure_pace
 from deltaw.plan.speed import Clock
 
 EVALUATION_TOKENS = 2048
+MEASURED = "train --rank measure"  # in the summary of a run whose rank is measured when it has ended
 Progress = Callable[[int, int], None]
 
 
 class Model:
     """A base with at most one adapter: generate, evaluate, and turn the adapter's strength like a dial.
 
-    `train_on` says which tokens `evaluate` counts: those that the adapter was trained on.
+    `train_on` says which tokens `evaluate` counts: those that the adapter was trained on; `allow` what its training
+    put up with in the data.
     """
 
-    def __init__(self, base: base_load.Base, injection: Injection | None, train_on: str = "assistant") -> None:
-        self.base, self.injection, self.train_on = base, injection, train_on
+    def __init__(
+        self,
+        base: base_load.Base,
+        injection: Injection | None,
+        train_on: str = "assistant",
+        allow: Sequence[str] = (),
+    ) -> None:
+        self.base, self.injection, self.train_on, self.allow = base, injection, train_on, tuple(allow)
 
     @property
     def strength(self) -> float:
@@ -100,9 +108,10 @@ class Model:
         progress: Progress | None = None,
         allow_lost: float = 0.01,
         columns: Sequence[str] = (),
+        allow: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with intervals."""
-        with self._encoded(data, allow_lost, columns) as prepared:
+        with self._encoded(data, allow_lost, columns, allow) as prepared:
             return evaluate_set(self.base, prepared, progress)
 
     def forgetting(
@@ -112,6 +121,7 @@ class Model:
         data: Sequence[str | Path] = (),
         allow_lost: float = 0.01,
         columns: Sequence[str] = (),
+        allow: Sequence[str] = (),
     ) -> list[dict[str, Any]]:
         """Loss on neutral text and KL to the base at several strengths (deltaw/engine/forgetting.py).
 
@@ -122,7 +132,7 @@ class Model:
         rows = measure_forgetting(self.base, self.injection, neutral_texts(text), strengths)
         if data:
             usual = self.strength
-            with self._encoded(data, allow_lost, columns) as prepared:
+            with self._encoded(data, allow_lost, columns, allow) as prepared:
                 for row in rows:
                     self.strength = row["strength"]
                     loss_sum, tokens, _ = held_out_loss(self.base, prepared.store, EVALUATION_TOKENS, None)
@@ -131,11 +141,13 @@ class Model:
         return rows
 
     @contextlib.contextmanager
-    def _encoded(self, data: Sequence[str | Path], allow_lost: float, columns: Sequence[str]) -> Iterator[DataSet]:
+    def _encoded(
+        self, data: Sequence[str | Path], allow_lost: float, columns: Sequence[str], allow: Sequence[str]
+    ) -> Iterator[DataSet]:
         """Data files as this adapter reads them, for as long as that is needed."""
         with tempfile.TemporaryDirectory() as folder:
             max_length = min(self.base.context_tokens, DEFAULT_MAX_LENGTH)
-            encoder = Encoder(self.base.tokenizer, max_length, self.train_on)
+            encoder = Encoder(self.base.tokenizer, max_length, self.train_on, {*self.allow, *allow})
             sources = parse_sources(map(str, data), columns)
             yield prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
 
@@ -159,8 +171,15 @@ def load(name: str | Path, adapter: str | Path | None = None, **options: Any) ->
 def _over(base: base_load.Base, adapter: Adapter | None) -> Model:
     if adapter is None:
         return Model(base, None)
-    trained_on = json.loads(adapter.origin.get("config", "{}")).get("train_on", "assistant")
-    return Model(base, inject(base.model, adapter, dtype=base.dtype), trained_on)
+    known = settings_of(adapter)
+    injection = inject(base.model, adapter, dtype=base.dtype)
+    return Model(base, injection, known.get("train_on", "assistant"), known.get("allow", ()))
+
+
+def settings_of(adapter: Adapter) -> dict[str, Any]:
+    """The settings that an adapter of deltaw was trained with, as plain values; none of others."""
+    known: dict[str, Any] = json.loads(adapter.origin.get("config", "{}"))
+    return known
 
 
 def open_adapter(
@@ -217,7 +236,9 @@ def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Pl
     fixed_bytes, file_bytes = hardware.rss_bytes(), hardware.file_rss_bytes()
     if on is not None:
         device = DEVICES[on]
-        settings.device, settings.dtype = device.kind, str(device.dtype).removeprefix("torch.")
+        settings.device = device.kind
+        if settings.by_rule("dtype"):
+            settings.dtype = str(device.dtype).removeprefix("torch.")
         fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
     demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
     room = _room(settings, fixed_bytes, file_bytes, on)
@@ -232,13 +253,14 @@ def _room(settings: Settings, fixed_bytes: int, file_bytes: int, on: str | None)
     if on is not None:
         total, source = DEVICES[on].memory_bytes, on
     elif settings.device == "cuda" and machine.gpu is not None:
-        total, source, fixed_bytes = machine.gpu.total_bytes, machine.gpu.name, GPU_FIXED_BYTES
-    else:
-        total, source = machine.available_bytes + fixed_bytes, machine.memory_limit_source
-    limit = round(total * (1 - HELD_BACK))
-    if settings.memory is not None and parse_bytes(settings.memory) <= limit:
+        total, source, fixed_bytes = hardware.free_gpu_bytes() + GPU_FIXED_BYTES, machine.gpu.name, GPU_FIXED_BYTES
+    else:  # the pages of files that this process holds count as free already
+        total, source = machine.available_bytes + fixed_bytes - file_bytes, machine.memory_limit_source
+    limit, most = round(total * (1 - HELD_BACK)), round(total / (1 - HELD_BACK))
+    # A limit that was asked for is taken at its word, also as much above what is free as processes differ.
+    if settings.memory is not None and parse_bytes(settings.memory) <= most:
         limit, source = parse_bytes(settings.memory), "--memory"
-    return Room(limit, source, fixed_bytes, min(fixed_bytes, file_bytes))
+    return Room(limit, source, fixed_bytes, min(fixed_bytes, file_bytes), most)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -269,7 +291,9 @@ def train(
 
 def _resume(run: Run, watcher: Watcher) -> Run:
     known = run.read_summary()
-    if known.get("status") in ("done", "stopped early"):
+    if known.get("verb") == MEASURED:
+        importlib.import_module("deltaw.adapters").resume_measured(run, watcher)
+    elif known.get("status") in ("done", "stopped early"):
         watcher.say(f"{run.folder} has ended already; nothing is left to do.")
     elif known.get("verb") == "sweep":
         raise UsageError(f"{run.folder} is a part of a sweep; go on with: deltaw sweep --resume {run.folder.parent}")
@@ -298,7 +322,8 @@ def train_run(
     """Runs the engine and, whatever happens, leaves a summary and a report."""
     run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
     try:
-        fit = None if resume else partial(_fit, run, settings, watcher)
+        # A run that was stopped before its plan was kept is planned when it goes on.
+        fit = None if resume and run.plan.is_file() else partial(_fit, run, settings, watcher)
         trainer = engine.train(run, settings, watcher, resume=resume, plan=fit, before=before)
         status = "stopped early" if trainer.stopped_early else "done"
         summary = {"status": status, "verb": verb, **_summary(trainer), **(after(trainer) if after else {})}
@@ -326,6 +351,7 @@ def _fit(run: Run, settings: Settings, watcher: Watcher, sketch: Sketch) -> None
     for name, value in plan.choice._asdict().items():
         if getattr(settings, name) != value:
             settings.put(name, value, f"plan: the fastest that fits ({plan.room.source})")
+    run.write_settings(settings)  # first, so that whoever finds a plan finds what it chose
     write_text(run.plan, json.dumps(plan.as_dict(), indent=2) + "\n")
     watcher.planned(plan.as_dict())
 
@@ -478,9 +504,9 @@ def bench(
 
 
 def keep_forgetting(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path | None:
-    """Keeps what `Model.forgetting` measured in the run folder, and draws it in its report; None where it is no run."""
+    """Keeps what `Model.forgetting` measured in the run folder, and draws it in its report; None of other adapters."""
     run = run_of(Path(path))
-    if run is None:
+    if run is None or adapter_folder(path).resolve() != run.adapter.resolve():
         return None
     write_text(run.forgetting, json.dumps(list(rows), indent=2) + "\n")
     return _write_report(run)

@@ -22,6 +22,7 @@ import yaml
 from deltaw.errors import UsageError, bullet_list
 
 AUTO = "auto"
+EVALUATIONS_PER_RUN = 6  # where nothing else is said
 HUB = "hub:"  # how the name of a data set of the hub begins, where a file might stand
 
 
@@ -187,6 +188,15 @@ class Settings:
         """Sets a value and remembers where it came from."""
         setattr(self, name, value)
         self.sources[name] = source
+
+    def by_rule(self, name: str) -> bool:
+        """Whether a rule decided a setting, and not its user."""
+        return self.sources.get(name, "").startswith("rule")
+
+    @property
+    def whole_epochs(self) -> float | None:
+        """How many epochs the run has; None where steps or minutes bound it, and data comes again and again."""
+        return None if self.steps is not None or self.minutes is not None else self.epochs or 1.0
 
     def without_places(self) -> dict[str, Any]:
         """Every setting that says how something is trained, and none that says where things lie."""

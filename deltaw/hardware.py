@@ -237,6 +237,11 @@ def _first_gpu() -> Gpu | None:
     return Gpu(found.name, found.total_memory, (found.major, found.minor), bf16)
 
 
+def free_gpu_bytes() -> int:
+    """What of the first GPU nobody holds."""
+    return int(torch.cuda.mem_get_info(0)[0])
+
+
 def look() -> Machine:
     """What is here, in a few milliseconds; a GPU adds the time that its driver takes to start."""
     cpu_name, flags = _cpu_name_and_flags()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from deltaw.adapter import Adapter, read_adapter
-from deltaw.analysis.curve import Curve, Needed, retained_gain
+from deltaw.analysis.curve import Curve, Needed, half_of, retained_gain
 from deltaw.analysis.spectrum import ranks_of, spectra
 from deltaw.analysis.truncate import Spectra, component_numbers, ranks_within, truncate
 from deltaw.api import EVALUATION_TOKENS, Model, open_adapter
@@ -47,6 +47,7 @@ def rank(
     orders: bool = False,
     columns: Sequence[str] = (),
     allow_lost: float = 0.01,
+    allow: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
     **options: Any,
@@ -64,7 +65,7 @@ def rank(
     if orders:
         require_plain(adapter)
     with tempfile.TemporaryDirectory() as folder:
-        held_out = open_held_out(path, data, model, Path(folder), columns, allow_lost, say, **options)
+        held_out = open_held_out(path, data, model, Path(folder), columns, allow_lost, allow, say, **options)
         ordering = _set_apart(held_out) if orders else 0
         known = spectra(adapter)
         ladder = ladder_of(known)
@@ -89,30 +90,37 @@ def open_held_out(
     folder: Path,
     columns: Sequence[str] = (),
     allow_lost: float = 0.01,
+    allow: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> HeldOut:
     """The base of an adapter, without it, and held-out documents encoded as the adapter's were; tokens in `folder`.
 
-    Without `data`, those that the run held out. UsageError when it held out none, or there is no run.
+    Without `data`, those that the run held out. UsageError when it held out none, its data changed, or there is no run.
     """
     if not data:
-        return _of_run(Path(path), say)
+        return _of_run(Path(path), say, {**options, **({} if model is None else {"model": model})})
     opened: Model = open_adapter(path, model, say, **options)
     assert opened.injection is not None
     opened.injection.eject()
     base = opened.base
-    encoder = Encoder(base.tokenizer, min(base.context_tokens, DEFAULT_MAX_LENGTH), opened.train_on)
+    allowed = {*opened.allow, *allow}
+    encoder = Encoder(base.tokenizer, min(base.context_tokens, DEFAULT_MAX_LENGTH), opened.train_on, allowed)
     prepared = prepare(parse_sources(map(str, data), columns), encoder, folder, refuse_above=allow_lost)
     return HeldOut(base, prepared.store, EVALUATION_TOKENS)
 
 
-def _of_run(path: Path, say: Callable[[str], None]) -> HeldOut:
+def _of_run(path: Path, say: Callable[[str], None], options: dict[str, Any]) -> HeldOut:
     run = run_of(path)
     if run is None:
         raise UsageError(f"{path} is no run, so nothing was held out; give --data FILE.")
     settings = run.settings()
+    for name, value in options.items():
+        settings.put(name, value, "given")
     sketch = sketch_run(run, settings, Watcher())
+    trained_on = read_adapter(adapter_folder(path)).origin.get("data_digest")
+    if sketch.data["train"].report.digest != trained_on:
+        raise UsageError(f"The data of {path} is not what it was trained on; give unseen documents with --data FILE.")
     if "eval" not in sketch.data:
         raise UsageError(f"The run {path} held nothing out; give --data FILE.")
     say("Measuring on what the run held out for validation.")
@@ -127,9 +135,9 @@ def allowed_seconds(path: Path) -> float:
 
 
 def ladder_of(known: Spectra) -> list[int]:
-    """1, 2, 4 … and the highest rank that a layer has."""
+    """1, 2, 4 …, half the highest rank that a layer has, and that one."""
     highest = max(found.sigma_K.shape[-1] for found in known.values())
-    return [2**power for power in range(highest.bit_length()) if 2**power < highest] + [highest]
+    return sorted({2**power for power in range((highest - 1).bit_length())} | {half_of(highest), highest})
 
 
 def cut(adapter: Adapter, known: Spectra, size: int) -> Adapter:

@@ -20,7 +20,7 @@ import numpy as np
 from deltaw.adapter import read_adapter
 from deltaw.analysis.curve import mean_interval
 from deltaw.api import EVALUATION_TOKENS
-from deltaw.config import AUTO, Settings
+from deltaw.config import AUTO, Settings, make_settings
 from deltaw.disk import disk_errors, write_text
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.prepare import prepare_run, sketch_run
@@ -33,6 +33,9 @@ from deltaw.report import write_report
 from deltaw.report.sweep_page import write_sweep_page
 
 PLAN_FILE, RESULT_FILE, VERB = "sweep.json", "result.json", "sweep"
+# Of the settings that rules decide, those that all cells take from the first; and those that make no sense here.
+SHARED = ("batch_tokens", "micro_tokens", "max_length", "dtype", "device", "threads")
+NOT_SWEPT = ("adapter", "memory", "patience", "track")
 
 
 def sweep(
@@ -52,8 +55,11 @@ def sweep(
     cells = list(itertools.product(ranks, rates, range(seeds)))
     if len(cells) < 2:
         raise UsageError("A sweep needs several --rank, --lr or --seeds, such as --rank 2,4,8.")
-    if settings.adapter is not None:
-        raise UsageError("A sweep begins with new adapters; leave out --adapter.")
+    if unsuited := [name for name in NOT_SWEPT if getattr(settings, name) not in (None, 0, ())]:
+        listed = ", ".join(f"--{name}" for name in unsuited)
+        raise UsageError(f"A sweep trains new adapters to their ends and knows no {listed}; leave it out.")
+    for rank, rate in itertools.product(ranks, rates):
+        make_settings({"rank": rank, "lr": rate})  # raises UsageError
     folder = Path(out or settings.out or time.strftime("runs/sweep-%Y-%m-%d-%H%M%S"))
     if folder.exists():
         raise UsageError(f"{folder} exists already and is never overwritten; choose another --out, or --resume it.")
@@ -92,9 +98,9 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
     first_run, first = made[0]
     with first_run.locked():
         sketch = sketch_run(first_run, first, watcher)
-        for name in ("batch_tokens", "micro_tokens", "max_length", "dtype", "device", "threads", "lr"):
+        for name in (*SHARED, "lr", "rank"):
             for _, settings in made[1:]:
-                if name != "lr" or settings.lr == AUTO:
+                if name in SHARED or getattr(settings, name) == AUTO:
                     settings.put(name, getattr(first, name), first.sources.get(name, "default"))
         ready = prepare_run(sketch, first, watcher)
         together = Together(folder, [Cell(run, settings) for run, settings in made], ready, watcher)
@@ -110,23 +116,26 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
         result = {
             "folder": str(folder),
             "cells": _compared(together),
+            "documents": 0 if together.ready.held_out is None else len(together.ready.held_out.store),
             "seconds": together.progress.seconds,  # of all steps, whatever was stopped between
             "steps": together.progress.step,
             "peak_bytes": peak_bytes(),
         }
-    for cell in together.cells:
-        cell.run.write_summary(_summary(cell, together))
+    for index, cell in enumerate(together.cells):
+        cell.run.write_summary(_summary(index, together))
         write_report(cell.run.folder)
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     write_sweep_page(folder, result)
     return result
 
 
-def _summary(cell: Cell, together: Together) -> dict[str, Any]:
+def _summary(index: int, together: Together) -> dict[str, Any]:
     """What a cell's folder says of it; of the time, its share."""
+    cell, fault = together.cells[index], together.progress.tracks[index].fault
     return {
-        "status": "done",
+        "status": "done" if fault is None else "failed",
         "verb": VERB,
+        **({} if fault is None else {"message": fault}),
         "steps": together.progress.step,
         "best_step": cell.best_step,
         "best_eval_loss": cell.best_loss if cell.best_step else None,
@@ -145,6 +154,7 @@ def _compared(together: Together) -> list[dict[str, Any]]:
             "seed": cell.settings.seed,
             "parameters": together.injection.adapters[index].parameters,
             "best_step": cell.best_step,
+            "fault": together.progress.tracks[index].fault,
             "loss": None,
         }
         for index, cell in enumerate(together.cells)

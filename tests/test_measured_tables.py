@@ -22,3 +22,22 @@ def test_the_table_of_bases_larger_than_memory_is_that_of_the_measured_figures(m
     big_base = importlib.import_module("big_base")
     rows = {row["name"]: row for row in json.loads(big_base.RESULTS.read_text())}
     assert big_base.table(rows) in (ROOT / "docs" / "guides" / "memory.md").read_text(), "paste what table() gives"
+
+
+def test_what_is_said_of_plans_is_what_the_grid_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    plan_accuracy = importlib.import_module("plan_accuracy")
+    found = json.loads(plan_accuracy.SUMMARY.read_text())
+    assert found["errors"] == plan_accuracy.errors(found["rows"])
+    assert plan_accuracy.sentence(found["errors"]["all"]) in " ".join((ROOT / "README.md").read_text().split())
+    assert plan_accuracy.table(found["rows"]) in (ROOT / "docs" / "guides" / "memory.md").read_text()
+
+
+def test_the_table_of_the_phonemes_sweep_is_that_of_the_measured_figures():
+    ranks = json.loads((ROOT / "benchmarks" / "results" / "rank_calibration.json").read_text())["tasks"]["phonemes"][
+        "ranks"
+    ]
+    guide = (ROOT / "docs" / "guides" / "measuring-rank.md").read_text().replace("−", "-")
+    for rank, found in ranks.items():
+        behind = "{nats:.3f} ({low:.3f} to {high:.3f}) ".format(**found["behind"]) if found["behind"]["nats"] else ""
+        assert f"| {rank} | {found['loss']:.3f} | {behind}|" in guide

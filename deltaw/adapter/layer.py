@@ -97,6 +97,11 @@ class Target:
         extra = self.matrix_shape[0] if self.dora else 0
         return int(torch.Size(self.A_shape).numel() + torch.Size(self.B_shape).numel()) + extra
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What W is held in."""
+        return dense_weight(self.holder, self.parameter).dtype
+
     def weight_matrix(self) -> Tensor:
         """W as [out, in], fp32, for one matrix (not for experts)."""
         weight = dense_weight(self.holder, self.parameter).float()

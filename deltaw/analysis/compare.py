@@ -23,8 +23,7 @@ from deltaw.errors import AdapterError
 KEPT = 0.2
 # Two unrelated updates disagree in sign half of the time.
 CONFLICT_NULL = 0.5
-# Of a normal distribution, how many deviations above the mean its 99 % quantile lies.
-NULL_DEVIATIONS = 2.326
+NULL_QUANTILE = 2.0234  # 99 % of the Tracy–Widom distribution of order 1
 SIDES = ("output", "input")
 
 
@@ -47,17 +46,30 @@ def overlap(first_NK: Tensor, second_NK: Tensor) -> Overlap:
     return Overlap(summed / torch.minimum(i, j), torch.maximum(i, j) / first_NK.shape[0])
 
 
-def shared_directions(found: Overlap, dimensions: int) -> int:
-    """The largest i whose first i directions φ(i, i) says are shared: above the 99 % quantile of random ones; else 0.
+def shared_directions(first_NK: Tensor, second_NK: Tensor) -> int:
+    """How many principal cosines of two subspaces are larger than the largest of random ones, in 99 of 100 cases, is.
 
-    Of two adapters that differ in their seed alone it is how many directions the task decides. i·φ(i, i) of random
-    ones is about χ² with i² degrees of freedom over N, whose quantile is Wilson and Hilferty's (1931).
+    Of two adapters that differ in their seed alone it is how many directions the task decides. 0 where both together
+    fill all N dimensions, so that nothing could be told.
     """
-    i = torch.arange(1, min(found.phi.shape) + 1, dtype=found.phi.dtype)
-    spread = 2 / (9 * i.square())
-    quantile = i * (1 - spread + NULL_DEVIATIONS * spread.sqrt()) ** 3 / dimensions
-    above = (found.phi.diagonal() > quantile).nonzero()
-    return int(above[-1]) + 1 if len(above) else 0
+    dimensions, sizes = len(first_NK), (first_NK.shape[1], second_NK.shape[1])
+    if sum(sizes) >= dimensions:
+        return 0
+    cosines = torch.linalg.svdvals(first_NK.mT @ second_NK)
+    return int((cosines > chance_cosine(dimensions, *sizes)).sum())
+
+
+def chance_cosine(dimensions: int, first: int, second: int) -> float:
+    """What the largest principal cosine of two random subspaces of these sizes stays below in 99 of 100 cases.
+
+    Its square is the largest root of a Jacobi ensemble, whose logit is about Tracy–Widom (Johnstone 2008, Theorem 1);
+    for few directions that is a little too high.
+    """
+    count = dimensions - 1
+    low, high = (2 * math.asin(math.sqrt((size - 0.5) / count)) for size in sorted((first, second)))
+    middle = 2 * math.log(math.tan((low + high) / 2))
+    spread = (16 / count**2 / (math.sin(low + high) ** 2 * math.sin(low) * math.sin(high))) ** (1 / 3)
+    return math.sqrt(1 / (1 + math.exp(-(middle + NULL_QUANTILE * spread))))
 
 
 def principal_angles(first_NK: Tensor, second_NK: Tensor) -> Tensor:
@@ -172,13 +184,12 @@ _SIDE = ("phi_first", "phi_first_null", "phi_all", "phi_all_null", "smallest_ang
 
 
 def _side(first_NK: Tensor, second_NK: Tensor) -> dict[str, float]:
-    found = overlap(first_NK, second_NK)
-    phi, null = found
+    phi, null = overlap(first_NK, second_NK)
     if not phi.numel():
         return dict.fromkeys(_SIDE, math.nan)
     smallest = math.degrees(float(principal_angles(first_NK, second_NK)[0]))
     numbers = (float(phi[0, 0]), float(null[0, 0]), float(phi[-1, -1]), float(null[-1, -1]), smallest)
-    return dict(zip(_SIDE, (*numbers, shared_directions(found, len(first_NK))), strict=True))
+    return dict(zip(_SIDE, (*numbers, shared_directions(first_NK, second_NK)), strict=True))
 
 
 def _mean_overlap(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:

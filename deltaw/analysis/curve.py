@@ -19,6 +19,7 @@ DRAWS = 2000
 # What half the rank must retain for the rank to be halved, or fail to, for it to be called too small.
 HALVE, TOO_SMALL = 0.99, 0.97
 OCTAVE = 2.0
+FEWEST = 10  # documents, below which resampling them says little of others
 
 
 class Point(NamedTuple):
@@ -57,7 +58,7 @@ class Curve:
     @property
     def improves(self) -> bool:
         """Whether the adapter is surely better than the base on this data; without that no gain can be retained."""
-        return self.improvement[1] > 0
+        return self.documents >= FEWEST and self.improvement[1] > 0
 
     def needed(self, share: float) -> Needed:
         """The truncation rank at this share: from the first rank whose upper bound reaches it to the first lower one.
@@ -73,13 +74,15 @@ class Curve:
     def verdict(self) -> str:
         """Too small, enough, or halve it: one sentence with its evidence."""
         whole = self.points[-1]
+        if self.documents < FEWEST:
+            return f"Undetermined: {self.documents} held-out documents are too few to tell; give --data with more."
         if not self.improves:
             mean, low, high = self.improvement
             return (
                 f"Undetermined: on these {self.documents:,} documents the adapter is not surely better than the base "
                 f"({mean:+.4f} nats per token, {low:+.4f} to {high:+.4f}), so there is no gain to retain."
             )
-        half = next((point for point in self.points if 2 * point.rank == whole.rank), None)
+        half = next((point for point in self.points if point.rank == half_of(whole.rank) < whole.rank), None)
         if half is None and whole.rank > 1:
             return f"Undetermined: half of rank {whole.rank} was not measured."
         if half is None:
@@ -90,6 +93,11 @@ class Curve:
         if half.high < TOO_SMALL:
             return f"Too small: {found}; the last directions still matter, so try rank {2 * whole.rank}."
         return f"Enough: {found}; rank {whole.rank} is neither wasteful nor surely short."
+
+
+def half_of(rank: int) -> int:
+    """Half a rank, rounded up."""
+    return (rank + 1) // 2
 
 
 def retained_gain(

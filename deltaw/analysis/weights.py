@@ -35,12 +35,16 @@ class Beside:
     intruders: int
 
 
-def beside(found: Spectrum, W_OI: Tensor, seed: int = 0) -> Beside:
-    """The numbers of one layer in fp64. An update of zero amplifies nothing: 0 everywhere but `rounding`."""
+def beside(found: Spectrum, W_OI: Tensor, stored: torch.dtype | None = None, seed: int = 0) -> Beside:
+    """The numbers of one layer in fp64. An update of zero amplifies nothing: 0 everywhere but `rounding`.
+
+    `stored` is the dtype that W is kept in (default: W's own).
+    """
+    rounding = rounding_edge(W_OI, stored or W_OI.dtype)
     W = W_OI.detach().cpu().flatten(1).double()
     kept = held(found) if float(found.sigma_K[0]) else None
     if kept is None:
-        return Beside(0.0, 0.0, 0.0, 0.0, rounding_edge(W_OI), 0)
+        return Beside(0.0, 0.0, 0.0, 0.0, rounding, 0)
     size = float(kept.sigma_K.square().sum().sqrt())
     directions = _directions(W)
     strongest = _sizes(W, directions)[: len(kept.sigma_K)]
@@ -52,18 +56,18 @@ def beside(found: Spectrum, W_OI: Tensor, seed: int = 0) -> Beside:
         amplification=size / float((kept.U_OK.mT @ W @ kept.V_IK).norm()),
         random=size / float((U.mT @ W @ V).norm()),
         own=size / float(strongest.square().sum().sqrt()),
-        rounding=rounding_edge(W_OI),
+        rounding=rounding,
         intruders=_intruders(directions, _directions(changed)),
     )
 
 
-def rounding_edge(W_OI: Tensor) -> float:
+def rounding_edge(W_OI: Tensor, stored: torch.dtype) -> float:
     """(√O + √I)·ε, the edge of the singular values of independent errors (Geman 1980) as large as rounding makes them.
 
-    ε² is the mean over the entries of u²/12, where u is how far apart numbers of W's dtype lie there.
+    ε² is the mean over the entries of u²/12, where u is how far apart numbers of the dtype `stored` lie there.
     """
-    W = W_OI.detach().cpu().flatten(1)
-    steps = torch.ldexp(torch.full_like(W, torch.finfo(W.dtype).eps).double(), torch.frexp(W.double()).exponent - 1)
+    W = W_OI.detach().cpu().flatten(1).double()
+    steps = torch.ldexp(torch.full_like(W, torch.finfo(stored).eps), torch.frexp(W).exponent - 1)
     deviation = (steps.square() * (W != 0)).mean().div(12).sqrt()
     return float(deviation) * (W.shape[0] ** 0.5 + W.shape[1] ** 0.5)
 

@@ -52,8 +52,8 @@ class Outline:
 
     @property
     def heads(self) -> int:
-        """Number of query heads."""
-        return int(self.config.num_attention_heads)
+        """Number of query heads; 1 where an architecture has none."""
+        return int(getattr(self.config, "num_attention_heads", None) or 1)
 
     @property
     def head_width(self) -> int:
@@ -100,10 +100,15 @@ class Outline:
         return int(rows), int(width)
 
     @cached_property
+    def linear_parameters(self) -> int:
+        """Numbers in the linear layers of the blocks: what is stored quantised; stacks of experts are none."""
+        modules = [module for block in blocks_of(self.model) for module in block.modules()]
+        return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+
+    @cached_property
     def product_parameters(self) -> int:
         """Numbers in the linear layers of the blocks that a token is multiplied with. Of experts, those that see it."""
-        modules = [module for block in blocks_of(self.model) for module in block.modules()]
-        linear = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+        modules, linear = [m for block in blocks_of(self.model) for m in block.modules()], self.linear_parameters
         stacked = sum(p.numel() for m in modules for p in m.parameters(recurse=False) if p.dim() == 3)
         count = getattr(self.config, "num_experts", None) or getattr(self.config, "num_local_experts", None)
         return linear + round(stacked * int(self.config.num_experts_per_tok) / int(count)) if count else linear

@@ -28,6 +28,7 @@ MAPPED_SHARE = 0.9  # of a base, so that streaming it makes sense
 _PAGE = mmap.PAGESIZE
 _WILL_NEED, _DO_NOT_NEED, _PAGE_OUT, _POPULATE_READ = 3, 4, 21, 22  # as Linux numbers them
 CACHED_SHARE = 0.5  # of the memory there is, up to which the system may keep what the run has let go
+_MEMORY_NAMES = ("/dev/", "/memfd:", "/SYSV")  # mapped like files, and in memory alone
 _Range = tuple[int, int]
 
 
@@ -79,13 +80,14 @@ class Pager:
 def stream(model: Any) -> Pager:
     """Has a Pager follow every read of the model's decoder blocks and output head.
 
-    Raises BaseError where weights are no views of a mapped file: those could not be read again.
+    Raises BaseError where weights of blocks are no views of a mapped file: those could not be read again. A head that
+    is none, because it was cast, stays in memory.
     """
-    sections = [*blocks_of(model), model.get_output_embeddings()]
-    files = _mapped_files()
+    blocks = blocks_of(model)
+    sections, files = [*blocks, model.get_output_embeddings()], _mapped_files()
     ranges = [_ranges(stored_tensors(section), files) for section in sections]
-    mapped = sum(stop - start for section in ranges for start, stop in section)
-    if mapped < MAPPED_SHARE * sum(tensor.nbytes for section in sections for tensor in stored_tensors(section)):
+    mapped = sum(stop - start for section in ranges[: len(blocks)] for start, stop in section)
+    if mapped < MAPPED_SHARE * sum(tensor.nbytes for block in blocks for tensor in stored_tensors(block)):
         raise BaseError(
             "This base cannot be streamed: its weights are not used as they stand in its files. If these have another "
             "dtype, save it in the one that it computes in (model.to(dtype).save_pretrained) or give --quant nf4; "
@@ -151,13 +153,17 @@ def _ranges(tensors: Iterable[Tensor], files: Sequence[_Range]) -> list[_Range]:
 
 
 def _mapped_files() -> list[_Range]:
-    """Where files of weights are mapped in this process; nowhere on a system that does not tell."""
+    """Where files are mapped in this process; nowhere on a system that does not tell.
+
+    By name, files of weights could not be told: those of the hub's cache are links to files that are named by digests.
+    """
     maps = Path("/proc/self/maps")
     found: list[_Range] = []
-    for line in maps.read_text("utf-8").splitlines() if maps.exists() else ():
-        if not line.rstrip().endswith(".safetensors"):
+    for line in maps.read_text("utf-8", errors="replace").splitlines() if maps.exists() else ():
+        place, _, _, _, inode, *name = line.split(maxsplit=5)
+        if inode == "0" or not name or name[0].startswith(_MEMORY_NAMES):
             continue
-        start, stop = (int(place, 16) for place in line.split(maxsplit=1)[0].split("-"))
+        start, stop = (int(border, 16) for border in place.split("-"))
         if found and start == found[-1][1]:  # the system may cut one mapping in several
             found[-1] = (found[-1][0], stop)
         else:

@@ -11,23 +11,22 @@ import click
 from deltaw.cli.group import main
 from deltaw.cli.options import (
     counting,
-    given_of,
     json_option,
     machine_of,
     machine_options,
     model_option,
     numbers,
+    reading_of,
+    reading_options,
     say,
-    settings_options,
 )
-from deltaw.config import make_settings
 from deltaw.errors import UsageError
 
 
 @main.command("eval")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
-@settings_options("columns", "allow_lost")
+@reading_options
 @click.option("--forgetting", is_flag=True, help="Also loss and KL to the base on neutral text, by strength.")
 @click.option(
     "--neutral", type=click.Path(path_type=Path), metavar="FILE", help="Other neutral text than Python's help."
@@ -42,8 +41,6 @@ def evaluate(
     neutral: Path | None,
     model: str | None,
     as_json: bool,
-    columns: tuple[str, ...],
-    allow_lost: str | None,
     **options: Any,
 ) -> None:
     """Loss, perplexity, exact match, and accuracy where answers are labels. ADAPTER is a run or adapter folder."""
@@ -51,13 +48,11 @@ def evaluate(
     from deltaw.terminal import TerminalWatcher, make_console, pairs, percent, show_json
 
     watcher = TerminalWatcher(make_console(stderr=True))
-    reading = make_settings(given_of({"columns": columns, "allow_lost": allow_lost}))
+    reading = reading_of(options)
     opened = api.open_adapter(adapter, model, say, **machine_of(options))
-    result = opened.evaluate(data, watcher.measured, reading.allow_lost, reading.columns)
+    result = opened.evaluate(data, watcher.measured, **reading)
     if forgetting or neutral:
-        result["forgetting"] = opened.forgetting(
-            neutral, data=data, allow_lost=reading.allow_lost, columns=reading.columns
-        )
+        result["forgetting"] = opened.forgetting(neutral, data=data, **reading)
         if (page := api.keep_forgetting(adapter, result["forgetting"])) is not None:
             say(f"The curve is in {page}.")
     if as_json:
@@ -198,24 +193,23 @@ def inspect(
 @click.option("--all", "everything", is_flag=True, help="Measure every document, however long it takes.")
 @click.option("--seconds", type=click.FloatRange(0), metavar="X", help="Time for it.  [default: 15 % of the training]")
 @click.option("--orders", is_flag=True, help="Compare ways to choose directions at equal numbers of parameters.")
-@settings_options("columns", "allow_lost")
+@reading_options
 @model_option
 @machine_options
 @json_option
 def rank(
     adapter: Path, data: tuple[str, ...], everything: bool, seconds: float | None, orders: bool, model: str | None,
-    as_json: bool, columns: tuple[str, ...], allow_lost: str | None, **options: Any,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What rank the task needed: held-out loss against rank, from one trained adapter, with intervals."""
     from deltaw import ranks
     from deltaw.tables import rank_page
     from deltaw.terminal import TerminalWatcher, make_console, show_json
 
-    reading = make_settings(given_of({"columns": columns, "allow_lost": allow_lost}))
+    progress = counting(TerminalWatcher(make_console(stderr=True)), "cuts")
     found = ranks.rank(
-        adapter, data, model, everything=everything, seconds=seconds, orders=orders, columns=reading.columns,
-        allow_lost=reading.allow_lost, say=say, progress=counting(TerminalWatcher(make_console(stderr=True)), "cuts"),
-        **machine_of(options),
+        adapter, data, model, everything=everything, seconds=seconds, orders=orders, say=say, progress=progress,
+        **reading_of(options), **machine_of(options),
     )  # fmt: skip
     if as_json:
         show_json(found)
@@ -234,6 +228,7 @@ def rank(
 @click.option("--data", multiple=True, metavar="FILE", help="Held-out data, to measure the loss before and after.")
 @click.option("--heal", type=click.IntRange(1), metavar="STEPS", help="Train the result for so many steps.")
 @click.option("--train-data", multiple=True, metavar="FILE", help="What to heal with.")
+@reading_options
 @model_option
 @machine_options
 @json_option
@@ -246,8 +241,9 @@ def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
     watcher = TerminalWatcher(make_console(stderr=True))
     chosen = {name: options.pop(name) for name in ("rank", "budget", "keep", "data", "heal", "train_data", "model")}
     record = adapters.compress(
-        adapter, out, **chosen, say=say, progress=counting(watcher, "cuts"), watcher=watcher, **machine_of(options)
-    )
+        adapter, out, **chosen, say=say, progress=counting(watcher, "cuts"), watcher=watcher, **reading_of(options),
+        **machine_of(options),
+    )  # fmt: skip
     if as_json:
         show_json(record)
     else:

@@ -74,6 +74,16 @@ def machine_of(options: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(make_settings({name: value}), name) for name, value in given_of(options).items()}
 
 
+READING = ("columns", "allow", "allow_lost")
+reading_options = settings_options(*READING)
+
+
+def reading_of(options: dict[str, Any]) -> dict[str, Any]:
+    """How data files are read: columns, allow and allow_lost of the options, or their defaults; takes them out."""
+    given = make_settings(given_of({name: options.pop(name) for name in READING}))
+    return {name: getattr(given, name) for name in READING}
+
+
 def say(text: str) -> None:
     """Talk of a verb that draws nothing."""
     click.echo(text, err=True)

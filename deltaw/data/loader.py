@@ -183,13 +183,19 @@ class Loader:
             return [shared_batch([self.store[d] for d in documents], documents) for documents in step.micro_batches]
         return [batch_of(self.store, documents) for documents in step.micro_batches]
 
-    def first_steps(self, count: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each of the first `count` steps."""
+    def first_steps(self, count: int, stop: int | None = None) -> Iterator[list[Batch]]:
+        """The micro-batches of each of the first `count` steps, or of all until position `stop`."""
         position = 0
         for _ in range(count):
-            step = self.step(position)
+            if stop is not None and position >= stop:
+                return
+            step = self.step(position, stop)
             yield self.batches(step)
             position = step.next_position
+
+    def stop_after(self, epochs: float | None) -> int | None:
+        """The position at which so many epochs end; None where there is no end of them."""
+        return None if epochs is None else max(1, round(epochs * self.epoch_documents))
 
     def steps_until(self, stop: int) -> int:
         """How many steps take the documents up to position `stop`."""
@@ -199,9 +205,13 @@ class Loader:
         return steps
 
 
-def heaviest_documents(lengths: np.ndarray, micro_tokens: int) -> list[int]:
-    """The longest document, and as many of the next longest as one forward pass may hold beside it."""
+def heaviest_documents(lengths: np.ndarray, micro_tokens: int, turns: float = 1) -> list[int]:
+    """The longest document, and as many of the next longest as one forward pass may hold beside it.
+
+    Where all of them are taken up to `turns` times and leave room, a pass holds some of them again.
+    """
     order = lengths.argsort(kind="stable")[::-1]
+    order = np.tile(order, int(min(turns, 1 + micro_tokens // max(1, lengths.sum()))))
     count = max(1, int(np.searchsorted(lengths[order].cumsum(), micro_tokens, side="right")))
     found: list[int] = order[:count].tolist()
     return found

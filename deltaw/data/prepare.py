@@ -98,6 +98,11 @@ class DataSet:
     mix: list[tuple[int, float]]
     prompts: list[Row] = field(default_factory=list)
 
+    def turns(self, epochs: float | None) -> float:
+        """How often a document may be taken at most; `epochs` None for a run that data does not end."""
+        most = max((weight for _, weight in self.mix), default=1.0)
+        return math.inf if epochs is None else max(1.0, math.ceil(epochs) * math.ceil(most))
+
     def split(self, below: float) -> tuple[DataSet, DataSet]:
         """(the documents at or above a share, those below it); a text and its copies stay together."""
         return self._part(self.shares >= below, f"from {below!r}"), self._part(self.shares < below, f"below {below!r}")

@@ -25,18 +25,27 @@ from deltaw.errors import AdapterError, NotFiniteError, bullet_list
 
 @dataclass
 class Track:
-    """One adapter's way through its data. `position` counts documents over all epochs; `stop` ends the last epoch."""
+    """One adapter's way through its data. `position` counts documents over all epochs; `stop` ends the last epoch.
+
+    `steps` is how many it takes, where they are not those of the run. `fault` says why it could not go on.
+    """
 
     loader: Loader
     position: int = 0
     stop: int | None = None
     tokens: int = 0
     trained_tokens: int = 0
+    steps: int | None = None
+    fault: str | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether the last epoch is over."""
-        return self.stop is not None and self.position >= self.stop
+        """Whether the last epoch is over, or nothing more can be learned."""
+        return self.fault is not None or (self.stop is not None and self.position >= self.stop)
+
+    def next(self) -> Step:
+        """What its next step trains on: nothing where it has ended."""
+        return self.loader.step(self.position, self.position if self.ended else self.stop)
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,9 @@ def fit(
     """Trains until the length is reached, the data ends, or `observe` returns False; whether it was not interrupted.
 
     `progress` is advanced in place, always to the end of a whole step: an interrupted step is abandoned. Raises
-    NotFiniteError with the rows of the batch, before anything was updated, when a loss or gradient is not finite, and
-    AdapterError when a factor received no gradient in the first two steps or a frozen weight changed in them.
+    NotFiniteError with the rows of the batch, before anything was updated, when a loss or gradient is not finite; of
+    several adapters, that one ends with its `fault` and the others go on, unless all have one. Raises AdapterError when
+    a factor received no gradient in the first two steps or a frozen weight changed in them.
     """
     clock = clock or Clock()
     frozen = _versions(base)
@@ -131,15 +141,17 @@ def fit(
     try:
         while not length.over(progress.step, progress.seconds) and not all(t.ended for t in progress.tracks):
             injection.train(True)
-            steps = [track.loader.step(track.position, track.stop) for track in progress.tracks]
+            steps = [track.next() for track in progress.tracks]
             progress.abandonable = True
             results = forward_backward(base, injection, progress, steps, interrupted)
             progress.abandonable = False
             if results is None:
                 return False
             number = progress.step + 1
-            done = length.done(number, progress.seconds, time.monotonic() - since)
-            record = _update(flat, progress, clock.done(number, done), steps, results)
+            elapsed = time.monotonic() - since
+            lengths = [length if track.steps is None else Length(track.steps) for track in progress.tracks]
+            done = [clock.done(number, each.done(number, progress.seconds, elapsed)) for each in lengths]
+            record = _update(flat, progress, done, steps, results)
             if number == 2:
                 _require_unchanged(base, frozen)
             now = time.monotonic()
@@ -197,20 +209,28 @@ def forward_backward(
 
 
 def _update(
-    flat: FlatFactors, progress: Progress, done: float, steps: Sequence[Step], results: Sequence[StepResult]
+    flat: FlatFactors, progress: Progress, done: Sequence[float], steps: Sequence[Step], results: Sequence[StepResult]
 ) -> StepRecord:
     """Checks the gradients and takes the optimiser step; an adapter whose data has ended keeps its numbers."""
     number = progress.step + 1
     norms = flat.clip()
-    for result, norm, track in zip(results, norms, progress.tracks, strict=True):
-        _require_finite(number, result, norm, track)
+    faults = [_fault(number, *each) for each in zip(results, norms, progress.tracks, strict=True)]
+    if any(faults) and all(fault or track.fault for fault, track in zip(faults, progress.tracks, strict=True)):
+        raise NotFiniteError(next(filter(None, faults)))
+    for index, fault in enumerate(faults):
+        if fault is not None:
+            progress.tracks[index].fault = fault
+            flat.forget_gradient(index)
     if number <= 2:
-        _require_gradients(flat, "B" if number == 1 else "A", [r.trained_tokens > 0 for r in results])
-    factors = [rate_factor(done, settings.schedule, settings.warmup) for settings in flat.settings]
+        asked = [result.trained_tokens > 0 and not fault for result, fault in zip(results, faults, strict=True)]
+        _require_gradients(flat, "B" if number == 1 else "A", asked)
+    factors = [rate_factor(d, each.schedule, each.warmup) for d, each in zip(done, flat.settings, strict=True)]
     factors = [0.0 if t.ended else factor for t, factor in zip(progress.tracks, factors, strict=True)]
     flat.step(factors)
     progress.step = number
     for track, step, result in zip(progress.tracks, steps, results, strict=True):
+        if track.fault is not None:
+            continue
         track.position = step.next_position
         track.tokens += result.tokens
         track.trained_tokens += result.trained_tokens
@@ -256,13 +276,14 @@ def _require_unchanged(base: Base, before: dict[str, int]) -> None:
         raise AdapterError("These frozen weights were changed by training, which must not be:\n" + bullet_list(changed))
 
 
-def _require_finite(step: int, result: StepResult, norm: float, track: Track) -> None:
+def _fault(step: int, result: StepResult, norm: float, track: Track) -> str | None:
+    """What to say of a loss or gradient that is not finite."""
     if math.isfinite(result.loss) and math.isfinite(norm):
-        return
+        return None
     documents = [document for batch in result.batches for document in batch.documents]
     places = sorted({track.loader.store.place(document) for document in documents})
     rows = [f"{file}, row {row}" if file else f"row {row}" for file, row in places]
-    raise NotFiniteError(
+    return (
         f"Step {step}: the loss is {result.loss} and the gradient norm {norm}. Nothing was updated. "
         f"The batch held {'; '.join(rows[:20])}{' …' if len(rows) > 20 else ''}. "
         "A lower --lr usually helps; else look at these rows."

@@ -132,6 +132,11 @@ class FlatFactors:
             norms.append(norm)
         return norms
 
+    def forget_gradient(self, index: int) -> None:
+        """Makes adapter `index` have none in this step."""
+        start, _, stop = self.adapter_slices[index]
+        self.grad[start:stop] = 0
+
     def step(self, rate_factors: Sequence[float]) -> None:
         """One AdamW step over all adapters at these shares of their peak rates; gradients are zero afterwards."""
         for group in self.optimizer.param_groups:

@@ -44,7 +44,7 @@ from deltaw.kernels.attention import products
 
 DEFAULT_MICRO_TOKENS = 1024
 # A base that takes more than this of the memory may come to be streamed, although no plan is made yet.
-LARGE_SHARE = 0.25
+LARGE_SHARE = 0.5
 # Products that oneDNN remembers, 1 to 3 MB each: SHARING where passes may share a reading, and some SPARE, as the next
 # pass has many of the last one's.
 LEAST_PRODUCTS, SHARING_PRODUCTS, MOST_PRODUCTS, SPARE_PRODUCTS = 64, 128, 1024, 24
@@ -123,18 +123,18 @@ def _remember_products(known: Outline, settings: Settings, train: DataSet, watch
 def _passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:
     """The heaviest pass, and those of the first steps."""
     store, micro_tokens, share = train.store, int(settings.micro_tokens), settings.share_prefixes
-    heavy = store.lengths[heaviest_documents(store.lengths, micro_tokens)]
+    heavy = store.lengths[heaviest_documents(store.lengths, micro_tokens, train.turns(settings.whole_epochs))]
     yield spans_of([0, *heavy.cumsum().tolist()])
     loader = Loader(store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share)
-    for batches in loader.first_steps(SAMPLED_STEPS):
+    for batches in loader.first_steps(SAMPLED_STEPS, loader.stop_after(settings.whole_epochs)):
         for batch in batches:
             yield continued_spans(batch.bounds, batch.before)
 
 
 def _may_stream(known: Outline, settings: Settings) -> bool:
     """Whether the base is, or is likely to be, read from its files block by block: it takes much of the memory."""
-    if isinstance(settings.stream, bool):
-        return settings.stream
+    if not settings.by_rule("stream"):
+        return bool(settings.stream)
     machine = hardware.look()
     limit = min(machine.memory_limit_bytes, machine.available_bytes)
     if settings.memory is not None:
@@ -276,5 +276,7 @@ def _resolve_rules(settings: Settings, known: Outline, train: DataSet) -> None:
     for name, plain in (("recompute", 0), ("stream", False), ("quant", "none")):
         if getattr(settings, name) == AUTO:
             settings.put(name, plain, "rule: the fastest")
+    if int(settings.recompute) > known.layers:
+        settings.put("recompute", known.layers, "all blocks that there are")
     if settings.threads is None:
         settings.put("threads", torch.get_num_threads(), "rule: the cores that this process may use")

@@ -39,12 +39,14 @@ def probe(trainer: Trainer) -> None:
         memory = cache_folder() / "probes" / _key(trainer)
     if memory.is_file():
         return
-    documents = heaviest_documents(trainer.ready.data["train"].store.lengths, int(trainer.settings.micro_tokens))
+    train, settings = trainer.ready.data["train"], trainer.settings
+    lengths, micro_tokens = train.store.lengths, int(settings.micro_tokens)
+    documents = heaviest_documents(lengths, micro_tokens, train.turns(settings.whole_epochs))
     random_state = torch.get_rng_state()
     master = trainer.flat.master.clone()
     try:
         _step(trainer, documents)
-        _evaluate(trainer, trainer.ready.data["train"].store.lengths[documents])
+        _evaluate(trainer, lengths[documents])
         _save(trainer)
     except (RuntimeError, MemoryError) as error:
         raise _too_much(error, trainer, documents) from error

@@ -7,6 +7,7 @@ base is in memory once. Settings may differ in rank, rate and seed; everything e
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,7 @@ from deltaw.data.loader import Loader
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog
-from deltaw.engine.loop import Progress, StepRecord, Track, fit
+from deltaw.engine.loop import Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors
 from deltaw.engine.prepare import Prepared, spec_from
 from deltaw.engine.run import Run
@@ -68,14 +69,15 @@ class Together:
         for cell in cells:
             batch_tokens, micro_tokens = int(cell.settings.batch_tokens), int(cell.settings.micro_tokens)
             loader = Loader(train.store, batch_tokens, micro_tokens, cell.settings.seed, train.mix, share=share)
-            tracks.append(Track(loader, stop=length_of(cell.settings, loader)[1]))
-        self.length, _ = length_of(cells[0].settings, tracks[0].loader)
-        if self.length.steps is None:
-            raise UsageError("A sweep needs a length in --steps or --epochs: in --minutes, all would share the time.")
-        for cell in cells:
-            resolve_intervals(cell.settings, self.length)
+            length, stop = length_of(cell.settings, loader)
+            if length.steps is None:
+                raise UsageError("A sweep needs a length in --steps or --epochs: in --minutes, all would share it.")
+            resolve_intervals(cell.settings, length)
+            tracks.append(Track(loader, stop=stop, steps=length.steps))
+        self.length = Length(max(track.steps or 0 for track in tracks))  # epochs of other orders have other steps
         self.progress = Progress(tracks=tracks)
         self.signal: int | None = None
+        self.saved_at = time.monotonic()
         hardware.give_memory_back()
 
     @property
@@ -98,7 +100,7 @@ class Together:
         self.flat.load_state(tensors)
         self.progress.step, self.progress.seconds = state["step"], state["seconds"]
         for track, known in zip(self.progress.tracks, state["tracks"], strict=True):
-            track.position, track.tokens, track.trained_tokens = known
+            track.position, track.tokens, track.trained_tokens, track.fault = known
         for index, (cell, known) in enumerate(zip(self.cells, state["best"], strict=True)):
             cell.best_step, loss = known
             cell.best_loss, cell.best = (loss, tensors[f"best{index}"]) if cell.best_step else (math.inf, None)
@@ -107,8 +109,11 @@ class Together:
         """What must be the same for a sweep to go on exactly: each cell's origin, and how it is computed."""
         found = []
         for cell in self.cells:
-            origin = origin_of(self.ready, cell.settings)
-            found.append({**origin, "way of computing": self.ready.base.way})
+            origin = {**origin_of(self.ready, cell.settings), "way of computing": self.ready.base.way}
+            del origin["deltaw_version"]
+            if self.ready.held_out is not None:
+                origin["held out"] = self.ready.held_out.report.digest
+            found.append(origin)
         return found
 
     def checkpoint(self) -> None:
@@ -120,11 +125,12 @@ class Together:
         state = {
             "step": self.progress.step,
             "seconds": self.progress.seconds,
-            "tracks": [[t.position, t.tokens, t.trained_tokens] for t in self.progress.tracks],
+            "tracks": [[t.position, t.tokens, t.trained_tokens, t.fault] for t in self.progress.tracks],
             "best": [[cell.best_step, cell.best_loss if cell.best_step else None] for cell in self.cells],
             "cells": self._identities(),
         }
         save_checkpoint(self.checkpoints, self.progress.step, tensors, state, self.cells[0].settings.keep_checkpoints)
+        self.saved_at = time.monotonic()
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -152,24 +158,38 @@ class Together:
 
     def observe(self, record: StepRecord, progress: Progress) -> bool:
         """Logs a step of every cell, evaluates and saves where it is due."""
-        for index, cell in enumerate(self.cells):
-            assert cell.metrics is not None
-            cell.metrics.write(metrics_line(record, index))
-        settings, last = self.cells[0].settings, self.length.over(progress.step, progress.seconds)
-        last = last or all(track.ended for track in progress.tracks)
-        summed = {**metrics_line(record), "tokens": sum(record.tokens), "seconds": record.seconds}
-        self.watcher.step(summed, progress, self.length)
-        if last or record.step % int(settings.eval_steps) == 0:
-            self.evaluate()
-        if last or record.step % int(settings.checkpoint_steps) == 0:
+        stepped = [index for index, tokens in enumerate(record.tokens) if tokens and self._says(index)]
+        for index in stepped:
+            metrics = self.cells[index].metrics
+            assert metrics is not None
+            metrics.write(metrics_line(record, index))
+        settings, over = self.cells[0].settings, self.length.over(progress.step, progress.seconds)
+        last = over or all(track.ended for track in progress.tracks)
+        if stepped:
+            summed = {**metrics_line(record, stepped[0]), "tokens": sum(record.tokens), "seconds": record.seconds}
+            self.watcher.step(summed, progress, self.length)
+        self.evaluate([index for index in stepped if over or self._due(index, record.step)])
+        late = time.monotonic() - self.saved_at >= settings.checkpoint_seconds
+        if last or late or record.step % int(settings.checkpoint_steps) == 0:
             self.checkpoint()
         return True
 
-    def evaluate(self) -> None:
-        """The held-out loss of every cell, each keeping its best."""
+    def _says(self, index: int) -> bool:
+        """Whether this step trained the cell; says so where it could not."""
+        fault = self.progress.tracks[index].fault
+        if fault is not None:
+            self.watcher.say(f"{self.cells[index].run.folder.name} ends here, the others go on. {fault}")
+        return fault is None
+
+    def _due(self, index: int, step: int) -> bool:
+        return self.progress.tracks[index].ended or step % int(self.cells[index].settings.eval_steps) == 0
+
+    def evaluate(self, which: Sequence[int]) -> None:
+        """The held-out loss of these cells, each keeping its best."""
         if self.ready.held_out is None:
             return
-        for index, cell in enumerate(self.cells):
+        for index in which:
+            cell = self.cells[index]
             self.injection.active = index
             loss_sum, tokens, seconds = held_out_loss(
                 self.ready.base, self.ready.held_out.store, int(cell.settings.micro_tokens), cell.settings.eval_rows

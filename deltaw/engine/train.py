@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deltaw import __version__, hardware
 from deltaw.adapter import Injection, inject, write_adapter
-from deltaw.config import AUTO, Settings
+from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings
 from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
@@ -36,7 +36,6 @@ from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, NotFiniteError, UsageError, bullet_list
 
-EVALUATIONS_PER_RUN = 6
 SPIKE, SPIKE_WINDOW = 4.0, 20
 # Settings that change when something is written, and no number that is.
 FREE_TO_CHANGE = (
@@ -317,7 +316,8 @@ def length_of(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
         return Length(None, settings.minutes * 60), None
     if settings.steps is not None:
         return Length(settings.steps), None
-    stop = max(1, round((settings.epochs or 1.0) * loader.epoch_documents))
+    stop = loader.stop_after(settings.whole_epochs)
+    assert stop is not None
     return Length(loader.steps_until(stop)), stop
 
 

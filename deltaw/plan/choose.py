@@ -16,7 +16,7 @@ from deltaw.base.quant import BYTES
 from deltaw.errors import DoesNotFitError, bullet_list
 from deltaw.plan.demand import Choice, Demand
 from deltaw.plan.memory import Memory, memory
-from deltaw.plan.speed import EVALUATIONS, Clock
+from deltaw.plan.speed import Clock
 
 # How far peaks and times lie below and above what is predicted: the extremes of a grid (benchmarks/plan_accuracy.py),
 # and for peaks above twice that, since a run must fit and may be longer than those.
@@ -29,12 +29,16 @@ RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Room:
-    """How much memory a run may take, who says so, what the process holds without base and run, and its file pages."""
+    """How much memory a run may take, who says so, what the process holds without base and run, and its file pages.
+
+    `most_bytes` is what `--memory` could raise the limit to on this machine.
+    """
 
     limit_bytes: int
     source: str
     fixed_bytes: int
     file_bytes: int = 0
+    most_bytes: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
     seconds = sum(clock.step(choice, step, short) for step in steps) / len(steps)
     tokens = sum(one.tokens for step in steps for one in step) / len(steps)
     count = demand.step_count
-    run = None if count is None else count * seconds + EVALUATIONS * clock.evaluation(choice)
+    run = None if count is None else count * seconds + demand.evaluations * clock.evaluation(choice)
     machine = "this machine" if clock.device is None else clock.device.name
     calibrated = clock.device is None
     return Plan(choice, held, room, seconds, run, count, tokens / seconds, clock.way, machine, calibrated)
@@ -139,26 +143,21 @@ def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> in
 # -- choices ----------------------------------------------------------------------------------------------------------
 
 
-def _free(demand: Demand, name: str) -> bool:
-    """Whether a rule, and not the user, set it."""
-    return demand.settings.sources.get(name, "").startswith("rule")
-
-
 def _choices(demand: Demand) -> Iterator[Choice]:
     settings, layers = demand.settings, demand.outline.layers
     micro = int(settings.micro_tokens)
     micros = [micro]
-    while _free(demand, "micro_tokens") and micros[-1] // 2 >= LEAST_MICRO:
+    while settings.by_rule("micro_tokens") and micros[-1] // 2 >= LEAST_MICRO:
         micros.append(micros[-1] // 2)
     recomputed = [int(settings.recompute)]
-    if _free(demand, "recompute"):
+    if settings.by_rule("recompute"):
         recomputed = sorted({round(share * layers) for share in RECOMPUTED_SHARES})
     quants = [settings.quant]
-    if _free(demand, "quant") and demand.device.type in ("cpu", "cuda") and has_bitsandbytes():
+    if settings.by_rule("quant") and demand.device.type in ("cpu", "cuda") and has_bitsandbytes():
         quants += [kind for kind in BYTES if kind != settings.quant]
     for quant in quants:
         streams = [bool(settings.stream)]
-        if _free(demand, "stream") and demand.may_stream(quant):
+        if settings.by_rule("stream") and demand.may_stream(quant):
             streams = [False, True]
         for stream in streams:
             for blocks in recomputed:
@@ -182,10 +181,15 @@ def _ways_out(demand: Demand, room: Room, way: str) -> list[str]:
         if STARTS_DIFFER * least <= room.limit_bytes:
             found.append(text)
         more.append((least, text))
-    own = _least(demand, room, way)
-    rest = [f"--memory {_megabytes(STARTS_DIFFER * own)}"]
-    rest += [f"--memory {_megabytes(STARTS_DIFFER * least)} {text}" for least, text in sorted(more)]
+    rest = [_with_memory(STARTS_DIFFER * _least(demand, room, way), room, "")]
+    rest += [_with_memory(STARTS_DIFFER * least, room, text) for least, text in sorted(more)]
     return (found + rest)[:3]
+
+
+def _with_memory(needed: float, room: Room, text: str) -> str:
+    if needed <= room.most_bytes:
+        return f"--memory {_megabytes(needed)} {text}".rstrip()
+    return f"{_megabytes(needed)} of memory, which this machine does not have free{', and ' if text else ''}{text}"
 
 
 def _least(demand: Demand, room: Room, way: str) -> int:
@@ -202,8 +206,8 @@ def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
     while length >= LEAST_MICRO:
         yield f"--max-length {length}", replace(demand, longest_tokens=length)
         length //= 2
-    rank = int(demand.settings.rank)
-    if _free(demand, "rank") or rank > 1:
+    rank, starts_anew = int(demand.settings.rank), demand.settings.adapter is None
+    if starts_anew and rank > 1:
         yield f"--rank {max(1, rank // 4)}", replace(demand, rank_share=max(1, rank // 4) / rank)
         yield f"--rank 1 --max-length {LEAST_MICRO}", replace(demand, rank_share=1 / rank, longest_tokens=LEAST_MICRO)
 

@@ -15,7 +15,7 @@ from deltaw.adapter.layer import Target
 from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline, stored_dtype
-from deltaw.config import Settings
+from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings
 from deltaw.data.loader import Loader, heaviest_documents
 from deltaw.data.prepare import DataSet
 
@@ -84,9 +84,10 @@ class Demand:
     def steps(self, micro_tokens: int, *, share: bool) -> list[list[Pass]]:
         """The passes of the run's first steps."""
         if (micro_tokens, share) not in self._steps:
+            loader = self.loader(micro_tokens, share=share)
             self._steps[micro_tokens, share] = [
                 [Pass(tuple(np.diff(batch.bounds).tolist()), batch.trained_tokens) for batch in batches]
-                for batches in self.loader(micro_tokens, share=share).first_steps(SAMPLED_STEPS)
+                for batches in loader.first_steps(SAMPLED_STEPS, loader.stop_after(self.settings.whole_epochs))
             ]
         return self._steps[micro_tokens, share]
 
@@ -94,7 +95,7 @@ class Demand:
         """The longest document, and as many of the next longest as one pass may hold beside it."""
         store = self.data["train"].store
         lengths = np.minimum(store.lengths, self.longest_tokens)
-        documents = heaviest_documents(lengths, micro_tokens)
+        documents = heaviest_documents(lengths, micro_tokens, self.data["train"].turns(self.settings.whole_epochs))
         labelled = np.minimum(store.trained[documents], lengths[documents]).sum()
         return Pass(tuple(int(n) for n in lengths[documents]), int(labelled))
 
@@ -111,7 +112,7 @@ class Demand:
         block = outline.block_parameters * b
         if quant == "none":
             return block
-        return round(block + outline.product_parameters / max(1, outline.layers) * (BYTES[quant] - b))
+        return round(block + outline.linear_parameters / max(1, outline.layers) * (BYTES[quant] - b))
 
     @cached_property
     def step_count(self) -> int | None:
@@ -122,7 +123,17 @@ class Demand:
         if settings.steps is not None:
             return settings.steps
         loader = self.loader(int(settings.batch_tokens), share=False)
-        return loader.steps_until(max(1, round((settings.epochs or 1.0) * loader.epoch_documents)))
+        stop = loader.stop_after(settings.whole_epochs)
+        assert stop is not None
+        return loader.steps_until(stop)
+
+    @cached_property
+    def evaluations(self) -> int:
+        """How many evaluations the run has."""
+        every = self.settings.eval_steps
+        if every == AUTO or self.step_count is None:
+            return EVALUATIONS_PER_RUN
+        return -(-self.step_count // int(every))
 
     @cached_property
     def labelled_share(self) -> float:
@@ -134,7 +145,12 @@ class Demand:
         """Whether blocks can be read from disk as they are needed: mapped files, in the dtype that is computed in."""
         if self.device.type != "cpu" or not sys.platform.startswith("linux"):
             return False
-        return quant != "none" or stored_dtype(self.outline.folder) == self.dtype
+        return quant != "none" or self.as_stored
+
+    @cached_property
+    def as_stored(self) -> bool:
+        """Whether weights are computed in the dtype in which they are stored, so that they need no copy."""
+        return stored_dtype(self.outline.folder) == self.dtype
 
     @cached_property
     def evaluated_tokens(self) -> int:

@@ -102,9 +102,9 @@ def base_bytes(demand: Demand, choice: Choice) -> int:
     """What of the base has to be in memory at once; of a streamed one the block that computes."""
     outline, b = demand.outline, demand.dtype.itemsize
     block = demand.block_bytes(choice.quant)
-    if choice.stream:
-        return block
     rest = (outline.parameters - outline.layers * outline.block_parameters) * b
+    if choice.stream:
+        return block if demand.as_stored else block + rest  # what is cast lies in no file
     return outline.layers * block + rest
 
 

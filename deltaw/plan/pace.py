@@ -7,6 +7,7 @@ will in a run, not from the processor's cache. What was measured is kept in the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -85,7 +86,7 @@ def measure_pace(demand: Demand) -> Pace:
     """Times a usual pass of the run and a part of it, or takes what was measured here before for the same."""
     passes = _usual_passes(demand)
     memory = cache_folder() / "pace" / f"{_key(demand, passes)}.json"
-    if memory.is_file():
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it is not there, or of no use
         known = json.loads(memory.read_text("utf-8"))
         return Pace(**{**known, "timed": tuple(Timed(**timed) for timed in known["timed"])})
     found = _measure(demand, passes)
@@ -115,7 +116,8 @@ def _key(demand: Demand, passes: list[Pass]) -> str:
     machine, settings = hardware.look(), demand.settings
     config = demand.outline.model.config.to_json_string()
     parts = [
-        machine.cpu_name, machine.cores, settings.device, settings.dtype, settings.threads, torch.__version__, config,
+        machine.cpu_name, machine.cores, machine.gpu, machine.versions, settings.device, settings.dtype,
+        settings.threads, config,
         demand.ranks, demand.trained, settings.dora, settings.dropout, settings.quant,
         [list(map(int, p.lengths)) for p in passes],
     ]  # fmt: skip
@@ -124,7 +126,8 @@ def _key(demand: Demand, passes: list[Pass]) -> str:
 
 def _measure(demand: Demand, passes: list[Pass]) -> Pace:
     base, blocks = _few_blocks(demand)
-    spec = LoraSpec(rank=max(1, round(demand.ranks / max(1, len(demand.targets)))), dora=demand.settings.dora)
+    rank, settings = max(1, round(demand.ranks / max(1, len(demand.targets)))), demand.settings
+    spec = LoraSpec(rank=rank, dora=settings.dora, dropout=settings.dropout)
     adapter = new_adapter(choose(base.model, spec), spec, seed=0)
     with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
         injection.train(True)
@@ -158,7 +161,7 @@ def _few_blocks(demand: Demand) -> tuple[Base, int]:
     config = copy.deepcopy(demand.outline.model.config)
     text = config.get_text_config()
     count = timed_blocks(demand.outline)
-    if kinds := getattr(text, "layer_types", None):
+    if kinds := vars(text).get("layer_types"):  # elsewhere it follows from other settings
         first = kinds[:count]
         text.layer_types = first if set(first) == set(kinds) else list(dict.fromkeys(kinds))
         count = len(text.layer_types)

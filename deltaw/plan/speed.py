@@ -12,9 +12,8 @@ from pathlib import Path
 from deltaw.base.load import most_together
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import CPU_SHARE, GPU_SHARE, Device
-from deltaw.plan.pace import Pace
+from deltaw.plan.pace import Pace, likely_way
 
-EVALUATIONS = 6
 SHEET_DENSE_SECONDS = 1e-11  # of a quantised weight on a GPU: its 2.5 bytes, read and written
 STREAMED_SHARE = 0.03  # of a step: what the reading thread takes from the computing ones
 SHEET_DISK_BYTES_PER_SECOND = 2e9
@@ -29,10 +28,10 @@ class Clock:
     pace: Pace | None
     device: Device | None = None
 
-    @property
+    @cached_property
     def way(self) -> str:
         """How a batch is computed, as in Base.way."""
-        return "kernels" if self.pace is None else self.pace.way
+        return likely_way(self.demand) if self.pace is None else self.pace.way
 
     @property
     def share(self) -> bool:
@@ -82,7 +81,7 @@ class Clock:
         seconds = (outline.layers - twice) * self._block(one, again=False) + twice * self._block(one, again=True)
         seconds += self._labels(one.labelled)
         if choice.quant != "none":
-            seconds += (2 + twice / outline.layers) * outline.product_parameters * self._dense_seconds
+            seconds += (2 + twice / outline.layers) * outline.linear_parameters * self._dense_seconds
         return seconds
 
     @property

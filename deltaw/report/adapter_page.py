@@ -150,8 +150,8 @@ def _shared(found: dict[str, Any]) -> str:
     said = [f"{median(_known(counts[side])):g} on the {side} side" for side in counts if _known(counts[side])]
     conflict, null = percent(found["sign_conflict"]), percent(found["sign_conflict_null"])
     return (
-        f"Cosine {found['cosine']:+.3f} (unrelated: about 0), sign conflict {conflict} (unrelated: {null}). Leading "
-        f"directions shared above the 99 % quantile of chance, median over layers: {' and '.join(said) or DASH}."
+        f"Cosine {found['cosine']:+.3f} (unrelated: about 0), sign conflict {conflict} (unrelated: {null}). Directions "
+        f"shared beyond the 99 % quantile of chance, median over layers: {' and '.join(said) or DASH}."
     )
 
 

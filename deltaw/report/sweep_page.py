@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from deltaw.analysis.curve import FEWEST
 from deltaw.disk import write_text
 from deltaw.report.plots import ACCENT, ACCENT_2, HALF, MUTED, PHONE, Plot, draw
 from deltaw.report.quantities import human_bytes, human_count, human_seconds, significant
@@ -41,6 +42,9 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
         return spent + " Nothing was held out, so no loss is compared."
     best = cells[0]
     alike = [cell for cell in cells if cell["behind_low"] <= 0]
+    if result.get("documents", FEWEST) < FEWEST:
+        spent += f" Only {result['documents']} held-out documents: too few for intervals to mean anything."
+        alike = cells
     smallest = min(alike, key=lambda cell: cell["parameters"])
     text = f"{spent} Best: rank {best['rank']} at {best['lr']:g}, loss {best['loss']:.4f}."
     if smallest is not best:
@@ -50,9 +54,10 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
 
 def cell_row(cell: dict[str, Any]) -> tuple[str, ...]:
     """A cell that was measured under `HEADINGS`."""
+    name = cell["name"] + (" (diverged)" if cell.get("fault") else "")
     behind = f"{cell['behind']:+.4f} ({cell['behind_low']:+.4f} to {cell['behind_high']:+.4f})"
     return (
-        cell["name"], str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}",
+        name, str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}",
         f"{cell['loss']:.4f}", behind, "yes" if cell["pareto"] else "",
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from models import save_base
 
 from deltaw import api, hardware
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
+from deltaw.base.builtin import cache_folder
 from deltaw.base.load import load, most_together
 from deltaw.base.shapes import outline, stored_dtype
 from deltaw.config import make_settings, parse_bytes
@@ -75,6 +76,7 @@ def test_an_outline_counts_what_the_opened_model_holds(kind, tmp_path):
         for n, m in base.model.named_modules()
         if isinstance(m, torch.nn.Linear) and m is not base.model.get_output_embeddings()
     )
+    assert known.linear_parameters == linear  # of experts none, though tokens are multiplied with some
     if kind not in ("gpt2", "qwen3_moe"):  # which have other layers than Linear
         assert known.product_parameters == linear
 
@@ -126,6 +128,28 @@ def test_a_base_in_memory_a_streamed_and_a_quantised_one_are_counted_by_their_we
     assert 4 * known.parameters - small == pytest.approx(known.product_parameters * (4 - 0.516), rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_of_a_streamed_quantised_base_what_is_cast_stays_in_memory(demand, dtype):
+    asked = demand(dtype=dtype)
+    known, b = asked.outline, asked.dtype.itemsize
+    assert stored_dtype(known.folder) == torch.float32
+    rest = b * (known.parameters - known.layers * known.block_parameters) if dtype == "bfloat16" else 0
+    assert base_bytes(asked, Choice(64, stream=True, quant="nf4")) == asked.block_bytes("nf4") + rest
+    assert asked.may_stream("nf4") and asked.may_stream("none") == (dtype == "float32")
+
+
+def test_experts_are_not_counted_as_quantised(demand, tmp_path):
+    asked = demand(model=str(save_base(tmp_path / "moe", "qwen3_moe")))
+    known = asked.outline
+    saved = base_bytes(asked, Choice(64)) - base_bytes(asked, Choice(64, quant="nf4"))
+    assert saved == pytest.approx(known.linear_parameters * (4 - 0.516), rel=0.02)
+    assert known.linear_parameters < known.product_parameters
+
+
+def test_more_blocks_than_there_are_cannot_be_computed_twice(demand):
+    assert demand(recompute=99).settings.recompute == 2
+
+
 def test_passes_that_share_a_reading_cost_one_reading_and_the_inputs_of_all(demand, llama_folder, monkeypatch):
     monkeypatch.setenv(hardware.REMEMBERED, str(SHARING_PRODUCTS))
     asked = dataclasses.replace(demand(batch_tokens=1024, micro_tokens=20), longest_tokens=20)
@@ -158,6 +182,23 @@ def test_the_heaviest_pass_is_the_longest_documents_that_fit_together(demand):
 
 
 # -- choices ----------------------------------------------------------------------------------------------------------
+
+
+def test_documents_that_come_again_within_a_pass_are_counted_again(demand):
+    """A run of three steps goes on over the ends of epochs; one of one epoch does not."""
+    again, once = demand(batch_tokens=8192, micro_tokens=8192), demand(batch_tokens=8192, micro_tokens=8192, steps=None)
+    lengths = again.data["train"].store.lengths
+    assert once.heaviest(8192).tokens == lengths.sum() < 8192 - lengths.max()
+    assert 8192 - lengths.max() < again.heaviest(8192).tokens <= 8192
+    assert [sum(one.tokens for one in step) for step in once.steps(8192, share=False)] == [lengths.sum()]
+    assert all(sum(one.tokens for one in step) > 8192 - lengths.max() for step in again.steps(8192, share=False))
+
+
+def test_as_many_evaluations_are_counted_as_the_run_has(demand):
+    assert demand(steps=12).evaluations == 6
+    assert demand(steps=12, eval_steps=1).evaluations == 12
+    assert demand(steps=3, eval_steps=2).evaluations == 2
+    assert demand(steps=None, minutes=1).evaluations == 6
 
 
 def test_what_fits_is_left_as_it_is(demand):
@@ -210,6 +251,37 @@ def test_a_refusal_names_three_ways_out_and_each_of_them_fits(demand):
         assert plan(demand(**changed, allow_lost=1.0), limit, fixed=50 * MB).needed_bytes <= limit
 
 
+def test_no_more_memory_is_offered_than_the_machine_could_give(demand):
+    asked = demand()
+    small = Room(1000, "RAM", 50 * MB, most_bytes=60 * MB)
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(asked, small, Clock(asked, PACE))
+    ways = re.findall(r"^  - (.*)$", str(caught.value), re.M)
+    assert len(ways) == 3 and "--memory" not in str(caught.value)
+    assert re.fullmatch(r"\d+MB of memory, which this machine does not have free", ways[0])
+
+
+def test_another_rank_is_no_way_out_for_a_run_that_goes_on_with_an_adapter(demand):
+    asked = demand()
+    asked.settings.adapter = "somewhere"
+    with pytest.raises(DoesNotFitError) as caught:
+        plan(asked, 1000)
+    assert "--rank" not in str(caught.value)
+
+
+def test_what_may_be_taken_is_what_is_free_and_what_is_held_but_for_pages_of_files(demand, monkeypatch):
+    """Those count as free already. A limit that is asked for is kept also where it is all that there is."""
+    seen = dataclasses.replace(hardware.look(), available_bytes=700 * MB, memory_limit_source="cgroup", gpu=None)
+    monkeypatch.setattr(hardware, "look", lambda: seen)
+    settings = demand().settings
+    free = api._room(settings, 500 * MB, 200 * MB, None)
+    assert free.limit_bytes == round(0.95 * 1000 * MB) and free.source == "cgroup"
+    settings.memory = "1000MB"
+    assert api._room(settings, 500 * MB, 200 * MB, None).limit_bytes == 1000 * MB
+    settings.memory = "1100MB"
+    assert api._room(settings, 500 * MB, 200 * MB, None).source == "cgroup"
+
+
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
@@ -219,8 +291,21 @@ def test_a_block_is_measured_for_two_passes_and_remembered(demand, monkeypatch):
     assert found.way == "kernels" and len(found.timed) == 2 and found.label_seconds > 0
     usual, part = (timed.tokens for timed in found.timed)
     assert part <= usual // 4 + 2
-    monkeypatch.setattr("deltaw.plan.pace._measure", lambda *_: pytest.fail("measured again"))
-    assert measure_pace(asked) == found
+    measured = []
+    monkeypatch.setattr("deltaw.plan.pace._measure", lambda *_: measured.append(True) or found)
+    assert measure_pace(asked) == found and not measured
+    for file in (cache_folder() / "pace").iterdir():
+        file.write_text('{"way": "kernels", "speed": 3}')  # of another deltaw, or broken
+    assert measure_pace(asked) == found and measured == [True]
+    other = dataclasses.replace(hardware.look(), gpu=hardware.Gpu("another", 10**10, (9, 0), True))
+    monkeypatch.setattr(hardware, "look", lambda: other)
+    assert measure_pace(asked) == found and len(measured) == 2
+
+
+def test_blocks_are_timed_in_the_way_in_which_the_run_will_compute(demand):
+    assert measure_pace(demand(dropout=0.1)).way == "modules"
+    assert Clock(demand(dropout=0.1), None, DEVICES["h200"]).way == "modules"
+    assert Clock(demand(), None, DEVICES["h200"]).way == "kernels"
 
 
 def test_times_lie_on_the_line_through_what_was_measured():
@@ -254,17 +339,21 @@ def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypa
     assert bounded == [1]
 
 
-@pytest.mark.parametrize("given", [{"stream": True}, {"memory": "100kB"}], ids=str)
-def test_more_products_are_remembered_where_passes_may_share_a_reading(llama_folder, chats, monkeypatch, given):
-    """Streamed, or a base that takes much of the memory and so may come to be."""
+@pytest.mark.parametrize("given", [{}, {"stream": True}, {"memory": "100kB"}], ids=str)
+def test_more_products_are_remembered_where_passes_may_share_a_reading(llama_folder, tmp_path, monkeypatch, given):
+    """Streamed, or a base that takes much of the memory and so may come to be; these documents alone need fewer."""
+    data = tmp_path / "short.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "a", "completion": f"{n:03}"}) + "\n" for n in range(60)))
     monkeypatch.setenv(hardware.REMEMBERED, "")
     monkeypatch.delenv(hardware.REMEMBERED)
     hardware.tune_memory.cache_clear()
     monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
     with contextlib.suppress(DoesNotFitError):
-        api.plan(model=llama_folder, data=[chats], steps=3, dtype="bfloat16", **given)
-    assert hardware.remembered_products() >= SHARING_PRODUCTS
-    assert most_together() == 4
+        api.plan(model=llama_folder, data=[data], steps=3, dtype="bfloat16", **given)
+    if given:
+        assert hardware.remembered_products() >= SHARING_PRODUCTS and most_together() == 4
+    else:
+        assert hardware.remembered_products() < SHARING_PRODUCTS
 
 
 def test_a_plan_counts_each_product_that_is_remembered(demand, monkeypatch):
