@@ -145,7 +145,10 @@ def _summary(index: int, together: Together) -> dict[str, Any]:
 
 
 def _compared(together: Together) -> list[dict[str, Any]]:
-    """Every cell's best adapter on all held-out documents: loss, and its distance from the best cell, paired."""
+    """Every cell's best adapter on all held-out documents: loss, and its distance from the best cell, paired.
+
+    A cell that diverged has a `fault`, and no loss.
+    """
     rows = [
         {
             "name": cell.run.folder.name,
@@ -156,6 +159,7 @@ def _compared(together: Together) -> list[dict[str, Any]]:
             "best_step": cell.best_step,
             "fault": together.progress.tracks[index].fault,
             "loss": None,
+            "pareto": False,
         }
         for index, cell in enumerate(together.cells)
     ]
@@ -163,16 +167,18 @@ def _compared(together: Together) -> list[dict[str, Any]]:
     if data is None:
         return rows
     held_out = HeldOut(together.ready.base, data.store, EVALUATION_TOKENS)
-    losses_CD = held_out.curve_losses([read_adapter(cell.run.adapter) for cell in together.cells])
+    whole = [index for index, row in enumerate(rows) if row["fault"] is None]
+    losses_CD = held_out.curve_losses([read_adapter(together.cells[index].run.adapter) for index in whole])
     tokens_D = held_out.tokens_D
     best = int(np.argmin(losses_CD.sum(1)))
-    for row, losses_D in zip(rows, losses_CD, strict=True):
+    measured = [rows[index] for index in whole]
+    for row, losses_D in zip(measured, losses_CD, strict=True):
         row["loss"] = float(losses_D.sum() / tokens_D.sum())
         row["loss_low"], row["loss_high"] = mean_interval(losses_D, tokens_D)
         row["behind"] = float((losses_D - losses_CD[best]).sum() / tokens_D.sum())
         row["behind_low"], row["behind_high"] = mean_interval(losses_D - losses_CD[best], tokens_D)
-    for row in rows:
-        row["pareto"] = not any(_dominates(other, row) for other in rows)
+    for row in measured:
+        row["pareto"] = not any(_dominates(other, row) for other in measured)
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deltaw.report.sweep_page import HEADINGS, cell_row
+from deltaw.report.sweep_page import HEADINGS, cell_row, diverged_cells
 from deltaw.terminal import human_bytes, human_seconds, pairs, percent
 
 
@@ -145,6 +145,7 @@ def sweep_page(console: Console, found: dict[str, Any]) -> None:
     pairs(console, {
         "time of the steps": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of {found['steps']} steps",
         "peak memory": human_bytes(found["peak_bytes"]),
+        **({"diverged": diverged} if (diverged := diverged_cells(found)) else {}),
         "page": f"{found['folder']}/sweep.html",
     })  # fmt: skip
 

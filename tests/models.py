@@ -131,6 +131,8 @@ MORE = {
     "lfm2": lambda: transformers.Lfm2Config(**SMALL, block_dim=32, layer_types=["conv", "full_attention"]),
     "mamba": lambda: transformers.MambaConfig(**GENERAL, state_size=4),
     "bloom": lambda: transformers.BloomConfig(**GENERAL),
+    "rwkv": lambda: transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    "falcon_mamba": lambda: transformers.FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
 }
 
 

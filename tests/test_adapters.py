@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -19,7 +20,7 @@ from deltaw.config import make_settings
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.orders import by_activations, by_loss
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError
+from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, NotFiniteError, UsageError
 
 HERE = {"device": "cpu", "dtype": "float32"}
 QUICK = {"steps": 4, "batch_tokens": 256, **HERE}
@@ -201,6 +202,70 @@ def test_a_task_of_one_direction_is_cut_to_few_and_healed(llama_folder, tmp_path
     assert healed < 1.1 * found["measured"]["points"][-1]["loss"] + 0.01
 
 
+def test_a_measured_rank_that_was_stopped_goes_on_to_its_end(llama_folder, chats, tmp_path):
+    class Stopping(Watcher):
+        def step(self, line, progress, length):
+            if line["step"] == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    given = {"model": str(llama_folder), "data": [str(chats)], "eval_data": [str(chats)], "lr": 3e-2, **QUICK}
+    with pytest.raises(Interrupted):
+        adapters.train_measured(make_settings({**given, "out": str(tmp_path / "run")}), Stopping())
+    assert not (tmp_path / "run" / "rank.json").exists()
+    run = api.train(resume=tmp_path / "run")
+    measured = json.loads((tmp_path / "run" / "rank.json").read_text())
+    assert run.read_summary()["status"] == "done" and measured["documents"] == 60
+    (tmp_path / "run" / "rank.json").unlink()  # as when the measurement was stopped
+    api.train(resume=tmp_path / "run")
+    again = json.loads((tmp_path / "run" / "rank.json").read_text())
+    assert again["points"] == measured["points"]
+
+
+def test_healing_reads_its_data_as_the_run_did(llama_folder, chats, tmp_path):
+    data = tmp_path / "some.jsonl"
+    data.write_text(chats.read_text() + '{"prompt": "no answer"}\n' * 10)
+    run = api.train(model=llama_folder, data=data, out=tmp_path / "run", rank=2, allow_lost=0.5, **QUICK)
+    healed = adapters.compress(run.folder, tmp_path / "out", rank=1, heal=2, train_data=[data], **HERE)
+    assert healed["ranks"]["most"] == 1
+    alone = write_adapter(read_adapter(run.adapter), tmp_path / "alone")
+    made = adapters.compress(
+        alone, tmp_path / "more", rank=1, heal=2, train_data=[data], model=str(llama_folder), allow_lost=0.5, **HERE
+    )
+    assert made["ranks"]["most"] == 1
+
+
+def test_a_few_documents_are_no_evidence(learned, chats, llama_folder, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:3]))
+    found = ranks.rank(learned.folder, [few], everything=True, **HERE)
+    assert found["documents"] == 3 and found["verdict"].startswith("Undetermined: 3 held-out documents are too few")
+    assert not any(need["determined"] for need in found["needed"])
+    with pytest.raises(AdapterError, match="too few"):
+        adapters.compress(learned.folder, tmp_path / "out", keep=0.9, data=[few], **HERE)
+
+
+def test_half_of_any_rank_is_measured_so_that_there_is_a_verdict(llama_folder, chats, tmp_path):
+    run = api.train(model=llama_folder, data=chats, out=tmp_path / "run", rank=6, lr=3e-2, **{**QUICK, "steps": 30})
+    found = ranks.rank(run.folder, [chats], everything=True, **HERE)
+    assert [point["rank"] for point in found["points"]] == [1, 2, 3, 4, 6]
+    assert found["verdict"].split(":")[0] in ("Halve it", "Enough", "Too small") and "half the rank" in found["verdict"]
+
+
+def test_what_a_run_held_out_is_measured_where_it_is_told_to_and_only_while_its_data_is_the_same(
+    llama_folder, chats, tmp_path
+):
+    data, moved = tmp_path / "data.jsonl", tmp_path / "moved"
+    data.write_text(chats.read_text())
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    run = api.train(model=base, data=data, out=tmp_path / "run", rank=2, **QUICK)
+    base.rename(moved)
+    found = ranks.rank(run.folder, everything=True, model=str(moved), dtype="float32")
+    assert found["documents"] == run.read_summary()["data"]["eval"]["used"]
+    data.write_text(data.read_text() + '{"prompt": "one more", "completion": "row"}\n')
+    with pytest.raises(UsageError, match="not what it was trained on"):
+        ranks.rank(run.folder, model=str(moved))
+
+
 def test_without_data_and_without_a_run_there_is_nothing_to_measure_on(learned, tmp_path):
     alone = write_adapter(read_adapter(learned.adapter), tmp_path / "alone")
     with pytest.raises(UsageError, match="give --data"):
@@ -244,6 +309,8 @@ def test_beside_its_base_the_numbers_of_an_update_are_those_of_dense_matrices(le
     strongest = torch.linalg.svdvals(W)[:count]
     assert rows[name]["own"] == pytest.approx(float(update.norm() / strongest.norm()), rel=1e-6)
     before, after = (torch.linalg.svd(matrix)[0] for matrix in (W, W + update))
+    coarse = {row["name"]: row for row in adapters.beside_base(learned.folder, device="cpu", dtype="bfloat16")}
+    assert 0.5 < coarse[name]["rounding"] / rows[name]["rounding"] / 2**16 < 2  # bits of mantissa: 7 and 23
     alike = (before.mT @ after[:, :10]).abs().amax(0)
     assert rows[name]["intruders"] == int((alike < 0.5).sum())
 
@@ -278,6 +345,13 @@ def test_forgetting_is_nothing_at_strength_0_and_counted_as_by_hand_at_1(learned
     assert model.forgetting(strengths=(1.0,))[0]["documents"] > 40  # Python's own help
     with pytest.raises(DataError, match="cannot be read"):
         model.forgetting(tmp_path / "none.txt")
+
+
+def test_what_another_adapter_forgets_does_not_stand_in_the_report_of_the_run(learned, tmp_path):
+    rows = [{"strength": 1.0, "loss": 1.0}]
+    adapters.compress(learned.folder, learned.folder / "small", rank=1)
+    assert api.keep_forgetting(learned.folder / "small", rows) is None and not learned.forgetting.exists()
+    shutil.rmtree(learned.folder / "small")
 
 
 # -- sweep -------------------------------------------------------------------------------------------------------------
@@ -315,6 +389,78 @@ def test_a_sweep_gives_the_bits_of_separate_runs_and_compares_them(llama_folder,
     assert all(cell["name"] in page for cell in found["cells"]) and page.count("<svg") == 4
 
 
+def test_cells_of_epochs_end_with_their_own_data_as_separate_runs_do(llama_folder, chats, tmp_path):
+    """An epoch takes another number of steps in another order, and the rank that none is given for is the rule's."""
+    given = {"steps": None, "epochs": 1.0, "batch_tokens": 150}
+    found = sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "sweep", **given), rates=[1e-2], seeds=4)
+    counts = {}
+    for cell in found["cells"]:
+        alone = api.train(
+            settings_of(
+                llama_folder, chats, tmp_path / f"alone-{cell['name']}", lr=cell["lr"], seed=cell["seed"], **given
+            )
+        )
+        for part in ("adapter", "last"):
+            wanted, got = read_adapter(alone.folder / part), read_adapter(tmp_path / "sweep" / cell["name"] / part)
+            assert all(torch.equal(a[2], b[2]) for a, b in zip(wanted.tensors(), got.tensors(), strict=True))
+        assert cell["rank"] == wanted.spec.rank and cell["best_step"] == alone.read_summary()["best_step"]
+        kept = ("step", "loss", "lr", "tokens", "eval_loss")
+        lines = [
+            [{key: line.get(key) for key in kept} for line in map(json.loads, path.read_text().splitlines())]
+            for path in (alone.metrics, tmp_path / "sweep" / cell["name"] / "metrics.jsonl")
+        ]
+        assert lines[0] == lines[1]
+        counts[cell["seed"]] = max(line["step"] for line in lines[0])
+    assert len(set(counts.values())) > 1
+
+
+def test_a_cell_that_diverges_ends_and_the_others_go_on_also_after_a_stop(llama_folder, chats, tmp_path):
+    said = []
+
+    class Stopping(Watcher):
+        def step(self, line, progress, length):
+            if line["step"] == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def say(self, text):
+            said.append(text)
+
+    whole = sweeps.sweep(
+        settings_of(llama_folder, chats, tmp_path / "alone", steps=6), ranks=[2], rates=[1e-2], seeds=2
+    )
+    given = {"ranks": [2], "rates": [1e-2, 1e30], "watcher": Stopping()}
+    with pytest.raises(Interrupted):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "sweep", steps=6), **given)
+    assert any("1e+30-s0 ends here, the others go on. Step" in line for line in said)
+    good, bad = sweeps.resume_sweep(tmp_path / "sweep")["cells"]
+    assert good["fault"] is None and "Nothing was updated" in bad["fault"] and bad["loss"] is None
+    one, other = (
+        read_adapter(tmp_path / run / "last") for run in (f"sweep/{good['name']}", f"alone/{whole['cells'][0]['name']}")
+    )
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+    summary = json.loads((tmp_path / "sweep" / bad["name"] / "summary.json").read_text())
+    assert (summary["status"], summary["message"]) == ("failed", bad["fault"])
+    assert f"Diverged, and left out: {bad['name']}." in (tmp_path / "sweep" / "sweep.html").read_text()
+    with pytest.raises(NotFiniteError, match="A lower --lr"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "all", steps=6), ranks=[2, 4], rates=[1e30])
+
+
+def test_a_sweep_does_not_go_on_with_other_held_out_data(llama_folder, chats, tmp_path):
+    class Stopping(Watcher):
+        def step(self, line, progress, length):
+            if line["step"] == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(chats.read_text())
+    given = settings_of(llama_folder, chats, tmp_path / "sweep", eval_data=[str(held_out)])
+    with pytest.raises(Interrupted):
+        sweeps.sweep(given, ranks=[2, 4], watcher=Stopping())
+    held_out.write_text("".join(chats.read_text().splitlines(keepends=True)[:30]))
+    with pytest.raises(UsageError, match="other cells, data or base"):
+        sweeps.resume_sweep(tmp_path / "sweep")
+
+
 def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_path):
     class Stopping(Watcher):
         def step(self, line, progress, length):
@@ -339,6 +485,10 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_
 def test_a_sweep_of_one_cell_or_into_what_exists_is_refused(llama_folder, chats, tmp_path):
     with pytest.raises(UsageError, match="several --rank"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), ranks=[4])
+    with pytest.raises(UsageError, match="knows no --memory, --patience"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one", memory="4GB", patience=2), ranks=[2, 4])
+    with pytest.raises(UsageError, match="lr"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), rates=[1e-3, -1e-3])
     with pytest.raises(DeltawError):
         sweeps.sweep(settings_of(llama_folder, tmp_path / "none.jsonl", tmp_path / "gone"), ranks=[2, 4])
     assert not (tmp_path / "gone").exists()  # the corrected command may use the name

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from models import byte_tokenizer, save_base, small_model
+from models import byte_tokenizer, lively_model, save_base, small_model
 
 import deltaw
-from deltaw import api, demonstration
+from deltaw import api, demonstration, ranks
 from deltaw.adapter import read_adapter
 from deltaw.cli.runs import _show_demo
 from deltaw.config import make_settings
@@ -50,6 +50,29 @@ def test_a_run_leaves_everything_that_it_promises(tiny_run):
     assert summary["sizes"]["adapter_bytes"] == (tiny_run.adapter / "adapter_model.safetensors").stat().st_size
     assert summary["data"]["train"]["used"] + summary["data"]["eval"]["used"] == 60
     json.loads(tiny_run.summary.read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(("kind", "exclude"), [("falcon_mamba", ["dt_proj"]), ("rwkv", []), ("bloom", [])])
+def test_models_that_do_not_attend_as_others_are_planned_and_trained(kind, exclude, tmp_path, chats):
+    lively_model(kind).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    run = api.train(model=tmp_path / "base", data=chats, out=tmp_path / "run", exclude=exclude, **QUICK)
+    summary = run.read_summary()
+    assert summary["status"] == "done" and summary["plain_reason"] and summary["plan"]["way"] == "plain"
+
+
+def test_what_training_put_up_with_in_the_data_is_put_up_with_in_evaluation(tmp_path, llama_folder, chats):
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'<|im_end|>' + ", ""))
+    with pytest.raises(DataError, match="--allow end-of-turn"):
+        api.train(model=base, data=chats, out=tmp_path / "run", **QUICK)
+    run = api.train(model=base, data=chats, out=tmp_path / "run", allow=("end-of-turn",), **QUICK)
+    assert api.evaluate(run.folder, [chats], str(base))["rows"] == 60
+    assert ranks.rank(run.folder, [chats], str(base), everything=True)["documents"] == 60
+    with pytest.raises(DataError, match="--allow end-of-turn"):
+        api.load(base).evaluate([chats])
+    assert api.load(base).evaluate([chats], allow=("end-of-turn",))["rows"] == 60
 
 
 def test_settings_are_written_as_resolved_with_their_sources(tiny_run, llama_folder, chats):

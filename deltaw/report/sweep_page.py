@@ -38,6 +38,8 @@ def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
 def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     spent = f"{len(result['cells'])} adapters over one base in {human_seconds(result['seconds'])}"
     spent += f", {result['steps']} steps each; peak memory {human_bytes(result['peak_bytes'])}."
+    if diverged := diverged_cells(result):
+        spent += f" Diverged, and left out: {diverged}."
     if not cells:
         return spent + " Nothing was held out, so no loss is compared."
     best = cells[0]
@@ -52,12 +54,16 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     return text
 
 
+def diverged_cells(result: dict[str, Any]) -> str:
+    """The names of cells whose loss or gradient ceased to be finite."""
+    return ", ".join(cell["name"] for cell in result["cells"] if cell.get("fault"))
+
+
 def cell_row(cell: dict[str, Any]) -> tuple[str, ...]:
     """A cell that was measured under `HEADINGS`."""
-    name = cell["name"] + (" (diverged)" if cell.get("fault") else "")
     behind = f"{cell['behind']:+.4f} ({cell['behind_low']:+.4f} to {cell['behind_high']:+.4f})"
     return (
-        name, str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}",
+        cell["name"], str(cell["rank"]), f"{cell['lr']:g}", str(cell["seed"]), f"{cell['parameters']:,}",
         f"{cell['loss']:.4f}", behind, "yes" if cell["pareto"] else "",
     )  # fmt: skip
 

@@ -76,6 +76,17 @@ def test_kernels_modules_streaming_and_recomputing_agree_to_the_bit_or_to_roundi
 
 
 @pytest.mark.parametrize("kind", BYTES)
+def test_a_base_that_is_computed_in_another_dtype_is_streamed_quantised_and_its_head_stays(folder, kind):
+    plain = load(folder, dtype="bfloat16", quant=kind)
+    streamed = load(folder, dtype="bfloat16", quant=kind, stream=True)
+    *blocks, head = streamed.pager.sections
+    assert all(blocks) and not head
+    for one, other in zip(slopes(plain), slopes(streamed), strict=True):
+        assert torch.equal(one, other)
+    streamed.pager.close()
+
+
+@pytest.mark.parametrize("kind", BYTES)
 def test_an_evaluation_between_two_passes_changes_nothing(folder, kind):
     """bitsandbytes' own Linear4bit repacks its weights in evaluation, and what it computes afterwards is wrong."""
     base = load(folder, dtype="bfloat16", quant=kind)

@@ -242,6 +242,22 @@ def test_a_base_whose_weights_were_converted_or_stacked_is_refused(folders, kind
         load(folders(kind), dtype=dtype, stream=True)
 
 
+def test_files_that_are_links_to_names_without_an_ending_are_streamed(folders, tmp_path):
+    """As the hub's cache has them: blobs named by digests, and links to them."""
+    for file in folders("llama").iterdir():
+        blob = tmp_path / "blobs" / f"{hash(file.name):x}"
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(file.read_bytes())
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        (tmp_path / "snapshot" / file.name).symlink_to(blob)
+    plain, streamed = load(folders("llama"), dtype="float32"), load(tmp_path / "snapshot", dtype="float32", stream=True)
+    try:
+        assert all(torch.equal(one, other) for one, other in zip(slopes(plain), slopes(streamed), strict=True))
+        assert all(streamed.pager.sections)
+    finally:
+        streamed.pager.close()
+
+
 def test_only_pages_of_mapped_files_are_let_go():
     mine = torch.arange(1 << 16)
     release([mine])

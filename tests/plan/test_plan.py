@@ -438,6 +438,24 @@ def test_a_run_keeps_its_plan_and_carries_it_out_and_says_so(llama_folder, chats
         assert getattr(settings, name) == value
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["before the plan", "after it"])
+def test_a_run_that_was_stopped_before_its_base_was_open_goes_on_by_its_plan(
+    planned, llama_folder, chats, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(hardware, "rss_bytes", lambda: 400 * MB)
+    given = {"model": llama_folder, "data": [chats], "steps": 2, "rank": 4}
+    known = api.plan(**given).as_dict()
+    tight = known["peak_bytes_interval"][1] - known["phases"]["step"]["activations"] // 2
+    part = "deltaw.engine.train.prepare_run" if planned else "deltaw.api.plan_sketch"
+    with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+        stopping.setattr(part, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        api.train(out=tmp_path / "run", memory=f"{tight}B", **given)
+    assert (tmp_path / "run" / "plan.json").exists() == planned
+    run = api.train(resume=tmp_path / "run")
+    choice, settings = json.loads(run.plan.read_text())["choice"], run.settings()
+    assert choice != known["choice"] and all(getattr(settings, name) == value for name, value in choice.items())
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [("4GB", 4 * 10**9), ("900 MiB", 900 << 20), ("1.5gib", 3 << 29), ("77B", 77), ("1622210340B", 1622210340)],
