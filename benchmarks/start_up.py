@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "start_up.json"
-CHECKS = ("prove_decoder", "probe")
+CHECKS = ("prove", "probe")
 
 
 def run(folder: Path) -> dict[str, float]:
@@ -58,7 +58,7 @@ def child(out: str, started: float) -> None:
         print(json.dumps({"first_step": time.time() - started, **seconds}), flush=True)
         os._exit(0)
 
-    timed(load, "prove_decoder")
+    timed(load, "prove")
     timed(train, "probe")
     train.Trainer.observe = first_step  # type: ignore[method-assign]
     settings = demo_settings({"out": out, "steps": 2})

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
 from deltaw.base import forward
 from deltaw.base.load import Base
-from deltaw.base.proof import prove_decoder
+from deltaw.base.proof import prove
 from deltaw.data.chat import Encoder
 from deltaw.data.example import Example
 from deltaw.data.formats import Row
@@ -96,9 +96,7 @@ def save_base(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
 def small_base(kind: str = "llama", seed: int = 0, template: str | None = CHAT_TEMPLATE) -> Base:
     """A base that was never on disk, frozen, with its fast path proved."""
     model = small_model(kind, seed).requires_grad_(False)
-    reason = forward.prove(model)
-    decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
-    return Base("tiny", Path(), model, byte_tokenizer(template), reason, decoder, module_reason)
+    return Base("tiny", Path(), model, byte_tokenizer(template), *prove(model))
 
 
 def chat_rows(pairs: list[tuple[str, str]]) -> list[Row]:

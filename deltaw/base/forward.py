@@ -12,8 +12,8 @@ missing. So the mask function hands on the window that its mask would have, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ ATTENTION_NAME = "deltaw_flat"
 PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 # What is wrong differs by eight times that and more (dev/LOG.md). Beyond seven tolerances it is no rounding any more.
 ROUGHNESS_FACTOR, MOST_TOLERANCES = 3, 7
+PROOF_LENGTHS = (9, 6)  # tokens of the two documents that proofs look at
 EAGER = "eager"  # the attention of transformers that every model has
 
 
@@ -129,7 +130,7 @@ def prove(model: Any) -> str | None:
 
 
 def _difference(model: Any) -> str | None:
-    documents = [proof_tokens(model, length) for length in (9, 6)]
+    documents = [proof_tokens(model, length) for length in PROOF_LENGTHS]
     positions_T = torch.cat([torch.arange(len(d), device=model.device) for d in documents])
 
     def own(attention: str) -> Tensor:
@@ -171,6 +172,26 @@ def sees_later_tokens(model: Any) -> bool:
     Asked of the gradient, which is exactly zero where a mask stands between, whatever the dtype rounds away.
     """
     tokens_T, seen = proof_tokens(model, 9), 5
+    slope_TH = _slope(model, lambda: model(input_ids=tokens_T[None], use_cache=False).logits[0, :seen])
+    return bool(slope_TH[seen:].count_nonzero())
+
+
+def mixes_documents(model: Any) -> bool:
+    """Whether of two documents in a row the second depends on the first, as by a convolution; asked as above.
+
+    However little it is: with the weights of an untrained model it may be less than what is allowed for rounding.
+    """
+    bounds, border = (0, *accumulate(PROOF_LENGTHS)), PROOF_LENGTHS[0]
+    if not may_be_flat(model, bounds):
+        return False
+    tokens_T = torch.cat([proof_tokens(model, length) for length in PROOF_LENGTHS])
+    positions_T = torch.cat([torch.arange(length, device=model.device) for length in PROOF_LENGTHS])
+    slope_TH = _slope(model, lambda: flat_hidden_states(model, tokens_T, positions_T, bounds)[border:])
+    return bool(slope_TH[:border].count_nonzero())
+
+
+def _slope(model: Any, forward: Callable[[], Tensor]) -> Tensor:
+    """How the squares of what a forward gives depend on the embedded tokens, [T, H]."""
     rows: list[Tensor] = []
 
     def lead(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
@@ -180,11 +201,10 @@ def sees_later_tokens(model: Any) -> bool:
     handle = model.get_input_embeddings().register_forward_hook(lead)
     try:
         with torch.enable_grad():
-            logits_TV = model(input_ids=tokens_T[None], use_cache=False).logits[0]
-            (slope,) = torch.autograd.grad(logits_TV[:seen].float().square().sum(), rows)
+            (slope,) = torch.autograd.grad(forward().float().square().sum(), rows)
     finally:
         handle.remove()
-    return bool(slope[0, seen:].count_nonzero())
+    return slope.view(-1, slope.shape[-1])
 
 
 def recompute_modules(blocks: Sequence[nn.Module], count: int) -> None:

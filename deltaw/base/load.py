@@ -29,7 +29,7 @@ from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.locate import locate, open_tokenizer, public_name
-from deltaw.base.proof import prove_decoder
+from deltaw.base.proof import prove
 from deltaw.base.quant import quantise
 from deltaw.base.stream import Pager, blocks_of, follow_modules
 from deltaw.base.stream import stream as streaming
@@ -209,12 +209,11 @@ def load(
     model.requires_grad_(False).eval()
     pager = streaming(model) if stream else None
     followed = follow_modules(model) if stream else []  # the proofs run modules too
-    reason = forward.prove(model)
+    reason, decoder, module_reason = prove(model)
     if reason is not None and forward.sees_later_tokens(model):
         raise BaseError(
             f"The base in {folder} reads in both directions, so it cannot learn to write. Use a causal one."
         )
-    decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
     tokenizer = tokenizer or open_tokenizer(folder)
     if decoder is not None:  # which reads weights through the seam
         for handle in followed:

@@ -11,15 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
+from deltaw.base import forward
 from deltaw.base.decoder import Decoder
-from deltaw.base.forward import flat_logits, plain_attention, proof_tokens
+from deltaw.base.forward import PROOF_LENGTHS, flat_logits, plain_attention, proof_tokens
 from deltaw.base.reading import Unreadable
 from deltaw.kernels import spans_of
 
 # Largest relative difference of the loss, and of each gradient, that still counts as the same computation.
 PROOF_TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (2e-2, 0.3)}
-PROOF_LENGTHS = (9, 6)
 NEGLIGIBLE = 1e-5
+
+
+def prove(model: Any) -> tuple[str | None, Decoder | None, str | None]:
+    """(why documents go one at a time, the decoder, why modules run instead of it) of a loaded model.
+
+    Afterwards the model carries the attention that belongs to that.
+    """
+    reason = forward.prove(model)
+    if reason is not None:
+        return reason, None, None
+    decoder, module_reason = prove_decoder(model)
+    if decoder is None and forward.mixes_documents(model):  # a decoder has nothing but attention, which was compared
+        model.set_attn_implementation(forward.own_attention(model))
+        return "it mixes the tokens of neighbouring documents by other means than attention", None, None
+    return None, decoder, module_reason
 
 
 def prove_decoder(model: Any) -> tuple[Decoder | None, str | None]:

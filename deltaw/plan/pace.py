@@ -28,7 +28,7 @@ from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.load import Base
-from deltaw.base.proof import prove_decoder
+from deltaw.base.proof import prove
 from deltaw.base.quant import quantised_reader
 from deltaw.base.reading import Unreadable
 from deltaw.base.shapes import Outline
@@ -170,9 +170,7 @@ def _few_blocks(demand: Demand) -> tuple[Base, int]:
     text.pad_token_id = None
     model: Any = AutoModelForCausalLM.from_config(config, dtype=demand.dtype, trust_remote_code=False)
     model = model.to(demand.device).requires_grad_(False).eval()
-    reason = forward.prove(model)
-    decoder, module_reason = prove_decoder(model) if reason is None else (None, None)
-    return Base("pace", Path(), model, None, reason, decoder, module_reason), count
+    return Base("pace", Path(), model, None, *prove(model)), count
 
 
 def _time(base: Base, one: Pass, blocks: int) -> Timed:

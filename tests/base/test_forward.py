@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import GENERAL, VOCABULARY, byte_tokenizer, flat_row, lively_model, own_losses, some_documents
+from models import GENERAL, MORE, VOCABULARY, byte_tokenizer, flat_row, lively_model, own_losses, some_documents
 
 from deltaw.base import forward
 from deltaw.base.load import load
+from deltaw.base.proof import prove
 from deltaw.data.example import Example
 from deltaw.data.pack import flat_batch
 from deltaw.engine.objective import batch_loss, score_batch
@@ -106,6 +107,22 @@ def test_a_model_that_mixes_tokens_in_another_way_is_found_out_and_keeps_its_own
     assert says in forward.prove(model)
     assert model.config._attn_implementation == own in ("sdpa", "eager")
     assert not forward.sees_later_tokens(model)
+
+
+def test_a_convolution_over_the_border_of_documents_is_found_out_however_little_it_does():
+    """By the gradient: with small weights, what leaks is less than what rounding may change."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MORE["lfm2"](), dtype=torch.float32).eval()
+    assert forward.prove(model) is None and forward.mixes_documents(model)
+    reason, decoder, _ = prove(model)
+    assert "neighbouring documents" in reason and decoder is None
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen3_moe", "mixtral", "llama"])
+def test_models_that_only_attend_mix_nothing(kind):
+    model = lively_model(kind)
+    assert forward.prove(model) is None and not forward.mixes_documents(model)
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "bloom"])

@@ -275,7 +275,7 @@ def test_a_base_that_would_be_computed_in_another_way_is_refused(start, monkeypa
     run, settings = start(dropout=0.0)
     with pytest.raises(Killed):
         train(run, settings, Saboteur(kill_at=7))
-    monkeypatch.setattr("deltaw.base.load.prove_decoder", lambda _: (None, "its kernels disagree here"))
+    monkeypatch.setattr("deltaw.base.load.prove", lambda _: (None, None, "its kernels disagree here"))
     with pytest.raises(UsageError, match="the way of computing changed"):
         train(run, run.settings(), Saboteur(), resume=True)
     monkeypatch.undo()
