@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import importlib
 import json
 import math
@@ -15,9 +16,10 @@ import shutil
 import tempfile
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN, cache_folder
 from deltaw.base.forward import plain_attention
 from deltaw.base.save import check_merged, require_new, write_merged
-from deltaw.config import DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
+from deltaw.config import AUTO, DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
 from deltaw.data.chat import Encoder
 from deltaw.data.example import Example
 from deltaw.data.formats import Row, parse_sources, read_rows
@@ -66,18 +68,21 @@ Progress = Callable[[int, int], None]
 class Model:
     """A base with at most one adapter: generate, evaluate, and turn the adapter's strength like a dial.
 
-    `train_on` says which tokens `evaluate` counts: those that the adapter was trained on; `allow` what its training
-    put up with in the data.
+    `known` are the settings that the adapter was trained with: which tokens count, how long documents may be, the day
+    that templates print, and what was put up with in the data. `evaluate` goes by them.
     """
 
     def __init__(
-        self,
-        base: base_load.Base,
-        injection: Injection | None,
-        train_on: str = "assistant",
-        allow: Sequence[str] = (),
+        self, base: base_load.Base, injection: Injection | None, known: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        self.base, self.injection, self.train_on, self.allow = base, injection, train_on, tuple(allow)
+        self.base, self.injection, self.known = base, injection, known
+
+    def encoder(self, allow: Sequence[str] = ()) -> Encoder:
+        """What makes tokens of rows as the adapter's training did."""
+        longest = int(self.known.get("max_length", min(self.base.context_tokens, DEFAULT_MAX_LENGTH)))
+        day, allowed = self.known.get("date", AUTO), {*self.known.get("allow", ()), *allow}
+        today = None if day == AUTO else datetime.date.fromisoformat(day)
+        return Encoder(self.base.tokenizer, longest, self.known.get("train_on", "assistant"), allowed, today)
 
     @property
     def strength(self) -> float:
@@ -146,10 +151,8 @@ class Model:
     ) -> Iterator[DataSet]:
         """Data files as this adapter reads them, for as long as that is needed."""
         with tempfile.TemporaryDirectory() as folder:
-            max_length = min(self.base.context_tokens, DEFAULT_MAX_LENGTH)
-            encoder = Encoder(self.base.tokenizer, max_length, self.train_on, {*self.allow, *allow})
             sources = parse_sources(map(str, data), columns)
-            yield prepare(sources, encoder, Path(folder), refuse_above=allow_lost, keep_rows=True)
+            yield prepare(sources, self.encoder(allow), Path(folder), refuse_above=allow_lost, keep_rows=True)
 
 
 def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None = None) -> dict[str, Any]:
@@ -171,9 +174,7 @@ def load(name: str | Path, adapter: str | Path | None = None, **options: Any) ->
 def _over(base: base_load.Base, adapter: Adapter | None) -> Model:
     if adapter is None:
         return Model(base, None)
-    known = settings_of(adapter)
-    injection = inject(base.model, adapter, dtype=base.dtype)
-    return Model(base, injection, known.get("train_on", "assistant"), known.get("allow", ()))
+    return Model(base, inject(base.model, adapter, dtype=base.dtype), settings_of(adapter))
 
 
 def settings_of(adapter: Adapter) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Settings:
     revision: str | None = setting(None, "Revision of a hub base.", group="what")
 
     rank: int | str = setting(
-        AUTO, "Rank r of the update, or auto; train also takes measure.", kind=int, group="adapter"
+        AUTO, "Rank r of the update, or auto; for the verb train also measure.", kind=int, group="adapter"
     )
     alpha: float = setting(32.0, "Alpha; the update is scaled by alpha/r.", kind=float, group="adapter")
     targets: tuple[str, ...] = setting(
@@ -261,6 +261,8 @@ def _convert(field: dataclasses.Field[Any], raw: Any) -> Any:
         raise ValueError("must be true or false")
     if kind is not str:
         return _number(kind, raw)
+    if isinstance(raw, datetime.date):  # as YAML reads one
+        return raw.isoformat()
     if not isinstance(raw, str | Path | int | float) or isinstance(raw, bool):
         raise ValueError("must be text")
     return _choice(str(raw), choices)

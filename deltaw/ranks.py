@@ -19,8 +19,6 @@ from deltaw.analysis.curve import Curve, Needed, half_of, retained_gain
 from deltaw.analysis.spectrum import ranks_of, spectra
 from deltaw.analysis.truncate import Spectra, component_numbers, ranks_within, truncate
 from deltaw.api import EVALUATION_TOKENS, Model, open_adapter
-from deltaw.config import DEFAULT_MAX_LENGTH
-from deltaw.data.chat import Encoder
 from deltaw.data.formats import parse_sources
 from deltaw.data.prepare import prepare
 from deltaw.engine.heldout import HeldOut, Progress
@@ -103,11 +101,9 @@ def open_held_out(
     opened: Model = open_adapter(path, model, say, **options)
     assert opened.injection is not None
     opened.injection.eject()
-    base = opened.base
-    allowed = {*opened.allow, *allow}
-    encoder = Encoder(base.tokenizer, min(base.context_tokens, DEFAULT_MAX_LENGTH), opened.train_on, allowed)
+    encoder = opened.encoder(allow)
     prepared = prepare(parse_sources(map(str, data), columns), encoder, folder, refuse_above=allow_lost)
-    return HeldOut(base, prepared.store, EVALUATION_TOKENS)
+    return HeldOut(opened.base, prepared.store, EVALUATION_TOKENS)
 
 
 def _of_run(path: Path, say: Callable[[str], None], options: dict[str, Any]) -> HeldOut:

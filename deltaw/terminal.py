@@ -44,8 +44,8 @@ def make_console(stderr: bool = False) -> Console:
     """The console for results (stdout) or for talk (stderr), plain unless it is a terminal that may have colour."""
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty() and not os.environ.get("NO_COLOR"):
-        return _Console(file=stream)
-    return _Console(file=stream, force_terminal=False, no_color=True, width=PLAIN_WIDTH)
+        return _Console(file=stream, emoji=False)
+    return _Console(file=stream, emoji=False, force_terminal=False, no_color=True, width=PLAIN_WIDTH)
 
 
 def human_bytes(number: float) -> str:
@@ -180,7 +180,16 @@ def _done_and_left(progress: RunProgress, length: Length, rates: list[tuple[int,
 
 def show_json(value: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null where a number is not finite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def percent(value: float) -> str:

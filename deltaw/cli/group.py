@@ -33,6 +33,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=_LIBRARIES)
+        # Of an option that does not parse, the verb's own options know nothing yet.
+        asked_json = "--json" in [*ctx._protected_args, *ctx.args]
         try:
             with _terminable():
                 result = super().invoke(ctx)
@@ -47,6 +49,10 @@ class _Group(click.Group):
                 raise
             _tell(ctx, known)
             ctx.exit(known.exit_code)
+        except click.UsageError as error:  # click itself tells of it, on stderr
+            if asked_json:
+                click.echo(json.dumps({"ok": False, "error": error.format_message()}, indent=2))
+            raise
         except KeyboardInterrupt:
             click.echo("Stopped.", err=True)
             ctx.exit(EXIT_INTERRUPTED)

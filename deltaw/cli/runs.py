@@ -88,23 +88,24 @@ def train(recipe: Path | None, resume: Path | None, quiet: bool, as_json: bool, 
             )
         _finish_training(resume, None, None, quiet, as_json)
         return
-    if given.get("rank") == MEASURE:
-        _train_measured({name: value for name, value in given.items() if name != "rank"}, recipe, quiet, as_json)
+    written = read_recipe(recipe) if recipe else {}
+    if given.get("rank", written.get("rank")) == MEASURE:
+        plain = [{name: value for name, value in one.items() if name != "rank"} for one in (given, written)]
+        _train_measured(make_settings(*plain), quiet, as_json)
         return
     from deltaw.engine.run import create_run
 
-    settings = make_settings(given, read_recipe(recipe) if recipe else None)
+    settings = make_settings(given, written)
     # The folder stands before anything heavy is imported.
     _finish_training(None, settings, create_run(settings), quiet, as_json)
 
 
-def _train_measured(given: dict[str, Any], recipe: Path | None, quiet: bool, as_json: bool) -> None:
+def _train_measured(settings: Settings, quiet: bool, as_json: bool) -> None:
     """`train --rank measure`."""
     from deltaw.adapters import train_measured
     from deltaw.tables import compress_page, rank_page
     from deltaw.terminal import TerminalWatcher, make_console, show_json
 
-    settings = make_settings(given, read_recipe(recipe) if recipe else None)
     found = train_measured(settings, TerminalWatcher(make_console(stderr=True), quiet))
     if as_json:
         show_json(found)
@@ -174,12 +175,12 @@ def _as_planned(summary: dict[str, Any]) -> dict[str, str]:
 @settings_options(without=("rank", "lr", "minutes", "adapter", "memory", "patience", "track"))
 @click.option("--rank", "ranks", metavar="N,N", default="", help="Ranks to train, such as 2,4,8,16,32.")
 @click.option("--lr", "rates", metavar="X,X", default="", help="Learning rates to train, such as 5e-4,1e-3,2e-3.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Seeds of each.")
+@click.option("--seeds", type=click.IntRange(1), metavar="N", help="Seeds of each.  [default: 1]")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="FOLDER", help="Go on with an interrupted sweep.")
 @quiet_option
 @json_option
 def sweep(
-    recipe: Path | None, ranks: str, rates: str, seeds: int, resume: Path | None, quiet: bool, as_json: bool,
+    recipe: Path | None, ranks: str, rates: str, seeds: int | None, resume: Path | None, quiet: bool, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
     """Train several ranks, rates and seeds over one base in one run, and compare them. RECIPE as for `train`."""
@@ -189,13 +190,13 @@ def sweep(
 
     watcher, given = TerminalWatcher(make_console(stderr=True), quiet), given_of(options)
     if resume is not None:
-        if given or recipe or ranks or rates:
+        if given or recipe or ranks or rates or seeds is not None:
             raise UsageError("--resume goes on with the settings of the sweep; leave out the others.")
         found = sweeps.resume_sweep(resume, watcher)
     else:
         settings = make_settings(given, read_recipe(recipe) if recipe else None)
         found = sweeps.sweep(
-            settings, None, numbers(ranks, int, "--rank"), numbers(rates, float, "--lr"), seeds, watcher
+            settings, None, numbers(ranks, int, "--rank"), numbers(rates, float, "--lr"), seeds or 1, watcher
         )
     if as_json:
         show_json(found)

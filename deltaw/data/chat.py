@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 from deltaw.data.answers import Located, Locator, join_marks
 from deltaw.data.encoding import MASKS, encoding_digest
 from deltaw.data.example import Example
-from deltaw.data.formats import Row, Weight
+from deltaw.data.formats import SPLIT_FORMATS, Row, Weight
 from deltaw.data.source import Fault
 from deltaw.data.template import Renderer, Span
 
@@ -186,8 +186,10 @@ class Encoder:
             for text in _texts_of(message):
                 if found := self._control.search(text):
                     raise _Refused("control-tokens", f"message {position} ({message['role']}) contains {found[0]!r}")
-        if row.text is not None and (found := self._control.search(row.text)):
-            raise _Refused("control-tokens", f"the text contains {found[0]!r}")
+        told = json.dumps(row.tools, ensure_ascii=False) if row.tools else ""
+        for name, text in (("text", row.text or ""), ("list of tools", told)):
+            if found := self._control.search(text):
+                raise _Refused("control-tokens", f"the {name} contains {found[0]!r}")
 
     def _draft_text(self, row: Row) -> _Draft:
         """All of the text, and its end."""
@@ -230,24 +232,19 @@ class Encoder:
         """The numbers of the messages that are trained at all."""
         positions = [position for position, message in enumerate(row.messages) if message["role"] == "assistant"]
         given = row.weights or (None,) * len(row.messages)
-        if self.train_on == "last" or (self.train_on == "completion" and not row.weights):
+        if self.train_on == "last" or (self.train_on == "completion" and row.format not in SPLIT_FORMATS):
             positions = positions[-1:]
         return {position for position in positions if given[position] != 0}
 
     def _weighted(self, row: Row, text: str, answers: list[tuple[int, Span]]) -> list[tuple[Span, float]]:
         """The trained spans of a conversation with their weights."""
-        if self.train_on == "all":
-            return [((0, len(text)), 1.0)]
-        wanted = self._wanted(row)
         given: Sequence[Weight] = row.weights or (None,) * len(row.messages)
-        spans: list[tuple[Span, float]] = []
-        for position, span in answers:
-            if position in wanted:
-                weight = given[position]
-                if isinstance(weight, tuple):
-                    spans += _part_spans(text, span, weight, position)
-                else:
-                    spans.append((span, 1.0 if weight is None else weight))
+        if self.train_on == "all":
+            split = row.format in SPLIT_FORMATS  # whose contexts have the weight 0 from nobody but the format
+            asked = [(position, span) for position, span in answers if given[position] is not None]
+            return _around(len(text), [] if split else _spans_of(text, asked, given))
+        wanted = self._wanted(row)
+        spans = _spans_of(text, [(position, span) for position, span in answers if position in wanted], given)
         if not any(weight for _, weight in spans):
             raise _Refused("nothing-trained", "none of its answers is to be trained")
         return spans
@@ -468,9 +465,32 @@ def _part_spans(
     return spans
 
 
+def _spans_of(text: str, answers: Sequence[tuple[int, Span]], given: Sequence[Weight]) -> list[tuple[Span, float]]:
+    """The spans of these answers, by the numbers of their messages, with the weights that are given, or 1."""
+    spans: list[tuple[Span, float]] = []
+    for position, span in answers:
+        weight = given[position]
+        if isinstance(weight, tuple):
+            spans += _part_spans(text, span, weight, position)
+        else:
+            spans.append((span, 1.0 if weight is None else weight))
+    return spans
+
+
+def _around(length: int, spans: Sequence[tuple[Span, float]]) -> list[tuple[Span, float]]:
+    """All of a text: these spans, and what lies between them with weight 1."""
+    found: list[tuple[Span, float]] = []
+    end = 0
+    for (start, stop), weight in sorted(spans):
+        found += [((end, start), 1.0), ((start, stop), weight)]
+        end = stop
+    return [(span, weight) for span, weight in [*found, ((end, length), 1.0)] if span[0] < span[1]]
+
+
 def _texts_of(message: dict[str, Any]) -> Iterator[str]:
-    if isinstance(message.get("content"), str):
-        yield message["content"]
+    for key in ("content", "reasoning_content", "reasoning", "thinking"):
+        if isinstance(message.get(key), str):
+            yield message[key]
     if message.get("tool_calls"):
         yield json.dumps(message["tool_calls"], ensure_ascii=False)
 

@@ -99,8 +99,8 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
     if isinstance(record, Fault):
         return record
     try:
-        value = _plain(record.value) if record.typed else record.value
-        value = _renamed(value, columns)
+        value = _renamed(record.value, columns)
+        value = _plain(value) if record.typed else value
         name = format_of(value)
         if name is None:
             raise _Unusable(
@@ -118,17 +118,28 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A typed record without the keys that its schema added: nulls go, JSON in a cell is opened where lists belong."""
+    """A typed record without the keys that its schema added: nulls go, JSON in a cell is opened where lists belong.
+
+    Where a text may stand as well, only a list of messages is opened: an answer may be JSON itself.
+    """
     filled = {key: _without_nulls(item) for key, item in value.items() if item is not None}
     for key in _LISTS & filled.keys():
         if isinstance(filled[key], str) and filled[key].lstrip().startswith(("[", "{")):
             try:
-                filled[key] = json.loads(filled[key])
+                opened = json.loads(filled[key])
             except ValueError as error:
+                if key in _TEXTS_OR_LISTS:
+                    continue
                 raise _Unusable(f"{key} is not valid JSON ({error})") from error
+            if key not in _TEXTS_OR_LISTS or _are_messages(opened):
+                filled[key] = opened
     if isinstance(filled.get("label"), str) and filled["label"].lower() in ("true", "false"):
         filled["label"] = filled["label"].lower() == "true"
     return filled
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -254,6 +265,8 @@ def _preference(value: Mapping[str, Any]) -> dict[str, Any]:
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
+    if before and chosen[:common][-len(before) :] == before:  # repeated in both, behind what the system says
+        before = []
     before, chosen, rejected = [*before, *chosen[:common]], chosen[common:], rejected[common:]
     _messages(rejected)
     if not before or any(_role(answer[:1]) != "assistant" for answer in (chosen, rejected)):
@@ -312,6 +325,8 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Any]] = {
     "tokenised": (("input_ids",), _tokenised),
     "text": (("text",), _text),
 }
+# Those whose prompt is context and not trained, whatever it holds.
+SPLIT_FORMATS = ("preference pairs", "unpaired preference", "prompt and completion")
 _KNOWN = "; ".join(" and ".join(columns) for columns, _ in _FORMATS.values())
 _REQUIRED = {column for columns, _ in _FORMATS.values() for column in columns}
 _LISTS = {
@@ -326,6 +341,7 @@ _LISTS = {
     "input_ids",
     "labels",
 }
+_TEXTS_OR_LISTS = {"prompt", "completion", "chosen", "rejected"}
 COLUMNS = tuple(sorted(_REQUIRED | _LISTS | {"input", "system", "attention_mask", "kto_tag"}))
 
 

@@ -141,6 +141,8 @@ class DataSet:
         answers = [row.answer for row in self.prompts]
         if not answers or any(answer is None for answer in answers) or len(answers) != len(self.store):
             return None
+        if self.store[0].weights[0] > 0:  # every token is trained, so where its answer begins is not known
+            return None
         names = sorted({answer.strip() for answer in answers if answer is not None})
         if not 2 <= len(names) <= min(MAX_LABELS, len(answers) // 3):
             return None
@@ -177,6 +179,8 @@ def cache_key(sources: Sequence[Source], encoder: Encoding) -> str:
     parts: list[Any] = [encoder.digest]
     for source in sources:
         files = content_files(source)
+        if closed := [str(file) for file in files if not os.access(file, os.R_OK)]:
+            raise DataError(f"These data files may not be read: {', '.join(closed)}.")
         digests = [[file.name, remembered_digest(file)] for file in files] if files else [time.time_ns()]
         parts.append([source.name.startswith(HUB), digests, source.cap, source.split, source.config, source.columns])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -298,12 +302,18 @@ class _Scan:
         return file, self._rows[index]
 
 
+SAID = {
+    *("role", "content", "reasoning_content", "reasoning", "thinking", "tool_calls", "name", "tool_call_id"),
+}  # of a message
+
+
 def share_of(row: Row) -> float:
-    """A number in [0, 1) from the row's text alone: rows with equal text get the same."""
+    """A number in [0, 1) from what the row says, and not from what is noted beside it: equal rows get the same."""
     if row.text is not None:
         text = row.text
     else:
-        text = json.dumps([row.messages, row.tools, row.tokens, row.labels], sort_keys=True)
+        said = [{key: value for key, value in message.items() if key in SAID} for message in row.messages]
+        text = json.dumps([said, row.tools, row.tokens, row.labels], sort_keys=True, default=str)
     return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 11) / 2**53
 
 

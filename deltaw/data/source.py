@@ -56,6 +56,9 @@ class Fault:
         return f"{self.file}, row {self.number}: {self.reason}"
 
 
+ONLY_SPLIT = "train"
+
+
 @dataclass(frozen=True)
 class Source:
     """One entry of `data`: files (or a data set of the hub) with what is to be done with them.
@@ -67,7 +70,7 @@ class Source:
     name: str
     weight: float = 1.0
     cap: int | None = None
-    split: str = "train"
+    split: str = ONLY_SPLIT
     config: str | None = None
     columns: tuple[tuple[str, str], ...] = field(default=())
 
@@ -164,11 +167,13 @@ def read_source(source: Source) -> Iterator[Record | Fault]:
         yield record
 
 
-def read_file(file: Path, split: str = "train") -> Iterator[Record | Fault]:
+def read_file(file: Path, split: str = ONLY_SPLIT) -> Iterator[Record | Fault]:
     """Every record of a file, readable or not. Raises DataError for a file that cannot be opened at all."""
     if file.is_dir():
         yield from _read_arrow_folder(file, split)
         return
+    if split != ONLY_SPLIT:
+        raise DataError(f"{file} is one file and has no split {split!r}: leave out ::split=….")
     name = file.name.lower()
     plain = name.removesuffix(next((ending for ending in PACKED_ENDINGS if name.endswith(ending)), ""))
     ending = Path(plain).suffix
@@ -276,6 +281,8 @@ def _read_table(file: Path, delimiter: str) -> Iterator[Record | Fault]:
                     f"{delimiter!r} instead."
                 )
             for number, cells in enumerate(rows, 1):
+                if not cells:  # an empty line
+                    continue
                 if len(cells) != len(header):
                     yield Fault(file.name, number, f"it has {len(cells)} cells, the header {len(header)}")
                 else:
