@@ -75,6 +75,27 @@ def test_what_training_put_up_with_in_the_data_is_put_up_with_in_evaluation(tmp_
     assert api.load(base).evaluate([chats], allow=("end-of-turn",))["rows"] == 60
 
 
+def test_an_adapter_is_evaluated_on_documents_as_long_and_with_the_day_as_in_its_training(
+    tmp_path, llama_folder, chats
+):
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "q" * 700, "completion": f"a{n}"}) + "\n" for n in range(30)))
+    given = {"model": llama_folder, "data": data, "out": tmp_path / "run", "max_length": 1000, "date": "2026-01-31"}
+    run = api.train(**given, **QUICK)
+    opened = api.open_adapter(run.folder)
+    assert opened.encoder().max_length == 1000 and str(opened.encoder().today) == "2026-01-31"
+    assert api.evaluate(run.folder, [data])["rows"] == 30
+
+
+def test_where_every_token_is_trained_no_accuracy_of_labels_is_made_up(tmp_path, llama_folder):
+    rows = [{"prompt": f"is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(30)]
+    data = tmp_path / "labels.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for train_on in ("assistant", "all"):
+        run = api.train(model=llama_folder, data=data, out=tmp_path / train_on, train_on=train_on, **QUICK)
+        assert ("accuracy" in api.evaluate(run.folder, [data])) == (train_on == "assistant")
+
+
 def test_settings_are_written_as_resolved_with_their_sources(tiny_run, llama_folder, chats):
     stored = yaml.safe_load(tiny_run.config.read_text())
     assert stored["rank"] == {"value": 4, "source": "given"}

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from models import save_base
 
 from deltaw import api, cli, terminal
+from deltaw.adapter import read_adapter, write_adapter
 from deltaw.config import settings_fields
 from deltaw.engine.checkpoint import list_checkpoints
 from deltaw.engine.log import read_metrics
@@ -245,6 +246,35 @@ def test_results_go_to_stdout_and_talk_to_stderr_without_escape_codes(tmp_path, 
 def test_train_ends_with_the_exit_code_of_its_fault(tmp_path, llama_folder, chats, arguments, code, message):
     done = _run(*_training(llama_folder, chats, tmp_path / "run"), *arguments)
     assert done.exit_code == code and message in done.stderr and done.stdout == ""
+
+
+def test_a_recipe_may_ask_for_a_day_and_for_a_measured_rank(tmp_path, llama_folder, chats):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"data: {chats}\ndate: 2026-01-31\nrank: measure\nlr: 0.02\neval_data: {chats}\n")
+    done = _run("train", recipe, "--model", llama_folder, "--out", tmp_path / "run", "--steps=2", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["measured"]["documents"] == 60
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["date"]["value"] == "2026-01-31"
+
+
+def test_json_has_no_word_for_numbers_that_are_not_finite_and_errors_of_usage_are_json_too(tiny_run, tmp_path):
+    def strict(text):
+        return json.loads(text, parse_constant=pytest.fail)
+
+    adapter = read_adapter(tiny_run.adapter)
+    next(iter(adapter.factors.values())).B.zero_()
+    write_adapter(adapter, tmp_path / "zero")
+    done = _run("inspect", tiny_run.folder, "--against", tmp_path / "zero", "--json")
+    assert strict(done.stdout)["against"]["layers"][0]["sign_conflict"] is None
+    wrong = _run("eval", tiny_run.folder, "--json")
+    assert wrong.exit_code == 2 and "Missing option '--data'" in wrong.stderr
+    assert strict(wrong.stdout) == {"ok": False, "error": "Missing option '--data'."}
+    assert "leave out the others" in _run("sweep", "--resume", tmp_path, "--seeds=3").stderr
+
+
+def test_a_path_with_colons_is_shown_as_it_is(tmp_path, llama_folder, chats):
+    done = _run(*_training(llama_folder, chats, tmp_path / "runs:a:1:b:1"))
+    assert done.exit_code == 0 and f"deltaw chat {tmp_path}/runs:a:1:b:1" in done.stdout
 
 
 def test_bad_data_existing_folders_and_full_disks_have_their_exit_codes(tmp_path, llama_folder, chats):

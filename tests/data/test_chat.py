@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from deltaw.base.builtin import base_path
 from deltaw.data.chat import Encoder
-from deltaw.data.formats import Row
+from deltaw.data.formats import Row, read_rows
 from deltaw.data.source import Fault
 from deltaw.data.template import marks_generations
 from deltaw.engine.generate import render_prompt
@@ -279,6 +279,53 @@ def test_a_base_without_a_template_reads_prompt_and_completion_as_generation_doe
         assert starts_as_it_will_be_read(tokenizer, example, row)
     assert example.tokens[0] == 0
     assert "no chat template" in fault(tokenizer, chat("a", "b", "c", "d"))
+
+
+def weights_by_text(row, train_on):
+    """What each stretch of equal weight says."""
+    encoder = Encoder(byte_tokenizer(), 400, train_on)
+    (example,) = encoder.encode(row)
+    found, text = [], ""
+    for token, weight in zip(example.tokens.tolist(), example.weights.tolist(), strict=True):
+        if found and found[-1][0] != weight:
+            text = ""
+        text += encoder.tokenizer.decode([token])
+        found = [*(found[:-1] if found and found[-1][0] == weight else found), (weight, text)]
+    return found
+
+
+def test_weights_of_messages_go_before_every_mask(tmp_path):
+    chat = [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "one", "train": False},
+        {"role": "user", "content": "r"}, {"role": "assistant", "content": "two", "weight": 0.5},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (row,) = read_rows([tmp_path / "rows.jsonl"])
+    trained = {how: [(w, t) for w, t in weights_by_text(row, how) if w] for how in ("assistant", "completion", "last")}
+    assert [(w, "two" in t) for w, t in trained["assistant"]] == [(0.5, True)]
+    assert trained["completion"] == trained["last"] == trained["assistant"]
+    everything = weights_by_text(row, "all")
+    assert ["one" in t for w, t in everything if w == 0] == [True] and sum(
+        "two" in t for w, t in everything if w == 0.5
+    ) == 1
+    assert "".join(t for _, t in everything) == "".join(t for _, t in weights_by_text(row, "last"))
+    chat[1].pop("train")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (row,) = read_rows([tmp_path / "rows.jsonl"])
+    assert [(w, "two" in t) for w, t in weights_by_text(row, "completion") if w] == [(0.5, True)]  # of a chat, the last
+    pair = {"prompt": chat[:3], "completion": chat[3:]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(pair) + "\n")
+    (row,) = read_rows([tmp_path / "rows.jsonl"])
+    assert {w for w, _ in weights_by_text(row, "all")} == {1.0}
+
+
+@pytest.mark.parametrize("where", ["reasoning_content", "thinking", "tools"])
+def test_control_tokens_are_found_in_thoughts_and_tools_too(where):
+    answer = {"role": "assistant", "content": "4"}
+    tools = ({"name": "f", "description": "ends <|im_end|> here"},) if where == "tools" else ()
+    answer |= {} if tools else {where: "a <|im_end|> b"}
+    found = Encoder(byte_tokenizer(), 400).encode(Row("f", 1, ({"role": "user", "content": "q"}, answer), tools=tools))
+    assert isinstance(found, Fault) and found.code == "control-tokens"
 
 
 def test_rows_keep_their_order_and_their_faults():

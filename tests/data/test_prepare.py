@@ -1,5 +1,6 @@
 """Every row is counted as used, cut or lost; too many losses stop the run; held-out rows are apart by their text."""
 
+import datetime
 import json
 import os
 import random
@@ -135,6 +136,10 @@ def test_a_rows_share_depends_on_what_it_says_and_not_on_where_it_stands():
     messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
     share = share_of(Row("a.jsonl", 1, messages))
     assert 0 <= share < 1 and share_of(Row("b.jsonl", 99, messages)) == share
+    noted = tuple({**message, "id": number, "at": datetime.datetime.now()} for number, message in enumerate(messages))
+    assert share_of(Row("b.jsonl", 99, noted)) == share
+    thought = tuple({**message, "reasoning_content": "hm"} for message in messages)
+    assert share_of(Row("b.jsonl", 99, thought)) != share
     assert share_of(Row("a.jsonl", 1, messages, tools=({"name": "add"},))) != share
     assert share_of(Row("a.jsonl", 1, messages[::-1])) != share
 

@@ -239,6 +239,39 @@ def test_lists_may_stand_as_json_in_the_cells_of_a_table(tmp_path):
     assert first.messages == tuple(CHAT) and "messages is not valid JSON" in second.reason
 
 
+def test_texts_of_a_table_that_look_like_json_stay_texts(tmp_path):
+    answers = ['{"name": "Bob"}', "[1, 2]", "[INST] hi", "[1] Smith", "{x}"]
+    rows = ["prompt,completion", *('q,"{}"'.format(answer.replace('"', '""')) for answer in answers)]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n\n")  # and an empty line is no row
+    assert [row.answer for row in read_rows([tmp_path / "a.csv"])] == answers
+    chosen = json.dumps(CHAT).replace('"', '""')
+    other = json.dumps([CHAT[0], {**CHAT[1], "content": "5"}]).replace('"', '""')
+    (tmp_path / "b.csv").write_text(f'chosen,rejected\n"{chosen}","{other}"\n')
+    (row,) = read_rows([tmp_path / "b.csv"])
+    assert row.messages == tuple(CHAT)
+
+
+def test_lists_in_the_cells_of_a_table_are_opened_under_their_new_names(tmp_path):
+    cell = json.dumps(CHAT).replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'dialog\n"{cell}"\n')
+    (row,) = read_rows(parse_sources([str(tmp_path / "a.csv")], ["messages=dialog"]))
+    assert row.messages == tuple(CHAT)
+
+
+def test_a_prompt_that_both_answers_repeat_behind_what_the_system_says_stands_once(tmp_path):
+    before = [{"role": "system", "content": "S"}, CHAT[0]]
+    answers = [[*before, {"role": "assistant", "content": text}] for text in ("A", "B")]
+    value = {"prompt": CHAT[0]["content"], "chosen": answers[0], "rejected": answers[1]}
+    (row,) = rows_of(tmp_path / "a.jsonl", lines(value))
+    assert row.messages == tuple(answers[0]) and row.rejected == tuple(answers[1][2:])
+
+
+def test_a_split_of_a_single_file_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines({"messages": CHAT}))
+    with pytest.raises(DataError, match="has no split 'test'"):
+        list(read_rows([f"{tmp_path}/a.jsonl::split=test"]))
+
+
 def test_a_table_parted_by_another_mark_is_refused_with_the_mark_it_should_have(tmp_path):
     for name, header, wanted in (("a.csv", "prompt;answer", "';' parts columns"), ("a.tsv", "prompt,answer", "'\\t'")):
         (tmp_path / name).write_text(f"{header}\nq{header[6]}a\n")
