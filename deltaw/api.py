@@ -321,7 +321,8 @@ def train_run(
     after: Callable[[Trainer], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Runs the engine and, whatever happens, leaves a summary and a report."""
-    run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
+    with run.locked():  # not while another process trains it
+        run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
     try:
         # A run that was stopped before its plan was kept is planned when it goes on.
         fit = None if resume and run.plan.is_file() else partial(_fit, run, settings, watcher)

@@ -95,7 +95,7 @@ def base_path(name: str) -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f".{name}.lock"):
+        with only_one(cache / f".{name}.lock"):
             if not _is_complete(folder):  # another process may have made it while this one waited
                 _build(BUILTIN[name], cache, folder)
     except OSError as error:
@@ -116,7 +116,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def only_one(path: Path) -> Iterator[None]:
     """Only one process at a time is inside; the system frees the lock if that process dies."""
     with path.open("a") as file:
         if fcntl is not None:

@@ -69,6 +69,7 @@ def register() -> None:
 
 def flat_hidden_states(model: Any, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int]) -> Tensor:
     """Final hidden states [T, H] of a flat row of documents."""
+    forget_lengths(model)
     if not may_be_flat(model, bounds):
         alone = [(tokens_T[a:b], positions_T[a:b], (0, b - a)) for a, b in pairwise(bounds)]
         return torch.cat([flat_hidden_states(model, *document) for document in alone])
@@ -88,21 +89,37 @@ def may_be_flat(model: Any, bounds: Sequence[int]) -> bool:
     return len(bounds) == 2 or longest <= independent_tokens(model.config.get_text_config())
 
 
+def forget_lengths(model: Any) -> None:
+    """Takes rotary angles back to those of short documents: "dynamic" scaling keeps what a long one made of them."""
+    if "dynamic" not in {kind.get("rope_type") for kind in _scalings(model.config.get_text_config())}:
+        return
+    for module in model.modules():
+        for name, original in list(module.named_buffers(recurse=False)):
+            prefix, found, _ = name.rpartition("original_inv_freq")
+            if found:
+                setattr(module, f"{prefix}inv_freq", original)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
 def independent_tokens(config: Any) -> float:
     """Up to which length a document's rotary angles do not depend on its neighbours: no bound for most models.
 
     The scalings "dynamic" and "longrope" choose the angles of a whole batch by its largest position.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return min(
         (
             kind.get("original_max_position_embeddings") or config.max_position_embeddings
-            for kind in kinds
+            for kind in _scalings(config)
             if kind.get("rope_type") in ("dynamic", "longrope")
         ),
         default=math.inf,
     )
+
+
+def _scalings(config: Any) -> list[dict[str, Any]]:
+    """How rotary angles are made; for some models once for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
 
 
 def flat_logits(model: Any, h_NH: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ class Base:
 
         `before` names for each document the rows that it continues; only where `shares_prefixes`.
         """
+        forward.forget_lengths(self.model)
         if self.decoder is not None and self.slow_reason is None and forward.may_be_flat(self.model, bounds):
             return self.decoder.hidden_states(tokens_T, positions_T, continued_spans(bounds, before), rows_N)
         assert not before, "only the kernels know documents that continue others"
@@ -293,7 +294,9 @@ def _odd_settings(config: dict[str, Any]) -> list[str]:
     ]
     quantised = config.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    if quantised is not None and (not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING):
+    if isinstance(method, str) and method.startswith("bitsandbytes"):
+        faults.append("bitsandbytes stored its weights; take the full ones, and --quant nf4 keeps them as small")
+    elif quantised is not None and (not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING):
         faults.append(
             f"quantization_config has the method {method!r}, which is not known to the installed transformers"
         )
@@ -301,7 +304,7 @@ def _odd_settings(config: dict[str, Any]) -> list[str]:
 
 
 def open_model(folder: Path, dtype: torch.dtype | str) -> Any:
-    """The model in a folder as transformers opens it; `dtype` "auto" is that of its files. Raises BaseError."""
+    """The model in a folder as transformers opens it; `dtype` "auto" is what its config says. Raises BaseError."""
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, base_path, cache_folder
+from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, base_path, cache_folder, only_one
 from deltaw.disk import remembered_digest
 from deltaw.errors import BaseError
 
@@ -54,7 +54,9 @@ def _from_gguf(path: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-v{CONVERTER_VERSION}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        importlib.import_module("deltaw.base.gguf").convert_gguf(path, folder)
+        with only_one(folder.with_suffix(".lock")):
+            if not folder.is_dir():  # another process may have made it while this one waited
+                importlib.import_module("deltaw.base.gguf").convert_gguf(path, folder)
     return folder
 
 

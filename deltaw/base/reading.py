@@ -105,6 +105,9 @@ def _attention(part: Any) -> tuple[Heads, tuple[nn.Module, ...], tuple[int, int,
     norms = {name: children.pop(name) for name in ("q_norm", "k_norm") if name in children}
     if set(children) not in ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"}):
         raise Unreadable(f"its attention is made of {', '.join(children)}")
+    rope = getattr(getattr(part, "config", None), "rope_parameters", None) or {}
+    if "llama_4_scaling_beta" in rope:  # beyond what a proof of a few tokens would see
+        raise Unreadable("its queries grow with their positions")
     told = part.__dict__.get(TOLD)
     if told is None:
         raise Unreadable("its attention was not called")

@@ -26,14 +26,16 @@ from deltaw.disk import new_folder, write_text
 from deltaw.errors import AdapterError, UsageError, bullet_list
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+_SCALAR = torch.int64  # of a number without a shape, whose dtype decides nothing
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
 class _Stored(NamedTuple):
-    """Where a tensor of the base lies, and its shape."""
+    """Where a tensor of the base lies, its shape and its dtype."""
 
     shard: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def require_new(out: Path) -> None:
@@ -68,11 +70,13 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
 def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     """How many weights of the merged folder `out` carry the adapter, when every weight is what it must be.
 
-    Both folders are opened as transformers opens them, in the dtype of their files. An adapted weight must be
-    W + ΔW, formed in fp32, to half a unit in the last place; every other one must have the base's bits. Raises
-    AdapterError naming each that does not.
+    Both folders are opened as transformers opens them, in a dtype that holds what their files do, whatever config.json
+    says. An adapted weight must be W + ΔW, formed in fp32, to half a unit in the last place of its file; every other
+    one must have the base's bits. Raises AdapterError naming each that does not.
     """
-    base, merged = open_model(folder, "auto"), open_model(out, "auto")
+    written = _stored_tensors(out)
+    widest = _widest(_stored_tensors(folder))
+    base, merged = open_model(folder, widest), open_model(out, widest)
     targets = {_weight_name(target): target for target in choose_for(base, adapter)}
     stored, found = base.state_dict(), merged.state_dict()
     faults = [f"{name} is in one of the two folders only" for name in sorted(stored.keys() ^ found.keys())]
@@ -80,9 +84,11 @@ def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
         if name not in targets:
             if not torch.equal(found[name], stored[name]):
                 faults.append(f"{name} is not the base's, and has no update")
-        elif not _is_rounded(found[name], wanted := merged_weight(targets[name], adapter)):
+            continue
+        dtype = written[name].dtype if name in written else widest
+        if not _is_rounded(found[name], wanted := merged_weight(targets[name], adapter), dtype):
             apart = float((found[name].float() - wanted).abs().max())
-            faults.append(f"{name} is not W + ΔW rounded to {found[name].dtype}: it is off by up to {apart:.2e}")
+            faults.append(f"{name} is not W + ΔW rounded to {dtype}: it is off by up to {apart:.2e}")
     if faults:
         raise AdapterError(
             f"The merged model in {out} is not the base with the adapter; do not use it.\n" + bullet_list(faults)
@@ -90,10 +96,12 @@ def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     return len(targets)
 
 
-def _is_rounded(found: Tensor, wanted: Tensor) -> bool:
-    """Whether `found` is the fp32 sum `wanted` rounded once to its dtype."""
-    half_unit = torch.finfo(found.dtype).eps / 2
+def _is_rounded(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `found` is the fp32 sum `wanted` rounded once to this dtype."""
+    known = torch.finfo(dtype)
+    half_unit = known.eps / 2
     slack = 2 * torch.finfo(torch.float32).eps * float(wanted.abs().max())  # fp32 may have summed in another order
+    slack += known.smallest_normal * half_unit  # numbers below the smallest normal one lie this far apart
     return torch.allclose(found.float(), wanted, rtol=half_unit, atol=slack)
 
 
@@ -113,8 +121,15 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     for shard in sorted(shards):
         with safe_open(folder / shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                stored[name] = _Stored(shard, tuple(file.get_slice(name).get_shape()))
+                part = file.get_slice(name)
+                stored[name] = _Stored(shard, tuple(part.get_shape()), part[:0].dtype if part.get_shape() else _SCALAR)
     return stored
+
+
+def _widest(stored: dict[str, _Stored]) -> torch.dtype:
+    """The dtype that holds what every one of these tensors does."""
+    found = {each.dtype for each in stored.values() if each.dtype.is_floating_point}
+    return next(iter(found)) if len(found) == 1 else torch.float32
 
 
 def _parted_names(base: Base, targets: set[str]) -> tuple[str, ...]:
@@ -199,7 +214,7 @@ def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> 
 
 def _write_whole(folder: Path, out: Path, adapter: Adapter) -> None:
     """Opens the base once more, in the dtype of its files, merges there and lets transformers write its own layout."""
-    model = open_model(folder, "auto")
+    model = open_model(folder, _widest(_stored_tensors(folder)))
     merge_(model, adapter, keep_originals=False)
     try:
         model.save_pretrained(out)

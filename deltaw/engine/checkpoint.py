@@ -24,7 +24,10 @@ _NAME = re.compile(r"step-(\d{8})\.ckpt")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Writes the checkpoint of `step` and removes all but the newest `keep`. Raises DiskError; older ones then stay."""
+    """Writes the checkpoint of `step` and keeps `keep - 1` of those before it. Raises DiskError; older ones then stay.
+
+    One of a later step goes as well: it must be damaged, or the run would have gone on from there.
+    """
     with disk_errors("make", folder):
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.ckpt"
@@ -33,7 +36,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         digest = bytes.fromhex(sha256_file(temporary))
         with temporary.open("ab") as file:
             file.write(digest + _MAGIC)
-    for old in list_checkpoints(folder)[keep:]:
+    found = list_checkpoints(folder)
+    later, before = [each for each in found if each > path], [each for each in found if each < path]
+    for old in [*later, *before[keep - 1 :]]:
         with disk_errors("remove", old):
             old.unlink()
     return path

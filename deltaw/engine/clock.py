@@ -9,23 +9,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from deltaw.disk import disk_errors
+from deltaw.disk import disk_errors, write_text
 from deltaw.engine.loop import Clock
 
 
 class WrittenClock(Clock):
-    """A Clock that repeats what stands in its file, and writes down what is new. A torn last line is as if absent."""
+    """A Clock that repeats what stands in its file, and writes down what is new. A torn last line is taken out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[int, tuple[float, float]] = {}
         self._done: dict[int, float] = {}
-        for text in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        written = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+        whole = ""
+        for text in written.splitlines(keepends=True):
             try:
                 line = json.loads(text)
-            except ValueError:
+                self._known[line["step"]] = (line["done"], line["seconds"])
+            except (ValueError, KeyError, TypeError):
                 break
-            self._known[line["step"]] = (line["done"], line["seconds"])
+            if not text.endswith("\n"):
+                break
+            whole += text
+        if whole != written:
+            write_text(path, whole)
 
     def done(self, step: int, now: float) -> float:
         """What was decided for this step before, else what the clock says now."""

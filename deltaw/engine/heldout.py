@@ -77,7 +77,7 @@ class HeldOut:
             batch = batch_of(self.store, documents).to(self.base.device)
             scores = score_batch(self.base, batch)
             owner_N = documents_of(scores.places_N, batch.bounds).cpu().numpy()
-            losses_D[documents] = np.bincount(owner_N, scores.losses_N.double().cpu().numpy(), len(documents))
+            losses_D[documents] = np.bincount(owner_N, scores.losses_N.cpu().double().numpy(), len(documents))
         if not math.isfinite(losses_D.sum()):
             raise NotFiniteError(f"The loss over these {count} documents is {losses_D.sum()}: the model is broken.")
         return losses_D

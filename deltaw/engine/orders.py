@@ -63,7 +63,7 @@ def _moments(base: Base, adapter: Adapter, batches: Sequence[Batch]) -> dict[str
             sums[name] = torch.zeros(len(A), len(A), dtype=torch.float64)
 
             def before(_module: Any, args: tuple[Any, ...]) -> None:
-                low_TR = (args[0].reshape(-1, A.shape[1]).to(A.dtype) @ A.mT).double().cpu()
+                low_TR = (args[0].reshape(-1, A.shape[1]).to(A.dtype) @ A.mT).cpu().double()
                 sums[name] += low_TR.mT @ low_TR
 
             return before
@@ -96,7 +96,7 @@ def by_loss(base: Base, adapter: Adapter, known: Spectra, batches: Sequence[Batc
                 loss.backward()
             for name, layer in injection.layers[0].items():
                 assert layer.B.grad is not None
-                slopes[name].append((layer.B.detach() * layer.B.grad).double().sum(0).cpu())
+                slopes[name].append((layer.B.detach() * layer.B.grad).cpu().double().sum(0))
                 layer.B.grad = layer.A.grad = None
     ordered, worth = {}, {}
     for name, rows in slopes.items():

@@ -295,7 +295,8 @@ def metrics_line(record: StepRecord, index: int = 0) -> dict[str, Any]:
 
 def peak_bytes() -> int:
     """The most memory this run has held: on a GPU what torch allocated there, else the process's high-water mark."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else hardware.peak_rss_bytes()
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return on_gpu or hardware.peak_rss_bytes()
 
 
 def optim_settings(settings: Settings) -> OptimSettings:

@@ -98,7 +98,8 @@ class _State:
 
     def digest(self) -> str:
         """sha256 over all tensors."""
-        parts = (name.encode() + tensor.contiguous().numpy().tobytes() for name, tensor in sorted(self.tensors.items()))
+        tensors = ((name, tensor.cpu().contiguous()) for name, tensor in sorted(self.tensors.items()))
+        parts = (name.encode() + tensor.numpy().tobytes() for name, tensor in tensors)
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

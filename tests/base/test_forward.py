@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import GENERAL, MORE, VOCABULARY, byte_tokenizer, flat_row, lively_model, own_losses, some_documents
+from models import GENERAL, MORE, SMALL, VOCABULARY, byte_tokenizer, flat_row, lively_model, own_losses, some_documents
 
 from deltaw.base import forward
 from deltaw.base.load import load
@@ -123,6 +123,40 @@ def test_a_convolution_over_the_border_of_documents_is_found_out_however_little_
 def test_models_that_only_attend_mix_nothing(kind):
     model = lively_model(kind)
     assert forward.prove(model) is None and not forward.mixes_documents(model)
+
+
+def test_a_long_document_changes_nothing_for_the_next_one(tmp_path):
+    """The scaling "dynamic" chooses angles by the length, and transformers keeps those of the longest so far."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = lively_model("llama", rope_parameters=rope, max_position_embeddings=64)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    base = load(tmp_path, dtype="float32")
+    short, middle, long = (
+        flat_batch([Example(d.int().numpy(), torch.ones(len(d)).numpy())]) for d in some_documents((64, 80, 120))
+    )
+    alone = [score_batch(load(tmp_path, dtype="float32"), batch).losses_N for batch in (short, middle)]
+    for batch in (long, middle, long, short, middle):
+        found = score_batch(base, batch).losses_N
+        for wanted, document in zip(alone, (short, middle), strict=True):
+            assert batch is not document or torch.equal(found, wanted)
+
+
+def test_queries_that_grow_with_their_positions_go_by_modules(tmp_path):
+    """At the positions of a proof they do not yet."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20, "rope_theta": 1e4}
+    config = transformers.Ministral3Config(**SMALL, rope_parameters={**rope, "llama_4_scaling_beta": 0.5})
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    base, (document,) = load(tmp_path, dtype="float32"), some_documents((60,))
+    assert base.way == "modules" and "grow with their positions" in base.slow_reason
+    batch = flat_batch([Example(document.int().numpy(), torch.ones(60).numpy())])
+    torch.testing.assert_close(score_batch(base, batch).losses_N, own_losses(model, document), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "bloom"])

@@ -328,3 +328,12 @@ def test_an_origin_names_base_and_digests_and_no_path(folder):
     assert base.origin == {"base": "tiny-llama", "base_digest": base.digest, "template_digest": base.template_digest}
     assert str(folder.parent) not in json.dumps(base.origin)
     assert dataclasses.replace(base, revision="v2").origin["revision"] == "v2"
+
+
+def test_a_base_that_bitsandbytes_stored_is_refused_before_it_is_opened(tmp_path):
+    folder = save_base(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    with pytest.raises(BaseError, match="take the full ones, and --quant nf4 keeps"):
+        load(folder)

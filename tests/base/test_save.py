@@ -143,6 +143,27 @@ def test_files_keep_their_dtype_and_the_sum_is_rounded_once(tmp_path):
         assert torch.equal(after[f"{target.name}.weight"], exact.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [(torch.float32, "bfloat16"), (torch.bfloat16, "float32"), (torch.float16, "float16")],
+    ids=["fp32 called bf16", "bf16 called fp32", "fp16"],
+)
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_weights_are_merged_in_the_dtype_of_their_files_whatever_the_config_says(kind, stored, said, tmp_path):
+    """Of fp16, numbers below the smallest normal one are rounded too."""
+    torch.manual_seed(0)
+    small_model(kind).to(stored).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    base = load(tmp_path / "base", device="cpu", dtype="float32")
+    adapter = _adapter(base, ["q_proj", "k_proj"])
+    write_merged(base, adapter, tmp_path / "merged")
+    assert check_merged(tmp_path / "base", adapter, tmp_path / "merged") == 4
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {stored}
+
+
 def test_a_merge_that_lacks_one_update_or_changed_another_weight_is_refused(tmp_path):
     """In bf16, where one layer's update changes logits less than rounding does."""
     folder, out = _folder(tmp_path / "base", "llama", dtype=torch.bfloat16), tmp_path / "merged"

@@ -74,6 +74,17 @@ def test_only_the_newest_are_kept_and_other_files_are_left_alone(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_good_checkpoint_is_kept_and_damaged_ones_of_later_steps_go(tmp_path, keep):
+    for step in (100, 200):
+        (tmp_path / f"step-{step:08}.ckpt").write_bytes(b"")
+    save_checkpoint(tmp_path, 10, {"master": torch.zeros(1)}, {"step": 10}, keep=keep)
+    (found, skipped) = newest_checkpoint(tmp_path)
+    assert found[1] == {"step": 10} and not skipped
+    save_checkpoint(tmp_path, 20, {"master": torch.zeros(1)}, {"step": 20}, keep=keep)
+    assert len(list_checkpoints(tmp_path)) == keep
+
+
 def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="file"):

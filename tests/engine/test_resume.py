@@ -8,8 +8,10 @@ import signal
 import pytest
 import torch
 
+from deltaw import api
 from deltaw.config import make_settings
 from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint
+from deltaw.engine.clock import WrittenClock
 from deltaw.engine.log import read_metrics
 from deltaw.engine.loop import StepRecord
 from deltaw.engine.run import create_run, open_run
@@ -354,6 +356,29 @@ def test_a_killed_run_of_minutes_repeats_the_rates_that_it_had(start):
     after = [line for line in read_metrics(run.metrics) if "loss" in line][: len(before)]
     for key in ("step", "loss", "lr", "grad_norm", "seconds"):
         assert [line[key] for line in before] == [line[key] for line in after], key
+
+
+def test_what_follows_a_torn_line_of_the_clock_is_not_lost(tmp_path):
+    path = tmp_path / "clock.jsonl"
+    first = WrittenClock(path)
+    for step in (1, 2):
+        first.done(step, step / 10)
+        first.seconds(step, float(step))
+    path.write_text(path.read_text() + '{"step": 3, "do')
+    second = WrittenClock(path)
+    second.done(3, 0.35)
+    second.seconds(3, 7.0)
+    third = WrittenClock(path)
+    assert [third.done(step, 0.9) for step in (1, 2, 3, 4)] == [0.1, 0.2, 0.35, 0.9]
+    assert [third.seconds(step, 9.0) for step in (1, 2, 3)] == [1.0, 2.0, 7.0]
+
+
+def test_resuming_what_another_process_trains_leaves_its_files_alone(start):
+    run, _ = start()
+    run.write_summary({"status": "running", "verb": "train"})
+    with run.locked(), pytest.raises(UsageError, match="Another process is training"):
+        api.train(resume=run.folder)
+    assert run.read_summary() == {"status": "running", "verb": "train"} and not run.report.exists()
 
 
 def test_a_loss_that_jumps_and_a_gradient_that_is_zero_are_said_and_kept(start):
