@@ -468,7 +468,7 @@ class Task(NamedTuple):
 
 TASKS = (
     Task("sentiment", (1, 2, 4, 8, 16, 32, 64), FACTORS),
-    Task("phonemes", (1, 4, 16, 64), (MIDDLE, 2.0)),  # others go in here when there is time for them
+    Task("phonemes", (1, 4, 16, 64), (MIDDLE, 2.0, 4.0)),  # other ranks go in here when there is time for them
 )
 
 

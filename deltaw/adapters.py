@@ -6,15 +6,17 @@ Each function writes a PEFT folder or returns plain values; what is lost is alwa
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from deltaw.adapter import Adapter, Factors, read_adapter, write_adapter
-from deltaw.adapter.files import WEIGHTS
+from deltaw.adapter.files import WEIGHTS, to_keys
 from deltaw.analysis.arithmetic import METHODS
 from deltaw.analysis.arithmetic import combine as combined
 from deltaw.analysis.compare import compare as compared
@@ -44,8 +46,7 @@ from deltaw.ranks import rank as rank_of
 Say = Callable[[str], None]
 # Sizes that --keep tries, in a search for the smallest: halvings of the range on a logarithmic scale.
 TRIED = 8
-# Beside its numbers, an adapter's file holds a header: names and places of its tensors.
-HEADER_BYTES_PER_TENSOR, HEADER_BYTES = 140, 64
+HEADER_BYTES = 64  # of an adapter's file, beside names and places of its tensors
 
 
 def compress(
@@ -101,7 +102,8 @@ def compress(
         if heal is not None:
             name = model or base_of(Path(path), adapter)
             alike = {**_healed_alike(Path(path), adapter), **options}
-            alike |= {key: value for key, value in (("columns", columns), ("allow", allow)) if value}
+            alike |= {"columns": columns} if columns else {}
+            alike["allow"] = sorted({*alike.get("allow", ()), *allow})
             alike["allow_lost"] = max(alike.get("allow_lost", 0.0), allow_lost)
             made = _healed(made, name, heal, train_data, Path(folder), watcher or Watcher(), alike)
         measured = {} if held_out is None else _before_and_after(held_out, before, made)
@@ -135,13 +137,22 @@ def _numbers_in(adapter: Adapter, budget: str) -> int:
         size = parse_bytes(budget)
     except ValueError as error:
         raise UsageError(f"--budget {error}, not {budget!r}.") from error
-    tensors = [tensor for _, _, tensor in adapter.tensors()]
-    header = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * len(tensors)
-    each = max(tensor.element_size() for tensor in tensors)
+    tensors = to_keys(adapter)
+    header, each = _header_bytes(tensors), max(tensor.element_size() for tensor in tensors.values())
     least = header + each * _least_numbers(adapter)
     if size < least:
         raise UsageError(f"--budget {budget}: rank 1 in every layer takes {-(-least // 1000)}KB already.")
     return (size - header) // each
+
+
+def _header_bytes(tensors: dict[str, Tensor]) -> int:
+    """What names and places of tensors take in their file, at most."""
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    entries = {
+        name: {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [whole, whole]}
+        for name, tensor in tensors.items()
+    }
+    return HEADER_BYTES + len(json.dumps(entries))
 
 
 def _smallest_that_keeps(
@@ -195,7 +206,7 @@ def _before_and_after(held_out: HeldOut, before: np.ndarray, made: Adapter) -> d
 # What healing does as the run did.
 HEALED_ALIKE = (
     *("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "allow_lost", "date", "lr"),
-    *("dtype", "revision", "memory", "quant"),
+    *("dtype", "revision", "recompute", "stream", "quant"),  # as it was fitted into its memory
 )
 
 
@@ -217,7 +228,8 @@ def _healed(
             out=str(folder / "healing"), watcher=watcher, **options,
         )  # fmt: skip
     except Interrupted as stop:
-        raise Interrupted(stop.exit_code, "Healing was stopped, and nothing was written. Begin it again.") from stop
+        said = "Healing was stopped, and nothing was written. Begin it again"
+        raise Interrupted(stop.exit_code, f"{said}; a run of --rank measure goes on by --resume.") from stop
     healed = read_adapter(run.adapter)
     for name, factors in healed.factors.items():
         like = cut.factors[name]
@@ -265,11 +277,12 @@ def _measured(run: Run, watcher: Watcher) -> dict[str, Any]:
     watcher.say(f"{found['verdict']} The curve is in {measurement}.")
     need = next(need for need in found["needed"] if need["share"] == MEASURED_SHARE)
     made = None
+    settings = run.settings()
     if need["determined"] and need["high"] < found["rank"] and not compressed.exists():
         steps = max(1, round(HEALED_SHARE * int(run.read_summary()["steps"])))
         made = compress(
-            run.folder, compressed, rank=need["high"], heal=steps, train_data=run.settings().data,
-            watcher=watcher, say=watcher.say,
+            run.folder, compressed, rank=need["high"], heal=steps, train_data=settings.data,
+            watcher=watcher, say=watcher.say, device=settings.device,
         )  # fmt: skip
         watcher.say(f"The adapter of rank {need['high']} is in {compressed}.")
     return {"run": str(run.folder), "measured": found, "compressed": made}
@@ -296,6 +309,8 @@ def combine(
         raise UsageError("Give two adapters or more, or one and --weights to scale it.")
     if weights and len(weights) != len(paths):
         raise UsageError(f"There are {len(paths)} adapters and {len(weights)} weights.")
+    if not all(map(math.isfinite, weights)):
+        raise UsageError(f"Weights are finite numbers, not {', '.join(map(str, weights))}.")
     if method not in METHODS or not 0 < density <= 1:
         raise UsageError(f"A method is one of {', '.join(METHODS)}, and a density above 0 and at most 1.")
     require_new(Path(out))

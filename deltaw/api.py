@@ -30,7 +30,7 @@ from deltaw import hardware
 from deltaw.adapter import Adapter, Injection, inject, read_adapter
 from deltaw.adapter.files import WEIGHTS
 from deltaw.base import load as base_load
-from deltaw.base.builtin import BUILTIN, cache_folder
+from deltaw.base.builtin import BUILTIN
 from deltaw.base.forward import plain_attention
 from deltaw.base.save import check_merged, require_new, write_merged
 from deltaw.config import AUTO, DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
@@ -40,7 +40,7 @@ from deltaw.data.formats import Row, parse_sources, read_rows
 from deltaw.data.pack import flat_batch
 from deltaw.data.prepare import DataSet, prepare
 from deltaw.data.source import Fault
-from deltaw.disk import write_text
+from deltaw.disk import disk_errors, write_text
 from deltaw.engine import train as engine
 from deltaw.engine.bench import bench as run_bench
 from deltaw.engine.evaluate import evaluate as run_evaluation
@@ -237,9 +237,10 @@ def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Pl
     fixed_bytes, file_bytes = hardware.rss_bytes(), hardware.file_rss_bytes()
     if on is not None:
         device = DEVICES[on]
-        settings.device = device.kind
-        if settings.by_rule("dtype"):
-            settings.dtype = str(device.dtype).removeprefix("torch.")
+        dtype = str(device.dtype).removeprefix("torch.")
+        if settings.dtype != dtype and not settings.by_rule("dtype"):
+            raise UsageError(f"The data sheet of {on} is read for {dtype}; leave out --dtype.")
+        settings.device, settings.dtype = device.kind, dtype
         fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
     demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
     room = _room(settings, fixed_bytes, file_bytes, on)
@@ -321,7 +322,7 @@ def train_run(
     after: Callable[[Trainer], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Runs the engine and, whatever happens, leaves a summary and a report."""
-    with run.locked():  # not while another process trains it
+    with disk_errors("open", run.folder), run.locked():  # not while another process trains it
         run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
     try:
         # A run that was stopped before its plan was kept is planned when it goes on.
@@ -582,6 +583,8 @@ def answers(model: Model, prompt: str | None, data: Sequence[str | Path], **opti
 
 
 def _answer(model: Model, row: Row, options: dict[str, Any]) -> dict[str, Any]:
+    if row.tokens:
+        return {"error": "it holds tokens; an answer needs a text or messages"}
     messages = list(row.messages) or [{"role": "user", "content": row.text}]
     known = messages.pop().get("content") if messages[-1]["role"] == "assistant" else None
     try:
@@ -589,56 +592,6 @@ def _answer(model: Model, row: Row, options: dict[str, Any]) -> dict[str, Any]:
     except DataError as error:
         return {"error": str(error)}
     return {"answer": answer, **({} if known is None else {"reference": known})}
-
-
-def doctor() -> dict[str, Any]:
-    """The machine as deltaw sees it (`machine`), and what it means for training (`advice`, sentences)."""
-    seen = hardware.look()
-    rates = {str(dtype): hardware.measure_gemm(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    device = hardware.choose_device()
-    dtype = hardware.compute_dtype(device, seen)
-    gpu = "none" if seen.gpu is None else f"{seen.gpu.name}, {seen.gpu.total_bytes / 1e9:.0f} GB"
-    machine = {
-        "processor": f"{seen.cpu_name}, {seen.cores} cores",
-        "instruction sets": ", ".join(seen.instruction_sets),
-        "multiply rate": ", ".join(
-            f"{name.removeprefix('torch.')} {rate:,.0f} GFLOP/s" for name, rate in rates.items()
-        ),
-        "memory": f"{seen.memory_limit_bytes / 1e9:.1f} GB ({seen.memory_limit_source}), "
-        f"{seen.available_bytes / 1e9:.1f} GB free",
-        "gpu": gpu,
-        "platform": seen.platform,
-        **{f"version of {name}": version for name, version in seen.versions.items()},
-        "cache": str(cache_folder()),
-    }
-    return {"machine": machine, "gemm_gflops": rates, "advice": _advice(seen, device, dtype, rates)}
-
-
-def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, rates: dict[str, float]) -> list[str]:
-    advice = [f"Training runs on {device} and computes in {str(dtype).removeprefix('torch.')}."]
-    if device.type == "cpu":
-        rate = rates[str(dtype)]
-        advice.append(
-            f"A base of 135M parameters trains at roughly {_tokens_per_second(rate):,.0f} tokens per second here: "
-            f"{TRAINING_SHARE:.0%} of {rate:,.0f} GFLOP/s, over {FLOP_PER_TOKEN / 1e9:.2f} GFLOP per token."
-        )
-        if not seen.bf16_cpu:
-            advice.append("This processor has no bf16 arithmetic, so bases are held in fp32: 4 bytes per parameter.")
-    largest = 0.6 * seen.memory_limit_bytes / (4 if dtype == torch.float32 else 2)
-    advice.append(f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train.")
-    return advice
-
-
-# SmolLM2-135M has 106,168,320 parameters in the linear layers of its 30 blocks. Each costs 2 FLOP per token forward and
-# 2 backward: a frozen weight has no gradient of its own. The head counts for labelled tokens only, and is left out.
-FLOP_PER_TOKEN = 4 * 106_168_320
-# What steps of 1,024 tokens (rank 16, documents of 70 tokens, 2 CPU cores, fp32) reached of the rate of one large
-# product, 202 GFLOP/s: 0.36 to 0.41.
-TRAINING_SHARE = 0.4
-
-
-def _tokens_per_second(gflops: float) -> float:
-    return TRAINING_SHARE * gflops * 1e9 / FLOP_PER_TOKEN
 
 
 def as_json_line(value: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ an old version or the new one, never half of one. Errors of the system become Di
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -29,11 +30,18 @@ def disk_errors(action: str, path: Path) -> Iterator[None]:
         ) from error
 
 
+# What file systems answer that know no fsync of a directory: old CIFS, some of containers and clusters.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
+
+
 def fsync_path(path: Path) -> None:
-    """Asks the system to put a file or directory on the disk now."""
+    """Asks the system to put a file on the disk now, or a directory where its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

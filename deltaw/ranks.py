@@ -114,11 +114,11 @@ def _of_run(path: Path, say: Callable[[str], None], options: dict[str, Any]) -> 
     for name, value in options.items():
         settings.put(name, value, "given")
     sketch = sketch_run(run, settings, Watcher())
-    trained_on = read_adapter(adapter_folder(path)).origin.get("data_digest")
-    if sketch.data["train"].report.digest != trained_on:
-        raise UsageError(f"The data of {path} is not what it was trained on; give unseen documents with --data FILE.")
     if "eval" not in sketch.data:
         raise UsageError(f"The run {path} held nothing out; give --data FILE.")
+    known = run.read_summary().get("data", {}).get("eval", {}).get("digest")
+    if known not in (None, sketch.data["eval"].report.digest):
+        raise UsageError(f"What {path} held out would be other rows now; give ones it has not seen with --data FILE.")
     say("Measuring on what the run held out for validation.")
     return HeldOut(prepare_run(sketch, settings, Watcher()).base, sketch.data["eval"].store, EVALUATION_TOKENS)
 

@@ -136,7 +136,7 @@ def _summary(index: int, together: Together) -> dict[str, Any]:
         "status": "done" if fault is None else "failed",
         "verb": VERB,
         **({} if fault is None else {"message": fault}),
-        "steps": together.progress.step,
+        "steps": together.progress.tracks[index].last_step,
         "best_step": cell.best_step,
         "best_eval_loss": cell.best_loss if cell.best_step else None,
         "train_seconds": together.progress.seconds / len(together.cells),
@@ -168,6 +168,8 @@ def _compared(together: Together) -> list[dict[str, Any]]:
         return rows
     held_out = HeldOut(together.ready.base, data.store, EVALUATION_TOKENS)
     whole = [index for index, row in enumerate(rows) if row["fault"] is None]
+    if not whole:
+        return rows
     losses_CD = held_out.curve_losses([read_adapter(together.cells[index].run.adapter) for index in whole])
     tokens_D = held_out.tokens_D
     best = int(np.argmin(losses_CD.sum(1)))

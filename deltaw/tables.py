@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from deltaw.report.sweep_page import HEADINGS, cell_row, diverged_cells
-from deltaw.terminal import human_bytes, human_seconds, pairs, percent
+from deltaw.terminal import WholeTable, human_bytes, human_seconds, pairs, percent
 
 
 def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table without lines, its first column to the left and the others to the right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = WholeTable(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in rows:

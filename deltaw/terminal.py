@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_SECONDS = 15.0
 PLAIN_WIDTH = 120
+UNBOUNDED = 1_000_000
 SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -38,6 +39,17 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """A whole table keeps its columns also where the terminal is narrower and has to break its lines."""
+        if len(objects) == 1 and isinstance(objects[0], WholeTable):
+            objects[0].width = self.measure(objects[0], options=self.options.update(width=UNBOUNDED)).maximum
+            options["crop"] = False
+        super().print(*objects, **options)
+
+
+class WholeTable(Table):
+    """A table of numbers, none of which may be cut."""
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -439,6 +451,7 @@ def shown_row(console: Console, row: dict[str, Any], ids: bool) -> str:
         text.append(f"\n{tokens:,} tokens, {trained:,} trained\n", style="dim")
     for note in row.get("notes", []):
         text.append(f"note: {note['what']}  [{note['code']}]\n", style="yellow")
+    text.plain = visible(text.plain)
     with console.capture() as captured:
         console.print(text, soft_wrap=True)
     return captured.get()
@@ -463,6 +476,16 @@ CHAT_HELP = (
 )
 
 
+# Of C0 and C1, what moves cursors and starts escape sequences; each has a picture.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_PICTURES |= dict.fromkeys(range(0x7F, 0xA0), 0x2421)
+
+
+def visible(text: str) -> str:
+    """The text with its control characters as pictures: data and models shall not control the terminal."""
+    return text.translate(_PICTURES)
+
+
 def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
     """Reads prompts from `lines` and streams the answers of base and adapter; each keeps its own conversation."""
     _print(console, CHAT_HELP)
@@ -472,6 +495,8 @@ def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
         console.print("> ", end="")
         line = lines.readline()
         text = line.strip()
+        if not line:
+            console.print()  # the shell's prompt belongs on a line of its own
         if not line or text in ("/quit", "/exit"):
             return
         if text in ("/base", "/adapter", "/both"):
@@ -489,8 +514,8 @@ def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
 
 
 def _print(console: Console, text: str, end: str = "\n") -> None:
-    """Text as it stands: nothing in it is markup, and no line is broken."""
-    console.print(text, end=end, highlight=False, markup=False, soft_wrap=True)
+    """Text as it stands: nothing in it is markup, no line is broken, and nothing in it controls the terminal."""
+    console.print(visible(text), end=end, highlight=False, markup=False, soft_wrap=True)
 
 
 def _scale(console: Console, text: str, strength: float) -> float:
@@ -513,6 +538,9 @@ def _answer(console: Console, model: Any, speaker: str, history: list[dict[str, 
         answer = model.generate(asked, on_text=lambda piece: _print(console, piece, end=""))
     except DeltawError as error:  # a conversation grown too long, say: /new helps, and chatting goes on
         _print(console, str(error))
+        return
+    except KeyboardInterrupt:  # ends the answer, not the conversation
+        _print(console, " …")
         return
     history[:] = [*asked, {"role": "assistant", "content": answer}]
     console.print()

@@ -11,9 +11,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deltaw import adapters, api, ranks, sweeps
-from deltaw.adapter import Factors, inject, read_adapter, write_adapter
+from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 from deltaw.analysis.spectrum import matrices, spectra
 from deltaw.analysis.truncate import truncate
 from deltaw.config import make_settings
@@ -140,6 +141,19 @@ def test_rank_budget_and_keep_decide_the_size_and_data_tells_the_loss(learned, c
     assert grown["discarded_energy"] == 0 and read_adapter(tmp_path / "grown").spec.rank == 8
 
 
+def test_a_budget_is_kept_whatever_the_names_of_the_layers_are(tmp_path):
+    """Of long names, the header takes as much as some ranks do."""
+    layers = {f"a_name_of_a_layer_that_is_as_long_as_some_models_have_them_{n}": nn.Linear(24, 24) for n in range(40)}
+    spec = LoraSpec(rank=8)
+    adapter = new_adapter(choose(nn.ModuleDict(layers), spec), spec, 0)
+    for factors in adapter.factors.values():
+        factors.B.normal_()
+    write_adapter(adapter, tmp_path / "long")
+    for budget in (40_000, 60_000):
+        found = adapters.compress(tmp_path / "long", tmp_path / f"{budget}", budget=f"{budget}B")
+        assert 0.8 * budget < found["bytes"] <= budget
+
+
 def test_healing_trains_what_was_cut(learned, chats, tmp_path):
     cut = adapters.compress(learned.folder, tmp_path / "cut", rank=1, data=[chats], **HERE)
     healed = adapters.compress(
@@ -262,7 +276,7 @@ def test_what_a_run_held_out_is_measured_where_it_is_told_to_and_only_while_its_
     found = ranks.rank(run.folder, everything=True, model=str(moved), dtype="float32")
     assert found["documents"] == run.read_summary()["data"]["eval"]["used"]
     data.write_text(data.read_text() + '{"prompt": "one more", "completion": "row"}\n')
-    with pytest.raises(UsageError, match="not what it was trained on"):
+    with pytest.raises(UsageError, match="would be other rows now"):
         ranks.rank(run.folder, model=str(moved))
 
 
@@ -287,6 +301,8 @@ def test_a_sum_is_the_sum_and_a_difference_with_itself_is_nothing(learned, tiny_
     assert max(float(dense(none, name).abs().max()) for name in none.factors) < 1e-7
     with pytest.raises(UsageError, match="2 adapters and 1 weights"):
         adapters.combine([learned.folder, tiny_run.folder], tmp_path / "x", [1.0])
+    with pytest.raises(UsageError, match="finite numbers, not nan, 1"):
+        adapters.combine([learned.folder, tiny_run.folder], tmp_path / "x", [float("nan"), 1])
 
 
 def test_compared_with_itself_an_adapter_is_alike_in_everything(learned):
@@ -411,6 +427,8 @@ def test_cells_of_epochs_end_with_their_own_data_as_separate_runs_do(llama_folde
         ]
         assert lines[0] == lines[1]
         counts[cell["seed"]] = max(line["step"] for line in lines[0])
+        summary = json.loads((tmp_path / "sweep" / cell["name"] / "summary.json").read_text())
+        assert summary["steps"] == counts[cell["seed"]]
     assert len(set(counts.values())) > 1
 
 
@@ -430,7 +448,7 @@ def test_a_cell_that_diverges_ends_and_the_others_go_on_also_after_a_stop(llama_
     )
     given = {"ranks": [2], "rates": [1e-2, 1e30], "watcher": Stopping()}
     with pytest.raises(Interrupted):
-        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "sweep", steps=6), **given)
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "sweep", steps=6, eval_steps=6), **given)
     assert any("1e+30-s0 ends here, the others go on. Step" in line for line in said)
     good, bad = sweeps.resume_sweep(tmp_path / "sweep")["cells"]
     assert good["fault"] is None and "Nothing was updated" in bad["fault"] and bad["loss"] is None
@@ -442,7 +460,18 @@ def test_a_cell_that_diverges_ends_and_the_others_go_on_also_after_a_stop(llama_
     assert (summary["status"], summary["message"]) == ("failed", bad["fault"])
     assert f"Diverged, and left out: {bad['name']}." in (tmp_path / "sweep" / "sweep.html").read_text()
     with pytest.raises(NotFiniteError, match="A lower --lr"):
-        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "all", steps=6), ranks=[2, 4], rates=[1e30])
+        sweeps.sweep(
+            settings_of(llama_folder, chats, tmp_path / "all", steps=6, eval_steps=6), ranks=[2, 4], rates=[1e30]
+        )
+
+
+def test_a_cell_that_diverges_in_its_last_step_is_left_out_of_the_comparison(llama_folder, chats, tmp_path):
+    found = sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one", steps=1), ranks=[2], rates=[1e-2, 1e30])
+    good, bad = found["cells"]
+    assert good["loss"] and "validation loss is" in bad["fault"] and bad["loss"] is None
+    both = sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "both", steps=1), ranks=[2, 4], rates=[1e30])
+    assert all(cell["fault"] and cell["loss"] is None for cell in both["cells"])
+    assert "Diverged, and left out" in (tmp_path / "both" / "sweep.html").read_text()
 
 
 def test_a_sweep_does_not_go_on_with_other_held_out_data(llama_folder, chats, tmp_path):

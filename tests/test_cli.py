@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -20,7 +21,7 @@ import yaml
 from click.testing import CliRunner
 from models import save_base
 
-from deltaw import api, cli, terminal
+from deltaw import api, cli, tables, terminal
 from deltaw.adapter import read_adapter, write_adapter
 from deltaw.config import settings_fields
 from deltaw.engine.checkpoint import list_checkpoints
@@ -582,3 +583,54 @@ def test_a_sweep_from_the_command_line(llama_folder, chats, tmp_path):
     again = _run("sweep", "--resume", tmp_path / "sweep", "--json")
     assert [cell["rank"] for cell in json.loads(again.stdout)["cells"]] == [2, 4]
     assert _run("sweep", *given, "--rank", "2,x").exit_code == 2
+
+
+def test_bench_measures_documents_no_longer_than_the_base_takes(tmp_path):
+    """GPT-2 has 256 positions here, and its layers are no Linear."""
+    done = _run("bench", "--model", save_base(tmp_path / "gpt2", "gpt2"), "--rank", 2, "--seconds", 0, "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["workloads"]
+    assert [row["document_tokens"] for row in rows] == [64, 256, 256]
+    per_token = rows[0]["useful_gflops"] * 1e9 / rows[0]["tokens_per_second"]
+    assert per_token > 4 * 2 * 12 * 32 * 32
+
+
+def test_numbers_in_tables_are_never_cut_however_narrow_the_terminal_is(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = io.StringIO()
+    console = terminal._Console(file=stream, width=40)
+    rows = [("a-name-that-is-long-enough", "1.2e-05", "0.123456 (0.111111 to 0.222222)", "yes")]
+    console.print(tables.plain_table(("cell", "rate", "behind the best", "best of its size"), rows))
+    assert all(cell in stream.getvalue() for cell in rows[0])
+
+
+def test_texts_of_data_and_models_do_not_control_the_terminal(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "a\x1b[2Jb", "completion": "c\x07\x9bd"}) + "\n")
+    done = _run("data", "show", data)
+    assert done.exit_code == 0 and "a␛[2Jb" in done.stdout and "\x1b" not in done.stdout and "\x9b" not in done.stdout
+
+
+def test_a_chat_survives_the_end_of_an_answer_by_ctrl_c_and_bytes_that_are_no_text(tiny_run):
+    class Stopping:
+        asked: list[str] = []  # noqa: RUF012
+
+        def generate(self, messages, on_text):
+            self.asked.append(messages[-1]["content"])
+            on_text("half")
+            if len(self.asked) == 1:
+                raise KeyboardInterrupt
+            return "half"
+
+    stream = io.StringIO()
+    terminal.chat_loop(terminal._Console(file=stream, width=80), Stopping(), io.StringIO("/base\none\ntwo\n"))
+    assert Stopping.asked == ["one", "two"] and stream.getvalue().endswith("> \n")
+    done = _run("chat", tiny_run.folder, input=b"\xff hello\n/quit\n")
+    assert done.exit_code == 0, done.stderr
+
+
+def test_rows_of_tokens_cannot_be_answered_and_say_so(tiny_run, tmp_path):
+    data = tmp_path / "tokens.jsonl"
+    data.write_text(json.dumps({"input_ids": [5, 6, 7]}) + "\n")
+    (answer,) = json.loads(_run("generate", tiny_run.folder, "--data", data, "--json").stdout)
+    assert "holds tokens" in answer["error"]

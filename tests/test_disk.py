@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,23 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(DiskError, match=r"Could not write .*a: No space left on device\. Free some space"):
         write_text(tmp_path / "a", "new")
     assert tree(tmp_path) == {"a": b"old"}
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_cannot_sync_folders_will_do_but_not_one_that_fails(tmp_path, monkeypatch, number):
+    sync = disk.os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(disk.os, "fsync", refuse_folders)
+    with contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(DiskError):
+        write_text(tmp_path / "a", "new")
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "inner").mkdir()
+    assert (tmp_path / "folder" / "inner").is_dir() == (number == errno.EINVAL)
 
 
 def test_a_chunk_that_cannot_be_written_leaves_the_old_file(tmp_path):

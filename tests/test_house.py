@@ -23,7 +23,7 @@ LAYERS = [
     {"base", "data", "analysis"},
     {"plan", "engine"},
     {"report", "serve"},
-    {"api", "datasets"},
+    {"api", "datasets", "doctor"},
     {"demonstration", "ranks"},
     {"adapters", "sweeps"},
     {"terminal"},

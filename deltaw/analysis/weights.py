@@ -5,6 +5,7 @@ Legend: O outputs, I inputs, K directions of ΔW; W [O, I] is dense.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +53,19 @@ def beside(found: Spectrum, W_OI: Tensor, stored: torch.dtype | None = None, see
     U, V = (_random(len(side), len(kept.sigma_K), generator) for side in (kept.U_OK, kept.V_IK))
     changed = W + kept.U_OK * kept.sigma_K @ kept.V_IK.mT
     return Beside(
-        relative_norm=size / float(W.norm()),
-        amplification=size / float((kept.U_OK.mT @ W @ kept.V_IK).norm()),
-        random=size / float((U.mT @ W @ V).norm()),
-        own=size / float(strongest.square().sum().sqrt()),
+        relative_norm=_over(size, W),
+        amplification=_over(size, kept.U_OK.mT @ W @ kept.V_IK),
+        random=_over(size, U.mT @ W @ V),
+        own=_over(size, strongest),
         rounding=rounding,
         intruders=_intruders(directions, _directions(changed)),
     )
+
+
+def _over(size: float, part: Tensor) -> float:
+    """A size as a multiple of a norm; infinite where W does nothing."""
+    norm = float(part.norm())
+    return size / norm if norm else math.inf
 
 
 def rounding_edge(W_OI: Tensor, stored: torch.dtype) -> float:

@@ -159,7 +159,8 @@ def _difference(model: Any) -> str | None:
         model.set_attn_implementation(ATTENTION_NAME)
         if model.config.get_text_config()._attn_implementation != ATTENTION_NAME:
             return "its attention cannot be exchanged"
-        flat = flat_logits(model, flat_hidden_states(model, torch.cat(documents), positions_T, (0, 9, 15))).float()
+        bounds = (0, *accumulate(PROOF_LENGTHS))
+        flat = flat_logits(model, flat_hidden_states(model, torch.cat(documents), positions_T, bounds)).float()
     except Exception as error:  # an architecture may reject flat batches in any way it likes
         return f"its forward does not take flat batches ({type(error).__name__}: {error})"
     difference, tolerance = _relative(flat, plain), PROOF_TOLERANCE[model.dtype]
@@ -256,6 +257,7 @@ class plain_attention:
         self.model, self.name = model, name or own_attention(model)
 
     def __enter__(self) -> None:
+        forget_lengths(self.model)
         self.previous = self.model.config._attn_implementation
         self.model.set_attn_implementation(self.name)
 

@@ -54,7 +54,7 @@ def _from_gguf(path: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-v{CONVERTER_VERSION}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(folder.with_suffix(".lock")):
+        with only_one(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():  # another process may have made it while this one waited
                 importlib.import_module("deltaw.base.gguf").convert_gguf(path, folder)
     return folder

@@ -31,10 +31,19 @@ def prove(model: Any) -> tuple[str | None, Decoder | None, str | None]:
     if reason is not None:
         return reason, None, None
     decoder, module_reason = prove_decoder(model)
-    if decoder is None and forward.mixes_documents(model):  # a decoder has nothing but attention, which was compared
+    if decoder is None and (reason := _reason_against_rows(model)):
         model.set_attn_implementation(forward.own_attention(model))
-        return "it mixes the tokens of neighbouring documents by other means than attention", None, None
+        return reason, None, None
     return None, decoder, module_reason
+
+
+def _reason_against_rows(model: Any) -> str | None:
+    """Why the modules of a model cannot take documents in a row. A decoder has only attention, which is proved."""
+    try:
+        mixed = forward.mixes_documents(model)
+    except Exception as error:  # a model may object to a gradient in any way it likes
+        return f"its modules give no gradient of a row ({type(error).__name__}: {error})"
+    return "it mixes the tokens of neighbouring documents by other means than attention" if mixed else None
 
 
 def prove_decoder(model: Any) -> tuple[Decoder | None, str | None]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +28,6 @@ from deltaw.disk import new_folder, write_text
 from deltaw.errors import AdapterError, UsageError, bullet_list
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-_SCALAR = torch.int64  # of a number without a shape, whose dtype decides nothing
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
@@ -70,13 +71,12 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
 def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     """How many weights of the merged folder `out` carry the adapter, when every weight is what it must be.
 
-    Both folders are opened as transformers opens them, in a dtype that holds what their files do, whatever config.json
-    says. An adapted weight must be W + ΔW, formed in fp32, to half a unit in the last place of its file; every other
-    one must have the base's bits. Raises AdapterError naming each that does not.
+    Both folders are opened as transformers opens them, in the dtype of most of their files, whatever config.json says.
+    An adapted weight must be W + ΔW, formed in fp32, to half a unit in the last place; every other one must have the
+    base's bits. Raises AdapterError naming each that does not.
     """
-    written = _stored_tensors(out)
-    widest = _widest(_stored_tensors(folder))
-    base, merged = open_model(folder, widest), open_model(out, widest)
+    written, usual = _stored_tensors(out), _usual_dtype(_stored_tensors(folder))
+    base, merged = open_model(folder, usual), open_model(out, usual)
     targets = {_weight_name(target): target for target in choose_for(base, adapter)}
     stored, found = base.state_dict(), merged.state_dict()
     faults = [f"{name} is in one of the two folders only" for name in sorted(stored.keys() ^ found.keys())]
@@ -85,10 +85,10 @@ def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
             if not torch.equal(found[name], stored[name]):
                 faults.append(f"{name} is not the base's, and has no update")
             continue
-        dtype = written[name].dtype if name in written else widest
-        if not _is_rounded(found[name], wanted := merged_weight(targets[name], adapter), dtype):
+        dtypes = {usual, written[name].dtype if name in written else usual}
+        if not _is_rounded(found[name], wanted := merged_weight(targets[name], adapter), dtypes):
             apart = float((found[name].float() - wanted).abs().max())
-            faults.append(f"{name} is not W + ΔW rounded to {dtype}: it is off by up to {apart:.2e}")
+            faults.append(f"{name} is not W + ΔW rounded once: it is off by up to {apart:.2e}")
     if faults:
         raise AdapterError(
             f"The merged model in {out} is not the base with the adapter; do not use it.\n" + bullet_list(faults)
@@ -96,13 +96,16 @@ def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     return len(targets)
 
 
-def _is_rounded(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `found` is the fp32 sum `wanted` rounded once to this dtype."""
-    known = torch.finfo(dtype)
-    half_unit = known.eps / 2
+def _is_rounded(found: Tensor, wanted: Tensor, dtypes: set[torch.dtype]) -> bool:
+    """Whether `found` is the fp32 sum `wanted` rounded once to each of these dtypes: of its file, and as it was opened.
+
+    Where they differ, W itself was rounded too when it was opened.
+    """
+    known = max((torch.finfo(dtype) for dtype in dtypes), key=lambda one: one.eps)
+    rounding = len(dtypes) * known.eps / 2
     slack = 2 * torch.finfo(torch.float32).eps * float(wanted.abs().max())  # fp32 may have summed in another order
-    slack += known.smallest_normal * half_unit  # numbers below the smallest normal one lie this far apart
-    return torch.allclose(found.float(), wanted, rtol=half_unit, atol=slack)
+    slack += known.smallest_normal * rounding  # numbers below the smallest normal one lie this far apart
+    return torch.allclose(found.float(), wanted, rtol=rounding, atol=slack)
 
 
 def _weight_name(target: Target) -> str:
@@ -122,14 +125,17 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
         with safe_open(folder / shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
-                stored[name] = _Stored(shard, tuple(part.get_shape()), part[:0].dtype if part.get_shape() else _SCALAR)
+                shape = tuple(part.get_shape())
+                stored[name] = _Stored(shard, shape, (part[:0] if shape else file.get_tensor(name)).dtype)
     return stored
 
 
-def _widest(stored: dict[str, _Stored]) -> torch.dtype:
-    """The dtype that holds what every one of these tensors does."""
-    found = {each.dtype for each in stored.values() if each.dtype.is_floating_point}
-    return next(iter(found)) if len(found) == 1 else torch.float32
+def _usual_dtype(stored: dict[str, _Stored]) -> torch.dtype:
+    """The dtype of most of these numbers."""
+    numbers: Counter[torch.dtype] = Counter()
+    for each in stored.values():
+        numbers[each.dtype] += math.prod(each.shape)
+    return numbers.most_common(1)[0][0]
 
 
 def _parted_names(base: Base, targets: set[str]) -> tuple[str, ...]:
@@ -213,8 +219,8 @@ def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> 
 
 
 def _write_whole(folder: Path, out: Path, adapter: Adapter) -> None:
-    """Opens the base once more, in the dtype of its files, merges there and lets transformers write its own layout."""
-    model = open_model(folder, _widest(_stored_tensors(folder)))
+    """Opens the base once more, in the dtype of most of its numbers, merges, and lets transformers write its layout."""
+    model = open_model(folder, _usual_dtype(_stored_tensors(folder)))
     merge_(model, adapter, keep_originals=False)
     try:
         model.save_pretrained(out)

@@ -5,6 +5,7 @@ The model is built on torch's meta device, so every architecture of transformers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from deltaw.base.load import MAX_CONTEXT, check_folder, quiet_transformers
 from deltaw.base.locate import locate, open_tokenizer, public_name
@@ -68,9 +70,9 @@ class Outline:
     @property
     def inner(self) -> int:
         """Width of the MLP, of all experts that see a token."""
-        width = int(getattr(self.config, "intermediate_size", None) or 4 * self.hidden)
+        width = mlp_width(self.config, self.hidden)
         experts = getattr(self.config, "num_experts_per_tok", None)
-        return width if experts is None else int(getattr(self.config, "moe_intermediate_size", None) or width) * experts
+        return int(getattr(self.config, "moe_intermediate_size", None) or width) * experts if experts else width
 
     @property
     def gated(self) -> bool:
@@ -108,15 +110,26 @@ class Outline:
     @cached_property
     def product_parameters(self) -> int:
         """Numbers in the linear layers of the blocks that a token is multiplied with. Of experts, those that see it."""
-        modules, linear = [m for block in blocks_of(self.model) for m in block.modules()], self.linear_parameters
-        stacked = sum(p.numel() for m in modules for p in m.parameters(recurse=False) if p.dim() == 3)
-        count = getattr(self.config, "num_experts", None) or getattr(self.config, "num_local_experts", None)
-        return linear + round(stacked * int(self.config.num_experts_per_tok) / int(count)) if count else linear
+        return multiplied_parameters([m for block in blocks_of(self.model) for m in block.modules()], self.config)
 
     @property
     def weight_bytes(self) -> int:
         """Size of the weight files on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+def mlp_width(config: Any, hidden: int) -> int:
+    """Inner width of the MLP by its config: of several, the largest; without one, four times the hidden width."""
+    width = getattr(config, "intermediate_size", None) or 4 * hidden
+    return int(max(width) if isinstance(width, list | tuple) else width)
+
+
+def multiplied_parameters(modules: Sequence[nn.Module], config: Any) -> int:
+    """Numbers in the linear layers among these modules. Of stacked experts, as many as see a token."""
+    linear = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear | Conv1D))
+    stacked = sum(p.numel() for m in modules for p in m.parameters(recurse=False) if p.dim() == 3)
+    count = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return linear + round(stacked * int(config.num_experts_per_tok) / int(count)) if count else linear
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -24,7 +24,7 @@ from deltaw.adapter.weight import ON_READ, stored_tensors
 from deltaw.errors import BaseError
 from deltaw.hardware import look
 
-MAPPED_SHARE = 0.9  # of a base, so that streaming it makes sense
+MAPPED_SHARE = 0.9  # of the blocks, so that streaming them makes sense
 _PAGE = mmap.PAGESIZE
 _WILL_NEED, _DO_NOT_NEED, _PAGE_OUT, _POPULATE_READ = 3, 4, 21, 22  # as Linux numbers them
 CACHED_SHARE = 0.5  # of the memory there is, up to which the system may keep what the run has let go
@@ -78,10 +78,9 @@ class Pager:
 
 
 def stream(model: Any) -> Pager:
-    """Has a Pager follow every read of the model's decoder blocks and output head.
+    """Has a Pager follow every read of the model's decoder blocks and, where it lies in a file, of its output head.
 
-    Raises BaseError where weights of blocks are no views of a mapped file: those could not be read again. A head that
-    is none, because it was cast, stays in memory.
+    Raises BaseError where weights of blocks are no views of a mapped file: those could not be read again.
     """
     blocks = blocks_of(model)
     sections, files = [*blocks, model.get_output_embeddings()], _mapped_files()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -297,4 +298,6 @@ def chat(adapter: Path, model: str | None, **options: Any) -> None:
     from deltaw.terminal import chat_loop, make_console
 
     opened = api.open_adapter(adapter, model, say, **machine_of(options))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text shall not end the conversation
     chat_loop(make_console(), opened, sys.stdin)

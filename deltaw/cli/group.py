@@ -23,6 +23,7 @@ EXIT_CODES = (
 )
 EXIT_BROKEN_PIPE = 141
 AS_JSON = "deltaw.as_json"  # in the context's notes: whether the verb was asked for JSON
+_JSON_GIVEN = "deltaw.json_given"
 # Libraries whose warnings speak to programmers. PYTHONWARNINGS and -W bring them back.
 _LIBRARIES = r"(torch|transformers|tokenizers|huggingface_hub|safetensors|matplotlib)(\.|$)"
 
@@ -30,11 +31,13 @@ _LIBRARIES = r"(torch|transformers|tokenizers|huggingface_hub|safetensors|matplo
 class _Group(click.Group):
     """Turns our errors into one message and the documented exit code, for every verb."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_JSON_GIVEN] = "--json" in args  # of a line that does not parse, a verb's own options know nothing
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=_LIBRARIES)
-        # Of an option that does not parse, the verb's own options know nothing yet.
-        asked_json = "--json" in [*ctx._protected_args, *ctx.args]
         try:
             with _terminable():
                 result = super().invoke(ctx)
@@ -50,7 +53,7 @@ class _Group(click.Group):
             _tell(ctx, known)
             ctx.exit(known.exit_code)
         except click.UsageError as error:  # click itself tells of it, on stderr
-            if asked_json:
+            if ctx.meta[_JSON_GIVEN]:
                 click.echo(json.dumps({"ok": False, "error": error.format_message()}, indent=2))
             raise
         except KeyboardInterrupt:

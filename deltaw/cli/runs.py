@@ -247,10 +247,10 @@ def bench(model: str | None, rank: int, seconds: float, as_json: bool, **options
 @json_option
 def doctor(as_json: bool) -> None:
     """The machine as deltaw sees it, and what that means for training."""
-    from deltaw import api
+    from deltaw.doctor import doctor as examine
     from deltaw.terminal import make_console, pairs, show_json
 
-    facts = api.doctor()
+    facts = examine()
     if as_json:
         show_json(facts)
         return

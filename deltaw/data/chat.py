@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 from deltaw.data.answers import Located, Locator, join_marks
 from deltaw.data.encoding import MASKS, encoding_digest
 from deltaw.data.example import Example
-from deltaw.data.formats import SPLIT_FORMATS, Row, Weight
+from deltaw.data.formats import Row, Weight
 from deltaw.data.source import Fault
 from deltaw.data.template import Renderer, Span
 
@@ -68,9 +68,9 @@ class Encoder:
     """Turns rows into examples with one tokenizer and its chat template; a row that cannot be used becomes a Fault.
 
     `train_on` is "assistant" (every answer), "last" (the last one), "completion" (the completion; of a chat, the last
-    answer) or "all" (every token); weights of single messages and parts go before it. Findings in `allow` do not make a
-    row a Fault where it can be used all the same. `today` is the day that a template prints; `tokenizer_digest` names
-    the tokenizer with its template where the caller knows it from their files.
+    answer) or "all" (every token); weights of single messages and parts scale what it chooses. Findings in `allow` do
+    not make a row a Fault where it can be used all the same. `today` is the day that a template prints;
+    `tokenizer_digest` names the tokenizer with its template where the caller knows it from their files.
     """
 
     def __init__(
@@ -215,6 +215,8 @@ class Encoder:
         if self.marked:
             located = join_marks(located, messages, *self.renderer.text_and_marks(messages, row.tools))
         wanted = self._wanted(row)
+        if self.train_on == "all":  # what has a weight of its own must be found, or it would get that of all
+            wanted |= {position for position, weight in enumerate(self._given(row)) if weight is not None}
         faults = [fault for position, fault in located.faults.items() if position in wanted]
         if faults:
             raise _Refused(*faults[0])
@@ -232,17 +234,21 @@ class Encoder:
         """The numbers of the messages that are trained at all."""
         positions = [position for position, message in enumerate(row.messages) if message["role"] == "assistant"]
         given = row.weights or (None,) * len(row.messages)
-        if self.train_on == "last" or (self.train_on == "completion" and row.format not in SPLIT_FORMATS):
+        if self.train_on == "last" or (self.train_on == "completion" and not row.context):
             positions = positions[-1:]
         return {position for position in positions if given[position] != 0}
 
+    def _given(self, row: Row) -> Sequence[Weight]:
+        """The weight that each message has of its own; under "all", a context has its 0 from nobody but its format."""
+        given = row.weights or (None,) * len(row.messages)
+        return (*(None for _ in given[: row.context]), *given[row.context :]) if self.train_on == "all" else given
+
     def _weighted(self, row: Row, text: str, answers: list[tuple[int, Span]]) -> list[tuple[Span, float]]:
         """The trained spans of a conversation with their weights."""
-        given: Sequence[Weight] = row.weights or (None,) * len(row.messages)
+        given = self._given(row)
         if self.train_on == "all":
-            split = row.format in SPLIT_FORMATS  # whose contexts have the weight 0 from nobody but the format
             asked = [(position, span) for position, span in answers if given[position] is not None]
-            return _around(len(text), [] if split else _spans_of(text, asked, given))
+            return _around(len(text), _spans_of(text, asked, given))
         wanted = self._wanted(row)
         spans = _spans_of(text, [(position, span) for position, span in answers if position in wanted], given)
         if not any(weight for _, weight in spans):

@@ -34,7 +34,8 @@ class Row:
     """One usable row: `messages` for a chat, `text`, or `tokens` with `labels`; `file` and `number` say where it stood.
 
     `weights` holds one entry a message: None (the mask decides), a number for the whole message, or its parts with a
-    number or None each. Empty means None for all. `rejected` is the judged-worse answer of a pair. `skip` says why a
+    number or None each. Empty means None for all. The first `context` messages are a prompt, which is not trained
+    whatever it holds. `rejected` is the judged-worse answer of a pair. `skip` says why a
     row is read but not trained, such as an answer labelled as bad.
     """
 
@@ -49,6 +50,7 @@ class Row:
     tokens: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
     skip: str | None = None
+    context: int = field(default=0, compare=False)
 
     @property
     def answer(self) -> str | None:
@@ -235,7 +237,7 @@ def _joined(prompt: Any, completion: Any, value: Mapping[str, Any]) -> dict[str,
     """A prompt that is context and a completion whose answers are trained."""
     if isinstance(prompt, str) and isinstance(completion, str):
         messages, weights = _messages(_pair(prompt, completion))
-        return {"messages": messages, "weights": weights, "tools": _tools(value)}
+        return {"messages": messages, "weights": weights, "tools": _tools(value), "context": 1}
     if not isinstance(prompt, str | list) or not isinstance(completion, str | list):
         raise _Unusable("prompt and completion must be strings or lists of messages")
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -246,7 +248,8 @@ def _joined(prompt: Any, completion: Any, value: Mapping[str, Any]) -> dict[str,
             "the completion holds no message of the assistant, so nothing would be trained", "nothing-trained"
         )
     answered = weights[len(before) :] or (None,) * len(behind)
-    return {"messages": messages, "weights": (*(0.0 for _ in before), *answered), "tools": _tools(value)}
+    weights = (*(0.0 for _ in before), *answered)
+    return {"messages": messages, "weights": weights, "tools": _tools(value), "context": len(before)}
 
 
 def _preference(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,8 +328,6 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Any]] = {
     "tokenised": (("input_ids",), _tokenised),
     "text": (("text",), _text),
 }
-# Those whose prompt is context and not trained, whatever it holds.
-SPLIT_FORMATS = ("preference pairs", "unpaired preference", "prompt and completion")
 _KNOWN = "; ".join(" and ".join(columns) for columns, _ in _FORMATS.values())
 _REQUIRED = {column for columns, _ in _FORMATS.values() for column in columns}
 _LISTS = {

@@ -208,10 +208,10 @@ class Loader:
 def heaviest_documents(lengths: np.ndarray, micro_tokens: int, turns: float = 1) -> list[int]:
     """The longest document, and as many of the next longest as one forward pass may hold beside it.
 
-    Where all of them are taken up to `turns` times and leave room, a pass holds some of them again.
+    Where all of them fit into one, and are taken up to `turns` times, it may hold the longest as often as they fit.
     """
     order = lengths.argsort(kind="stable")[::-1]
-    order = np.tile(order, int(min(turns, 1 + micro_tokens // max(1, lengths.sum()))))
+    order = np.repeat(order, int(min(turns, 1 + micro_tokens // max(1, lengths.sum()))))
     count = max(1, int(np.searchsorted(lengths[order].cumsum(), micro_tokens, side="right")))
     found: list[int] = order[:count].tolist()
     return found

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from deltaw import hardware
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base.load import Base
+from deltaw.base.shapes import mlp_width, multiplied_parameters
 from deltaw.data.example import Example
 from deltaw.data.pack import Batch, flat_batch
 from deltaw.engine.objective import batch_loss, head_factors
 from deltaw.engine.optim import FlatFactors, OptimSettings
+from deltaw.engine.train import peak_bytes
 
 ROW_TOKENS = 1024
 # (what it is called, tokens of a document, share of them that is trained)
@@ -71,6 +72,7 @@ def _workload(
     seconds: float,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
+    length = min(length, base.context_tokens)
     tell(f"{name}: documents of {length} tokens, {share:.0%} of them trained")
     random = np.random.default_rng(0)
     batch = flat_batch([_document(random, base.vocabulary, length, share) for _ in range(ROW_TOKENS // length)])
@@ -93,8 +95,9 @@ def _workload(
         "useful_gflops": useful / step_seconds / 1e9,
         "gemm_gflops": gemm,
         "share_of_gemm": useful / step_seconds / 1e9 / gemm,
-        "peak_bytes": hardware.peak_rss_bytes(),
-        "parts": time_by_part(lambda: step(batch)),
+        "peak_bytes": peak_bytes(),
+        # Elsewhere the processor only says what is to be done.
+        "parts": time_by_part(lambda: step(batch)) if base.device.type == "cpu" else {},
     }
 
 
@@ -107,8 +110,7 @@ def _document(random: np.random.Generator, vocabulary: int, length: int, share: 
 def _gemm(base: Base) -> float:
     config = base.model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 576))
-    inner = getattr(config, "intermediate_size", None)
-    return hardware.measure_gemm(base.dtype, 1024, width, int(inner or 4 * width), device=base.device)
+    return hardware.measure_gemm(base.dtype, 1024, width, mlp_width(config, width), device=base.device)
 
 
 def useful_flops(base: Base, batch: Batch, trained: int) -> float:
@@ -118,8 +120,8 @@ def useful_flops(base: Base, batch: Batch, trained: int) -> float:
     for attention over t tokens (its backward counted as two and a half of its forward, as is usual), a = heads·width.
     """
     head = base.model.get_output_embeddings()
-    layers = sum(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear) and m is not head)
     config = base.model.config.get_text_config()
+    layers = multiplied_parameters([module for module in base.model.modules() if module is not head], config)
     heads = int(getattr(config, "num_attention_heads", 0))
     width = int(getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // max(1, heads))
     squares = sum((stop - start) ** 2 for start, stop in zip(batch.bounds, batch.bounds[1:], strict=False))

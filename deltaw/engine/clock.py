@@ -14,7 +14,7 @@ from deltaw.engine.loop import Clock
 
 
 class WrittenClock(Clock):
-    """A Clock that repeats what stands in its file, and writes down what is new. A torn last line is taken out."""
+    """A Clock that repeats what stands in its file, and writes down what is new, in the place of a torn last line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,15 +24,12 @@ class WrittenClock(Clock):
         whole = ""
         for text in written.splitlines(keepends=True):
             try:
-                line = json.loads(text)
+                line = json.loads(text if text.endswith("\n") else "")
                 self._known[line["step"]] = (line["done"], line["seconds"])
             except (ValueError, KeyError, TypeError):
                 break
-            if not text.endswith("\n"):
-                break
             whole += text
-        if whole != written:
-            write_text(path, whole)
+        self._mended = None if whole == written else whole
 
     def done(self, step: int, now: float) -> float:
         """What was decided for this step before, else what the clock says now."""
@@ -45,6 +42,9 @@ class WrittenClock(Clock):
             return self._known[step][1]
         self._known[step] = (self._done[step], measured)
         line = {"step": step, "done": self._done[step], "seconds": measured}
+        if self._mended is not None:
+            write_text(self.path, self._mended)
+            self._mended = None
         with disk_errors("write", self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return measured

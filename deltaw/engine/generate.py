@@ -27,6 +27,8 @@ def render_prompt(base: Base, messages: Messages, tools: Sequence[Any] = ()) -> 
     """
     tokenizer = base.tokenizer
     if tokenizer.chat_template is None:
+        if not all(isinstance(message.get("content"), str) for message in messages):
+            raise DataError("A message has no text, and the base has no chat template that could say it otherwise.")
         text = "".join(message["content"] for message in messages)
         tokens: list[int] = tokenizer(text, add_special_tokens=True)["input_ids"]
         tokens = tokens[:-1] if tokens[-1:] == [tokenizer.eos_token_id] else tokens

@@ -27,7 +27,8 @@ from deltaw.errors import AdapterError, NotFiniteError, bullet_list
 class Track:
     """One adapter's way through its data. `position` counts documents over all epochs; `stop` ends the last epoch.
 
-    `steps` is how many it takes, where they are not those of the run. `fault` says why it could not go on.
+    `steps` is how many it takes, where they are not those of the run, `last_step` the last that it took. `fault` says
+    why it could not go on.
     """
 
     loader: Loader
@@ -36,6 +37,7 @@ class Track:
     tokens: int = 0
     trained_tokens: int = 0
     steps: int | None = None
+    last_step: int = 0
     fault: str | None = None
 
     @property
@@ -231,7 +233,7 @@ def _update(
     for track, step, result in zip(progress.tracks, steps, results, strict=True):
         if track.fault is not None:
             continue
-        track.position = step.next_position
+        track.position, track.last_step = step.next_position, number if result.tokens else track.last_step
         track.tokens += result.tokens
         track.trained_tokens += result.trained_tokens
     return StepRecord(

@@ -123,7 +123,8 @@ def _remember_products(known: Outline, settings: Settings, train: DataSet, watch
 def _passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:
     """The heaviest pass, and those of the first steps."""
     store, micro_tokens, share = train.store, int(settings.micro_tokens), settings.share_prefixes
-    heavy = store.lengths[heaviest_documents(store.lengths, micro_tokens, train.turns(settings.whole_epochs))]
+    most = min(micro_tokens, int(settings.batch_tokens))
+    heavy = store.lengths[heaviest_documents(store.lengths, most, train.turns(settings.whole_epochs))]
     yield spans_of([0, *heavy.cumsum().tolist()])
     loader = Loader(store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share)
     for batches in loader.first_steps(SAMPLED_STEPS, loader.stop_after(settings.whole_epochs)):

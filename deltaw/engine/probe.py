@@ -40,7 +40,7 @@ def probe(trainer: Trainer) -> None:
     if memory.is_file():
         return
     train, settings = trainer.ready.data["train"], trainer.settings
-    lengths, micro_tokens = train.store.lengths, int(settings.micro_tokens)
+    lengths, micro_tokens = train.store.lengths, min(int(settings.micro_tokens), int(settings.batch_tokens))
     documents = heaviest_documents(lengths, micro_tokens, train.turns(settings.whole_epochs))
     random_state = torch.get_rng_state()
     master = trainer.flat.master.clone()

@@ -100,7 +100,7 @@ class Together:
         self.flat.load_state(tensors)
         self.progress.step, self.progress.seconds = state["step"], state["seconds"]
         for track, known in zip(self.progress.tracks, state["tracks"], strict=True):
-            track.position, track.tokens, track.trained_tokens, track.fault = known
+            track.position, track.tokens, track.trained_tokens, track.last_step, track.fault = known
         for index, (cell, known) in enumerate(zip(self.cells, state["best"], strict=True)):
             cell.best_step, loss = known
             cell.best_loss, cell.best = (loss, tensors[f"best{index}"]) if cell.best_step else (math.inf, None)
@@ -125,7 +125,10 @@ class Together:
         state = {
             "step": self.progress.step,
             "seconds": self.progress.seconds,
-            "tracks": [[t.position, t.tokens, t.trained_tokens, t.fault] for t in self.progress.tracks],
+            "tracks": [
+                [track.position, track.tokens, track.trained_tokens, track.last_step, track.fault]
+                for track in self.progress.tracks
+            ],
             "best": [[cell.best_step, cell.best_loss if cell.best_step else None] for cell in self.cells],
             "cells": self._identities(),
         }
@@ -157,7 +160,7 @@ class Together:
             self._write(index, last if cell.best is None else cell.best, cell.run.adapter)
 
     def observe(self, record: StepRecord, progress: Progress) -> bool:
-        """Logs a step of every cell, evaluates and saves where it is due."""
+        """Logs a step of every cell that took one, evaluates and saves where it is due."""
         stepped = [index for index, tokens in enumerate(record.tokens) if tokens and self._says(index)]
         for index in stepped:
             metrics = self.cells[index].metrics
@@ -198,7 +201,10 @@ class Together:
             loss = loss_sum / max(1, tokens)
             assert cell.metrics is not None
             cell.metrics.write({"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens})
-            if math.isfinite(loss) and loss < cell.best_loss:
+            if not math.isfinite(loss):
+                self.progress.tracks[index].fault = f"After step {self.progress.step}, the validation loss is {loss}."
+                self._says(index)
+            elif loss < cell.best_loss:
                 cell.best_loss, cell.best_step = loss, self.progress.step
                 cell.best = self._slice(index).clone()
         self.injection.active = 0

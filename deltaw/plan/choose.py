@@ -189,7 +189,7 @@ def _ways_out(demand: Demand, room: Room, way: str) -> list[str]:
 def _with_memory(needed: float, room: Room, text: str) -> str:
     if needed <= room.most_bytes:
         return f"--memory {_megabytes(needed)} {text}".rstrip()
-    return f"{_megabytes(needed)} of memory, which this machine does not have free{', and ' if text else ''}{text}"
+    return f"{_megabytes(needed)} of memory, which is more than is free ({room.source}){', and ' if text else ''}{text}"
 
 
 def _least(demand: Demand, room: Room, way: str) -> int:

@@ -95,7 +95,8 @@ class Demand:
         """The longest document, and as many of the next longest as one pass may hold beside it."""
         store = self.data["train"].store
         lengths = np.minimum(store.lengths, self.longest_tokens)
-        documents = heaviest_documents(lengths, micro_tokens, self.data["train"].turns(self.settings.whole_epochs))
+        most = min(micro_tokens, int(self.settings.batch_tokens))
+        documents = heaviest_documents(lengths, most, self.data["train"].turns(self.settings.whole_epochs))
         labelled = np.minimum(store.trained[documents], lengths[documents]).sum()
         return Pass(tuple(int(n) for n in lengths[documents]), int(labelled))
 

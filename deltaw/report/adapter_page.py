@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ def _sentence(facts: dict[str, Any], layers: Sequence[Layer]) -> str:
     return text + "A spectrum says how an update is made, and not what rank a task needs: that is `deltaw rank`."
 
 
+_NUMBER = re.compile(r"(^|\.)(\d+)(\.|$)")  # of a block, in the name of a layer
+
+
 # -- heat maps ---------------------------------------------------------------------------------------------------------
 
 
@@ -69,8 +73,9 @@ def heat_map(
     heading: str, caption: str, layers: Sequence[Layer], value: Callable[[Layer], float], show: Show, null: float = 0.0
 ) -> HeatMap:
     """Blocks by modules; layers of no block stand in a last row. Colour runs from `null` to the largest number."""
-    columns = list(dict.fromkeys(suffix(layer["name"]) for layer in layers))
-    cells = {(_block(layer["name"]), suffix(layer["name"])): value(layer) for layer in layers}
+    places = _places([layer["name"] for layer in layers])
+    columns = list(dict.fromkeys(column for _, column in places))
+    cells = {place: value(layer) for place, layer in zip(places, layers, strict=True)}
     blocks = sorted({block for block, _ in cells}, key=lambda block: (block is None, block or 0))
     top = max((number for number in cells.values() if is_number(number)), default=0.0)
 
@@ -81,9 +86,17 @@ def heat_map(
     return HeatMap(heading, caption, columns, rows)
 
 
+def _places(names: Sequence[str]) -> list[tuple[int | None, str]]:
+    """(block, column) of each layer: short columns, but for those that would stand for several layers of a block."""
+    places = [(_block(name), suffix(name)) for name in names]
+    shared = {column for (_, column), count in Counter(places).items() if count > 1}
+    whole = [_NUMBER.sub(r"\1*\3", name, count=1) for name in names]
+    return [(block, long if short in shared else short) for (block, short), long in zip(places, whole, strict=True)]
+
+
 def _block(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    found = _NUMBER.search(name)
+    return int(found[2]) if found else None
 
 
 def _strength(number: float, null: float, top: float) -> float:

@@ -37,11 +37,11 @@ def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
 
 def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     spent = f"{len(result['cells'])} adapters over one base in {human_seconds(result['seconds'])}"
-    spent += f", {result['steps']} steps each; peak memory {human_bytes(result['peak_bytes'])}."
+    spent += f", up to {result['steps']} steps each; peak memory {human_bytes(result['peak_bytes'])}."
     if diverged := diverged_cells(result):
         spent += f" Diverged, and left out: {diverged}."
     if not cells:
-        return spent + " Nothing was held out, so no loss is compared."
+        return spent if diverged else spent + " Nothing was held out, so no loss is compared."
     best = cells[0]
     alike = [cell for cell in cells if cell["behind_low"] <= 0]
     if result.get("documents", FEWEST) < FEWEST:

@@ -119,6 +119,15 @@ def test_a_convolution_over_the_border_of_documents_is_found_out_however_little_
     assert model.config._attn_implementation in ("sdpa", "eager")
 
 
+def test_a_model_whose_modules_give_no_gradient_goes_one_document_at_a_time(monkeypatch):
+    def refuse(_model):
+        raise RuntimeError("no backward here")
+
+    monkeypatch.setattr(forward, "mixes_documents", refuse)
+    reason, decoder, _ = prove(lively_model("gpt2"))
+    assert "no backward here" in reason and decoder is None
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen3_moe", "mixtral", "llama"])
 def test_models_that_only_attend_mix_nothing(kind):
     model = lively_model(kind)

@@ -316,7 +316,7 @@ def test_weights_of_messages_go_before_every_mask(tmp_path):
     pair = {"prompt": chat[:3], "completion": chat[3:]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(pair) + "\n")
     (row,) = read_rows([tmp_path / "rows.jsonl"])
-    assert {w for w, _ in weights_by_text(row, "all")} == {1.0}
+    assert {(w, "two" in t) for w, t in weights_by_text(row, "all")} == {(1.0, False), (0.5, True)}  # a context is none
 
 
 @pytest.mark.parametrize("where", ["reasoning_content", "thinking", "tools"])

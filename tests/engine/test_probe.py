@@ -61,6 +61,11 @@ def test_the_longest_document_is_probed_with_the_next_longest_that_fit_beside_it
     assert heaviest_documents(lengths, 180) == [1, 3, 2]
     assert heaviest_documents(lengths, 150) == [1, 3]
     assert heaviest_documents(lengths, 10) == [1]
+    assert heaviest_documents(lengths, 10, turns=5) == [1]
+    total = int(lengths.sum())
+    assert len(heaviest_documents(lengths, 10 * total)) == len(lengths)
+    assert heaviest_documents(lengths, 2 * total, turns=9)[:3] == [1, 1, 1]
+    assert sorted(heaviest_documents(lengths, 10 * total, turns=2)) == sorted([*range(len(lengths))] * 2)
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,8 @@ def test_an_outline_counts_what_the_opened_model_holds(kind, tmp_path):
         if isinstance(m, torch.nn.Linear) and m is not base.model.get_output_embeddings()
     )
     assert known.linear_parameters == linear  # of experts none, though tokens are multiplied with some
-    if kind not in ("gpt2", "qwen3_moe"):  # which have other layers than Linear
-        assert known.product_parameters == linear
+    other = {"gpt2": 2 * 12 * 32 * 32, "qwen3_moe": 2 * 2 * 3 * 24 * 32}  # Conv1D; two experts of three weights each
+    assert known.product_parameters == linear + other.get(kind, 0)
 
 
 def test_every_choice_changes_the_parts_that_it_should_and_no_other(demand):
@@ -258,7 +258,7 @@ def test_no_more_memory_is_offered_than_the_machine_could_give(demand):
         make_plan(asked, small, Clock(asked, PACE))
     ways = re.findall(r"^  - (.*)$", str(caught.value), re.M)
     assert len(ways) == 3 and "--memory" not in str(caught.value)
-    assert re.fullmatch(r"\d+MB of memory, which this machine does not have free", ways[0])
+    assert re.fullmatch(r"\d+MB of memory, which is more than is free \(RAM\)", ways[0])
 
 
 def test_another_rank_is_no_way_out_for_a_run_that_goes_on_with_an_adapter(demand):
@@ -410,6 +410,11 @@ def test_other_machines_are_planned_by_their_data_sheet_and_marked(llama_folder,
     made = api.plan(model=llama_folder, data=[chats], steps=3, on=name)
     assert not made.calibrated and made.machine == name and made.step_seconds > 0
     assert made.room.limit_bytes < DEVICES[name].memory_bytes
+
+
+def test_a_dtype_that_a_data_sheet_does_not_tell_of_is_refused(llama_folder, chats):
+    with pytest.raises(UsageError, match="read for bfloat16; leave out --dtype"):
+        api.plan(model=llama_folder, data=[chats], steps=3, on="h200", dtype="float32")
 
 
 def test_an_unknown_machine_is_refused_with_the_known_ones(llama_folder, chats):

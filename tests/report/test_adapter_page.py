@@ -80,3 +80,13 @@ def test_colour_begins_at_the_null_and_ends_at_the_largest_number():
     assert found.rows[0][1] == [("0.5", 0.0), ("1", 0.0), None]
     assert found.rows[1][1] == [None, ("nan", 0.0), None] and found.rows[2][1][0] == ("3", 1.0)
     assert found.rows[3][1] == [None, None, ("2", 0.5)]
+
+
+def test_layers_that_would_share_a_cell_have_columns_of_their_own():
+    names = [f"model.layers.{block}.mlp.experts.{expert}.w1" for block in (0, 1) for expert in (0, 1)]
+    names += ["vision.layers.0.q_proj", "language.layers.0.q_proj", "0.fc", "1.fc"]
+    layers = [{"name": name, "number": float(number)} for number, name in enumerate(names)]
+    found = heat_map("", "", layers, lambda layer: layer["number"], lambda number: f"{number:g}")
+    shown = [cell[0] for _, cells in found.rows for cell in cells if cell is not None]
+    assert sorted(shown, key=float) == [f"{number:g}" for number in range(len(names))]
+    assert "model.layers.*.mlp.experts.1.w1" in found.columns and "fc" in found.columns

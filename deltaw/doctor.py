@@ -1,0 +1,60 @@
+"""The machine as deltaw sees it, and what it means for training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deltaw import hardware
+from deltaw.base.builtin import cache_folder
+
+
+def doctor() -> dict[str, Any]:
+    """The machine as deltaw sees it (`machine`), and what it means for training (`advice`, sentences)."""
+    seen = hardware.look()
+    rates = {str(dtype): hardware.measure_gemm(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    device = hardware.choose_device()
+    dtype = hardware.compute_dtype(device, seen)
+    gpu = "none" if seen.gpu is None else f"{seen.gpu.name}, {seen.gpu.total_bytes / 1e9:.0f} GB"
+    machine = {
+        "processor": f"{seen.cpu_name}, {seen.cores} cores",
+        "instruction sets": ", ".join(seen.instruction_sets),
+        "multiply rate": ", ".join(
+            f"{name.removeprefix('torch.')} {rate:,.0f} GFLOP/s" for name, rate in rates.items()
+        ),
+        "memory": f"{seen.memory_limit_bytes / 1e9:.1f} GB ({seen.memory_limit_source}), "
+        f"{seen.available_bytes / 1e9:.1f} GB free",
+        "gpu": gpu,
+        "platform": seen.platform,
+        **{f"version of {name}": version for name, version in seen.versions.items()},
+        "cache": str(cache_folder()),
+    }
+    return {"machine": machine, "gemm_gflops": rates, "advice": _advice(seen, device, dtype, rates)}
+
+
+def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, rates: dict[str, float]) -> list[str]:
+    advice = [f"Training runs on {device} and computes in {str(dtype).removeprefix('torch.')}."]
+    if device.type == "cpu":
+        rate = rates[str(dtype)]
+        advice.append(
+            f"A base of 135M parameters trains at roughly {_tokens_per_second(rate):,.0f} tokens per second here: "
+            f"{TRAINING_SHARE:.0%} of {rate:,.0f} GFLOP/s, over {FLOP_PER_TOKEN / 1e9:.2f} GFLOP per token."
+        )
+        if not seen.bf16_cpu:
+            advice.append("This processor has no bf16 arithmetic, so bases are held in fp32: 4 bytes per parameter.")
+    largest = 0.6 * seen.memory_limit_bytes / (4 if dtype == torch.float32 else 2)
+    advice.append(f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train.")
+    return advice
+
+
+# SmolLM2-135M has 106,168,320 parameters in the linear layers of its 30 blocks. Each costs 2 FLOP per token forward and
+# 2 backward: a frozen weight has no gradient of its own. The head counts for labelled tokens only, and is left out.
+FLOP_PER_TOKEN = 4 * 106_168_320
+# What steps of 1,024 tokens (rank 16, documents of 70 tokens, 2 CPU cores, fp32) reached of the rate of one large
+# product, 202 GFLOP/s: 0.36 to 0.41.
+TRAINING_SHARE = 0.4
+
+
+def _tokens_per_second(gflops: float) -> float:
+    return TRAINING_SHARE * gflops * 1e9 / FLOP_PER_TOKEN
