@@ -15,7 +15,7 @@ import yaml
 from models import byte_tokenizer, lively_model, save_base, small_model
 
 import deltaw
-from deltaw import api, demonstration, ranks
+from deltaw import api, demonstration, doctor, ranks
 from deltaw.adapter import read_adapter
 from deltaw.cli.runs import _show_demo
 from deltaw.config import make_settings
@@ -342,7 +342,7 @@ def test_the_front_door_hands_on_what_it_lists():
 def test_the_advice_counts_the_parameters_of_the_base_that_it_speaks_of():
     blocks, hidden, key, inner = 30, 576, 192, 1536
     linear = blocks * (2 * hidden * hidden + 2 * hidden * key + 3 * hidden * inner)
-    assert 4 * linear == api.FLOP_PER_TOKEN
+    assert 4 * linear == doctor.FLOP_PER_TOKEN
 
 
 def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goes_on_after_a_stop(
