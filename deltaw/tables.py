@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deltaw.report.sweep_page import HEADINGS, cell_row, diverged_cells
+from deltaw.report.sweep_page import HEADINGS, cautions, cell_row
 from deltaw.terminal import WholeTable, human_bytes, human_seconds, pairs, percent
 
 
@@ -139,13 +139,12 @@ def sweep_page(console: Console, found: dict[str, Any]) -> None:
     measured = sorted((cell for cell in cells if cell["loss"] is not None), key=lambda cell: cell["loss"])
     if measured:
         console.print(plain_table(HEADINGS, [cell_row(cell) for cell in measured]))
-    else:
-        console.print("Nothing was held out, so no loss is compared; give --eval-data.")
-    console.print()
+        console.print()
+    for sentence in cautions(found):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     pairs(console, {
         "time of the steps": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of {found['steps']} steps",
         "peak memory": human_bytes(found["peak_bytes"]),
-        **({"diverged": diverged} if (diverged := diverged_cells(found)) else {}),
         "page": f"{found['folder']}/sweep.html",
     })  # fmt: skip
 

@@ -31,6 +31,7 @@ PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 # What is wrong differs by eight times that and more (dev/LOG.md). Beyond seven tolerances it is no rounding any more.
 ROUGHNESS_FACTOR, MOST_TOLERANCES = 3, 7
 PROOF_LENGTHS = (9, 6)  # tokens of the two documents that proofs look at
+_UNSCALED = "original_inv_freq"  # how transformers' rotary modules call their frequencies before any scaling
 EAGER = "eager"  # the attention of transformers that every model has
 
 
@@ -69,7 +70,6 @@ def register() -> None:
 
 def flat_hidden_states(model: Any, tokens_T: Tensor, positions_T: Tensor, bounds: Sequence[int]) -> Tensor:
     """Final hidden states [T, H] of a flat row of documents."""
-    forget_lengths(model)
     if not may_be_flat(model, bounds):
         alone = [(tokens_T[a:b], positions_T[a:b], (0, b - a)) for a, b in pairwise(bounds)]
         return torch.cat([flat_hidden_states(model, *document) for document in alone])
@@ -90,15 +90,20 @@ def may_be_flat(model: Any, bounds: Sequence[int]) -> bool:
 
 
 def forget_lengths(model: Any) -> None:
-    """Takes rotary angles back to those of short documents: "dynamic" scaling keeps what a long one made of them."""
+    """Has rotary angles follow from the positions of a call: "dynamic" scaling keeps what the longest made of them."""
     if "dynamic" not in {kind.get("rope_type") for kind in _scalings(model.config.get_text_config())}:
         return
     for module in model.modules():
-        for name, original in list(module.named_buffers(recurse=False)):
-            prefix, found, _ = name.rpartition("original_inv_freq")
-            if found:
-                setattr(module, f"{prefix}inv_freq", original)
-                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+        if any(name.endswith(_UNSCALED) for name, _ in module.named_buffers(recurse=False)):
+            module.register_forward_pre_hook(_unscale)
+
+
+def _unscale(module: nn.Module, _args: Any) -> None:
+    for name, original in list(module.named_buffers(recurse=False)):
+        prefix, found, _ = name.rpartition(_UNSCALED)
+        if found:
+            setattr(module, f"{prefix}inv_freq", original)
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def independent_tokens(config: Any) -> float:
@@ -257,7 +262,6 @@ class plain_attention:
         self.model, self.name = model, name or own_attention(model)
 
     def __enter__(self) -> None:
-        forget_lengths(self.model)
         self.previous = self.model.config._attn_implementation
         self.model.set_attn_implementation(self.name)
 

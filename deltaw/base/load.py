@@ -127,7 +127,6 @@ class Base:
 
         `before` names for each document the rows that it continues; only where `shares_prefixes`.
         """
-        forward.forget_lengths(self.model)
         if self.decoder is not None and self.slow_reason is None and forward.may_be_flat(self.model, bounds):
             return self.decoder.hidden_states(tokens_T, positions_T, continued_spans(bounds, before), rows_N)
         assert not before, "only the kernels know documents that continue others"

@@ -27,6 +27,7 @@ def prove(model: Any) -> tuple[str | None, Decoder | None, str | None]:
 
     Afterwards the model carries the attention that belongs to that.
     """
+    forward.forget_lengths(model)
     reason = forward.prove(model)
     if reason is not None:
         return reason, None, None

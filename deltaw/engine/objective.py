@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deltaw.adapter import Injection
 from deltaw.base.decoder import Row
-from deltaw.base.forward import forget_lengths, plain_attention
+from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base, most_together
 from deltaw.data.pack import Batch
 from deltaw.kernels import continued_spans, labelled_loss, token_losses
@@ -129,7 +129,6 @@ def _plain_losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
     logits = []
     with plain_attention(base.model):
         for start, stop in pairwise(batch.bounds):
-            forget_lengths(base.model)
             logits_tV = base.model(input_ids=batch.tokens_T[None, start:stop], use_cache=False).logits[0]
             logits.append(logits_tV[batch.weights_T[start:stop] != 0])
     logits_NV = torch.cat(logits).float()

@@ -44,7 +44,7 @@ from deltaw.kernels.attention import products
 
 DEFAULT_MICRO_TOKENS = 1024
 # A base that takes more than this of the memory may come to be streamed, although no plan is made yet.
-LARGE_SHARE = 0.5
+LARGE_SHARE, SHARED_BYTES = 0.5, 1_000_000_000
 # Products that oneDNN remembers, 1 to 3 MB each: SHARING where passes may share a reading, and some SPARE, as the next
 # pass has many of the last one's.
 LEAST_PRODUCTS, SHARING_PRODUCTS, MOST_PRODUCTS, SPARE_PRODUCTS = 64, 128, 1024, 24
@@ -133,14 +133,18 @@ def _passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:
 
 
 def _may_stream(known: Outline, settings: Settings) -> bool:
-    """Whether the base is, or is likely to be, read from its files block by block: it takes much of the memory."""
+    """Whether the base is, or is likely to be, read from its files block by block: it takes much of the memory.
+
+    Not of a small one, whose reading costs less than the memory that more products take.
+    """
     if not settings.by_rule("stream"):
         return bool(settings.stream)
     machine = hardware.look()
     limit = min(machine.memory_limit_bytes, machine.available_bytes)
     if settings.memory is not None:
         limit = min(limit, parse_bytes(settings.memory))
-    return known.parameters * getattr(torch, settings.dtype).itemsize > LARGE_SHARE * limit
+    size = known.parameters * getattr(torch, settings.dtype).itemsize
+    return size > max(LARGE_SHARE * limit, SHARED_BYTES)
 
 
 def prepare_run(sketch: Sketch, settings: Settings, watcher: Watcher) -> Prepared:

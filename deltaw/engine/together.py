@@ -161,7 +161,10 @@ class Together:
 
     def observe(self, record: StepRecord, progress: Progress) -> bool:
         """Logs a step of every cell that took one, evaluates and saves where it is due."""
-        stepped = [index for index, tokens in enumerate(record.tokens) if tokens and self._says(index)]
+        asked = [index for index, tokens in enumerate(record.tokens) if tokens]
+        stepped = [index for index in asked if progress.tracks[index].fault is None]
+        for index in set(asked) - set(stepped):
+            self._say_why(index)
         for index in stepped:
             metrics = self.cells[index].metrics
             assert metrics is not None
@@ -177,12 +180,10 @@ class Together:
             self.checkpoint()
         return True
 
-    def _says(self, index: int) -> bool:
-        """Whether this step trained the cell; says so where it could not."""
+    def _say_why(self, index: int) -> None:
+        """Says which cell could not go on."""
         fault = self.progress.tracks[index].fault
-        if fault is not None:
-            self.watcher.say(f"{self.cells[index].run.folder.name} ends here, the others go on. {fault}")
-        return fault is None
+        self.watcher.say(f"{self.cells[index].run.folder.name} ends here, the others go on. {fault}")
 
     def _due(self, index: int, step: int) -> bool:
         return self.progress.tracks[index].ended or step % int(self.cells[index].settings.eval_steps) == 0
@@ -203,7 +204,7 @@ class Together:
             cell.metrics.write({"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens})
             if not math.isfinite(loss):
                 self.progress.tracks[index].fault = f"After step {self.progress.step}, the validation loss is {loss}."
-                self._says(index)
+                self._say_why(index)
             elif loss < cell.best_loss:
                 cell.best_loss, cell.best_step = loss, self.progress.step
                 cell.best = self._slice(index).clone()

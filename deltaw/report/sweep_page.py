@@ -38,14 +38,12 @@ def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
 def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     spent = f"{len(result['cells'])} adapters over one base in {human_seconds(result['seconds'])}"
     spent += f", up to {result['steps']} steps each; peak memory {human_bytes(result['peak_bytes'])}."
-    if diverged := diverged_cells(result):
-        spent += f" Diverged, and left out: {diverged}."
+    spent = " ".join([spent, *cautions(result)])
     if not cells:
-        return spent if diverged else spent + " Nothing was held out, so no loss is compared."
+        return spent
     best = cells[0]
     alike = [cell for cell in cells if cell["behind_low"] <= 0]
-    if result.get("documents", FEWEST) < FEWEST:
-        spent += f" Only {result['documents']} held-out documents: too few for intervals to mean anything."
+    if result["documents"] < FEWEST:
         alike = cells
     smallest = min(alike, key=lambda cell: cell["parameters"])
     text = f"{spent} Best: rank {best['rank']} at {best['lr']:g}, loss {best['loss']:.4f}."
@@ -54,9 +52,16 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     return text
 
 
-def diverged_cells(result: dict[str, Any]) -> str:
-    """The names of cells whose loss or gradient ceased to be finite."""
-    return ", ".join(cell["name"] for cell in result["cells"] if cell.get("fault"))
+def cautions(result: dict[str, Any]) -> list[str]:
+    """Sentences on what is not compared, or not to be trusted."""
+    said, diverged = [], [cell["name"] for cell in result["cells"] if cell["fault"]]
+    if diverged:
+        said.append(f"Diverged, and left out: {', '.join(diverged)}.")
+    if not result["documents"]:
+        said.append("Nothing was held out, so no loss is compared; give --eval-data.")
+    elif result["documents"] < FEWEST:
+        said.append(f"Only {result['documents']} held-out documents: too few for intervals to mean anything.")
+    return said
 
 
 def cell_row(cell: dict[str, Any]) -> tuple[str, ...]:

@@ -339,9 +339,21 @@ def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypa
     assert bounded == [1]
 
 
-@pytest.mark.parametrize("given", [{}, {"stream": True}, {"memory": "100kB"}], ids=str)
-def test_more_products_are_remembered_where_passes_may_share_a_reading(llama_folder, tmp_path, monkeypatch, given):
-    """Streamed, or a base that takes much of the memory and so may come to be; these documents alone need fewer."""
+@pytest.mark.parametrize(
+    ("given", "shared_bytes", "more"),
+    [
+        ({}, 0, False),
+        ({"stream": True}, 10**9, True),
+        ({"memory": "100kB"}, 0, True),
+        ({"memory": "100kB"}, 10**9, False),
+    ],
+    ids=["in memory", "streamed", "large", "small"],
+)
+def test_more_products_are_remembered_where_passes_may_share_a_reading(
+    llama_folder, tmp_path, monkeypatch, given, shared_bytes, more
+):
+    """Streamed, or a large base that takes much of the memory; these documents alone need fewer."""
+    monkeypatch.setattr("deltaw.engine.prepare.SHARED_BYTES", shared_bytes)
     data = tmp_path / "short.jsonl"
     data.write_text("".join(json.dumps({"prompt": "a", "completion": f"{n:03}"}) + "\n" for n in range(60)))
     monkeypatch.setenv(hardware.REMEMBERED, "")
@@ -350,7 +362,7 @@ def test_more_products_are_remembered_where_passes_may_share_a_reading(llama_fol
     monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
     with contextlib.suppress(DoesNotFitError):
         api.plan(model=llama_folder, data=[data], steps=3, dtype="bfloat16", **given)
-    if given:
+    if more:
         assert hardware.remembered_products() >= SHARING_PRODUCTS and most_together() == 4
     else:
         assert hardware.remembered_products() < SHARING_PRODUCTS
