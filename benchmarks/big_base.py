@@ -9,6 +9,7 @@ given as `--memory`, with the base's files dropped from the system's cache befor
   take turns step by step, each with files of its own, so that both meet the same moods of the machine.
 - "8b": 16 GB of weights under 4 and 3 GB in bf16. How near are steps to the slower of two bounds, products and disk?
 - "8b nf4": the same, stored in 4 bits.
+- "1.7b fp32": as "1.7b", computed in fp32 from the same bf16 files: what a processor without bf16 arithmetic does.
 - "demo": the demo's training with less and less memory, and its accuracy beside that of a run without a limit.
 
 Products: 2 operations a weight and token forward, 2 more where a block is computed again, 2 for the gradient that goes
@@ -17,7 +18,8 @@ most), measured before and after each step, since a shared machine changes its s
 Attention, norms and the factors are left out, so nothing can reach this bound. Disk: what the kernel read for this
 process during the step, over the rate of reading weights that lie in no cache.
 
-Rows go to results/big_base.json as they are measured; a run that has its row is not run again.
+Rows go to results/big_base.json as they are measured; a run that has its row is not run again. Without names, those are
+run that compute in the dtype that this machine is fast in.
 """
 
 from __future__ import annotations
@@ -69,7 +71,13 @@ class Setup(NamedTuple):
     steps: int = 4
     options: Mapping[str, Any] = MappingProxyType({})
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        return torch.float32 if self.options.get("dtype") else torch.bfloat16
 
+
+FP32 = {"dtype": "float32"}
 BLOCKS_TWICE = {"smollm2-1.7b-shape": 24, "llama-3-8b-shape": 32}
 RUNS = [  # those of one list take turns
     [
@@ -77,6 +85,10 @@ RUNS = [  # those of one list take turns
         for name, limit in (("1.7b streamed", 1200), ("1.7b in memory", None))
     ],
     *([Setup(f"demo {limit} MB" if limit else "demo", DEMO, limit)] for limit in (None, *DEMO_LIMITS)),
+    [
+        Setup(name, "smollm2-1.7b-shape", limit, micro=256, steps=5, options={"stream": limit is not None, **FP32})
+        for name, limit in (("1.7b fp32 streamed", 2000), ("1.7b fp32 in memory", None))
+    ],
     [Setup("8b bf16, 4 GB", "llama-3-8b-shape", 4000, micro=512, options={"quant": "none"})],
     [Setup("8b bf16, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "none"})],
     [Setup("8b nf4, 3 GB", "llama-3-8b-shape", 3000, micro=512, options={"quant": "nf4", "stream": True})],
@@ -89,7 +101,9 @@ def main(names: list[str]) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     known = {row["name"] for row in rows}
     for setups in RUNS:
-        wanted = not names or any(fnmatch(setup.name, name) for name in names for setup in setups)
+        wanted = any(fnmatch(setup.name, name) for name in names for setup in setups) or (
+            not names and setups[0].dtype == hardware.compute_dtype(torch.device("cpu"), hardware.look())
+        )
         if not wanted or known.issuperset(setup.name for setup in setups):
             continue
         for row in measure(setups):
@@ -159,7 +173,8 @@ def _demo_settings() -> dict[str, Any]:
 
 def _train(setup: Setup, given: dict[str, Any], cache: Path, turns: str | None) -> str | None:
     """Why the run did not finish; None when it did."""
-    asked, files = {"given": given, "turns": turns, "micro": setup.micro}, [*Path(given["model"]).glob("*.safetensors")]
+    asked = {"given": given, "turns": turns, "micro": setup.micro, "dtype": str(setup.dtype).removeprefix("torch.")}
+    files = [*Path(given["model"]).glob("*.safetensors")]
     child = ["env", f"DELTAW_CACHE={cache}", sys.executable, __file__, "--child", json.dumps(asked)]
     if setup.limit_mb is None:
         forget(files)
@@ -192,8 +207,10 @@ class Turns:
 class Recorder(Watcher):
     """Remembers of each step how long it took, what the kernel read for it, and how fast the machine multiplied."""
 
-    def __init__(self, product: tuple[int, int, int], turns: Turns | None, steps: int | None) -> None:
-        self.product, self.turns, self.steps = product, turns, steps
+    def __init__(
+        self, product: tuple[int, int, int], dtype: torch.dtype, turns: Turns | None, steps: int | None
+    ) -> None:
+        self.product, self.dtype, self.turns, self.steps = product, dtype, turns, steps
         self.seconds, self.read, self.multiplies, self.quantised = [], [], [], []
 
     def say(self, text: str) -> None:
@@ -218,13 +235,14 @@ class Recorder(Watcher):
         self.began = time.monotonic()
 
     def rate(self) -> float:
-        return 1e9 * hardware.measure_gemm(torch.bfloat16, *self.product, seconds=0.2)
+        return 1e9 * hardware.measure_gemm(self.dtype, *self.product, seconds=0.2)
 
 
-def child(given: dict[str, Any], turns: str | None, micro: int) -> None:
+def child(given: dict[str, Any], turns: str | None, micro: int, dtype: str) -> None:
     """Trains these settings, and leaves beside the run's own records what was seen of its steps."""
     settings, shape = make_settings(given), outline(Path(given["model"]))
-    watcher = Recorder((micro, min(2048, shape.hidden), 2048), Turns(turns) if turns else None, given.get("steps"))
+    product, shared = (micro, min(2048, shape.hidden), 2048), Turns(turns) if turns else None
+    watcher = Recorder(product, getattr(torch, dtype), shared, given.get("steps"))
     if watcher.turns is not None:
         watcher.turns.take()
     run = create_run(settings)
@@ -297,11 +315,12 @@ def _median(measure: Callable[[], float]) -> float:
 def answers(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the rows say to the questions above, as far as they are there."""
     found: dict[str, Any] = {}
-    pair = [rows.get(f"1.7b {how}") for how in ("in memory", "streamed")]
-    if all(row and row["finished"] for row in pair):
-        memory, streamed = (row["all_step_seconds"][1:] for row in pair)
-        ratios = [one / other for one, other in zip(memory, streamed, strict=True)]
-        found["1.7b speed kept"] = {"median": statistics.median(ratios), "pairs": ratios}
+    for kind in ("1.7b", "1.7b fp32"):
+        pair = [rows.get(f"{kind} {how}") for how in ("in memory", "streamed")]
+        if all(row and row["finished"] for row in pair):
+            memory, streamed = (row["all_step_seconds"][1:] for row in pair)
+            ratios = [one / other for one, other in zip(memory, streamed, strict=True)]
+            found[f"{kind} speed kept"] = {"median": statistics.median(ratios), "pairs": ratios}
     for name, row in rows.items():
         if name.startswith("8b") and row["finished"]:
             found[f"{name}: share of the slower bound"] = row["share_of_slower_bound"]
@@ -329,7 +348,7 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
     for name, beside in besides.items():
         limit = f"{rows[name]['setup']['limit_mb'] / 1000:g} GB"
         lines.append(f"| {name.split(',')[0]} | {limit} | {rows[name]['step_seconds']:.1f} s | {beside} |")
-    rates = [row["gemm_gflops"] for row in rows.values()]
+    rates = [rows[name]["gemm_gflops"] for name in SHOWN]
     return "\n".join([*lines, "", f"The machine multiplied at {min(rates):.0f} to {max(rates):.0f} GFLOP/s."])
 
 

@@ -56,7 +56,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
     },
 }
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512}
+TINY = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
 PEFT_SHAPES = ((16, 64), (4, 256), (1, 1024))  # rows × tokens, those of deltaw.engine.bench
 
 

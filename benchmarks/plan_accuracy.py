@@ -8,6 +8,7 @@ the lowest cgroup limit under which the run finishes within three times its time
 figures no constant of deltaw/plan was chosen are reported apart. Rows go to results/plan_accuracy.jsonl as they are
 measured; a case that has its row is not run again. results/plan_accuracy.json holds rows and errors. `--replan` plans
 the memory of the rows anew, when its formula changed and what runs do did not; times stay as planned beside the run.
+On a processor that computes in fp32, results are plan_accuracy_fp32.*; nothing was chosen by those.
 Rows marked "busy" were measured while other work used the machine, and their times do not count.
 """
 
@@ -24,16 +25,20 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from bases import FOLDER, base
 from limits import finishes_under
 
+from deltaw import hardware
 from deltaw.config import make_settings
 from deltaw.engine.run import create_run
 from deltaw.engine.train import train
 from deltaw.engine.watcher import Watcher
 
 RESULTS = Path(__file__).parent / "results"
-ROWS, SUMMARY = RESULTS / "plan_accuracy.jsonl", RESULTS / "plan_accuracy.json"
+BF16 = hardware.compute_dtype(torch.device("cpu"), hardware.look()) == torch.bfloat16
+NAME = "plan_accuracy" if BF16 else "plan_accuracy_fp32"
+ROWS, SUMMARY = RESULTS / f"{NAME}.jsonl", RESULTS / f"{NAME}.json"
 STEPS = 6
 BISECTIONS, RANGE = 5, 0.3  # of the prediction, to either side
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
@@ -133,7 +138,7 @@ def measure(case: Case) -> dict[str, Any]:
             found = _lowest_limit(case, folder, data, cache, Path(work), plan["peak_bytes"], summary["train_seconds"])
     return {
         "name": case.name,
-        "case": case._asdict(),
+        "case": {**case._asdict(), "fitted": case.fitted and BF16},
         "peak_bytes": found,
         **_planned(plan, found),
         "high_water_bytes": summary["peak_bytes"],

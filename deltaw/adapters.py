@@ -33,6 +33,7 @@ from deltaw.analysis.truncate import (
 )
 from deltaw.analysis.weights import beside
 from deltaw.api import MEASURED, base_of, open_adapter, settings_of, train, train_run
+from deltaw.base.formed import stored_dtype
 from deltaw.base.save import require_new
 from deltaw.config import AUTO, Settings, parse_bytes
 from deltaw.disk import write_text
@@ -206,14 +207,18 @@ def _before_and_after(held_out: HeldOut, before: np.ndarray, made: Adapter) -> d
 # What healing does as the run did.
 HEALED_ALIKE = (
     *("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "allow_lost", "date", "lr"),
-    *("dtype", "revision", "recompute", "stream", "quant"),  # as it was fitted into its memory
+    *("dtype", "revision", "recompute", "stream", "quant"),  # as it was fitted into its memory; a dtype only if given
 )
 
 
 def _healed_alike(path: Path, adapter: Adapter) -> dict[str, Any]:
     """The settings that healing takes from the run that the adapter is of, or from what the adapter says of it."""
     run = run_of(path)
-    known = settings_of(adapter) if run is None else vars(run.settings())
+    if run is None:
+        known = settings_of(adapter)
+    else:
+        settings = run.settings()
+        known = {name: value for name, value in vars(settings).items() if name != "dtype" or not settings.by_rule(name)}
     return {name: known[name] for name in HEALED_ALIKE if known.get(name) is not None}
 
 
@@ -344,12 +349,12 @@ def beside_base(
     assert opened.injection is not None
     adapter, targets = opened.injection.adapters[0], opened.injection.targets
     opened.injection.eject()
-    rows = []
+    rows, stored = [], stored_dtype(opened.base.folder)
     for number, target in enumerate(targets):
         if progress is not None:
             progress(number, len(targets))
         if not is_stack(adapter, target.name):
-            found = beside(spectrum(adapter, target.name), target.weight_matrix(), target.weight_dtype)
+            found = beside(spectrum(adapter, target.name), target.weight_matrix(), stored)
             rows.append({"name": target.name, **vars(found)})
     return rows
 

@@ -243,6 +243,11 @@ def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Pl
         settings.device, settings.dtype = device.kind, dtype
         fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
     demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
+    if settings.stream and not demand.may_stream(settings.quant):
+        raise UsageError(
+            f"--stream: the base {sketch.outline.name} cannot be read block by block on this machine. That needs "
+            "Linux, a CPU, and blocks of linear layers or of weights in the dtype that is computed in."
+        )
     room = _room(settings, fixed_bytes, file_bytes, on)
     if on is None:
         require_room(demand, room, likely_way(demand))  # timing needs time and memory, which a refusal can do without

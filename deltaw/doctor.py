@@ -13,7 +13,12 @@ from deltaw.base.builtin import cache_folder
 def doctor() -> dict[str, Any]:
     """The machine as deltaw sees it (`machine`), and what it means for training (`advice`, sentences)."""
     seen = hardware.look()
-    rates = {str(dtype): hardware.measure_gemm(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    # Emulated, one product of the usual shape would take two seconds.
+    size = () if seen.bf16_cpu else (EMULATED_SIZE,) * 3
+    rates = {
+        str(torch.float32): hardware.measure_gemm(torch.float32),
+        str(torch.bfloat16): hardware.measure_gemm(torch.bfloat16, *size),
+    }
     device = hardware.choose_device()
     dtype = hardware.compute_dtype(device, seen)
     gpu = "none" if seen.gpu is None else f"{seen.gpu.name}, {seen.gpu.total_bytes / 1e9:.0f} GB"
@@ -33,6 +38,9 @@ def doctor() -> dict[str, Any]:
     return {"machine": machine, "gemm_gflops": rates, "advice": _advice(seen, device, dtype, rates)}
 
 
+EMULATED_SIZE = 256
+
+
 def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, rates: dict[str, float]) -> list[str]:
     advice = [f"Training runs on {device} and computes in {str(dtype).removeprefix('torch.')}."]
     if device.type == "cpu":
@@ -41,10 +49,16 @@ def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, ra
             f"A base of 135M parameters trains at roughly {_tokens_per_second(rate):,.0f} tokens per second here: "
             f"{TRAINING_SHARE:.0%} of {rate:,.0f} GFLOP/s, over {FLOP_PER_TOKEN / 1e9:.2f} GFLOP per token."
         )
-        if not seen.bf16_cpu:
-            advice.append("This processor has no bf16 arithmetic, so bases are held in fp32: 4 bytes per parameter.")
+        if dtype == torch.float32:
+            advice.append(
+                "bf16 would be slow here, so a base takes 4 bytes per parameter in memory; one that is streamed from "
+                "its files takes none for the blocks that wait."
+            )
     largest = 0.6 * seen.memory_limit_bytes / (4 if dtype == torch.float32 else 2)
-    advice.append(f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train.")
+    advice.append(
+        f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train. `deltaw plan` says "
+        "how a larger one would be fitted: streamed, or in 4 bits."
+    )
     return advice
 
 

@@ -80,7 +80,7 @@ def does_not_fit(error: BaseException) -> DoesNotFitError | None:
         return None
     return DoesNotFitError(
         f"The memory does not suffice ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). "
-        "Smaller --micro-tokens, a shorter --max-length or --dtype bfloat16 need less, and so does a smaller base."
+        "Smaller --micro-tokens, a shorter --max-length, --recompute or --quant nf4 need less, as does a smaller base."
     )
 
 

@@ -19,6 +19,7 @@ from deltaw.analysis.curve import Curve, Needed, half_of, retained_gain
 from deltaw.analysis.spectrum import ranks_of, spectra
 from deltaw.analysis.truncate import Spectra, component_numbers, ranks_within, truncate
 from deltaw.api import EVALUATION_TOKENS, Model, open_adapter
+from deltaw.config import AUTO
 from deltaw.data.formats import parse_sources
 from deltaw.data.prepare import prepare
 from deltaw.engine.heldout import HeldOut, Progress
@@ -111,6 +112,9 @@ def _of_run(path: Path, say: Callable[[str], None], options: dict[str, Any]) -> 
     if run is None:
         raise UsageError(f"{path} is no run, so nothing was held out; give --data FILE.")
     settings = run.settings()
+    for name in ("device", "dtype"):  # the run may be of another machine
+        if settings.by_rule(name):
+            settings.put(name, AUTO, "default")
     for name, value in options.items():
         settings.put(name, value, "given")
     sketch = sketch_run(run, settings, Watcher())

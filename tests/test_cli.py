@@ -538,7 +538,7 @@ def test_training_says_what_the_check_found_and_a_recipe_mixes_sources(tmp_path,
     assert again.exit_code == 0 and "has ended already" in again.stderr
 
 
-def test_bench_says_how_fast_a_base_trains_and_where_the_time_goes(llama_folder):
+def test_bench_says_how_fast_a_base_trains_and_where_the_time_goes(llama_folder, capfd):
     done = _run("bench", "--model", llama_folder, "--rank", 2, "--seconds", 0, "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
@@ -549,6 +549,7 @@ def test_bench_says_how_fast_a_base_trains_and_where_the_time_goes(llama_folder)
         parts = {name: share for name, share in row["parts"].items() if name != "matrix products, of all"}
         assert sum(parts.values()) == pytest.approx(1) and {"attention", "loss and output head"} <= parts.keys()
     shown = _run("bench", "--model", llama_folder, "--rank", 2, "--seconds", 0)
+    assert "profiler" not in capfd.readouterr().err  # torch's own would write there
     assert shown.exit_code == 0 and "tokens/s" in shown.stdout and "dense rows" in shown.stdout
 
 

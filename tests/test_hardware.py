@@ -167,7 +167,7 @@ def test_compute_dtype_is_bf16_only_where_it_is_computed(machine):
 
 
 def test_compute_dtype_is_the_faster_one_here(machine):
-    rates = {dtype: hardware.measure_gemm(dtype, seconds=0.1) for dtype in (torch.float32, torch.bfloat16)}
+    rates = {dtype: hardware.measure_gemm(dtype, 256, 256, 256, 0.1) for dtype in (torch.float32, torch.bfloat16)}
     assert min(rates.values()) > 0
     # A factor of two keeps a busy machine from deciding; the instruction makes more of a difference than that.
     chosen = hardware.compute_dtype(torch.device("cpu"), machine)

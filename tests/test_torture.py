@@ -1,6 +1,7 @@
 """Kills, failing disks, flipped bits, signals and NaNs: no run is lost, and none ends other than it would have.
 
-The short form of `make torture`, which takes the same attempts further (benchmarks/torture.py). Two kinds at a time.
+The short form of `make torture`, which takes the same attempts further (benchmarks/torture.py). The attempts begin when
+the tests do, in processes of their own and of low priority (tests/conftest.py), since they take minutes and one core.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,19 +17,37 @@ import pytest
 
 COUNTS = {"kills": 300, "flips": 5000, "faults": 400, "cuts": 400, "ways": 24, "signals": 25, "nans": 60}
 SCRIPT = Path(__file__).parent / "torture.py"
+ATTEMPTS = pytest.StashKey["Attempts"]()
 
 
-def _torture(kind: str) -> dict:
-    command = [sys.executable, str(SCRIPT), kind, str(COUNTS[kind])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+class Attempts:
+    """All kinds, so many of them at a time."""
+
+    def __init__(self, at_once: int) -> None:
+        self._pool, self._running, self._ended = ThreadPoolExecutor(at_once), set[subprocess.Popen](), threading.Event()
+        self.found: dict[str, Future] = {kind: self._pool.submit(self._torture, kind) for kind in COUNTS}
+
+    def _torture(self, kind: str) -> dict:
+        assert not self._ended.is_set(), "the tests ended before"
+        command = ["nice", "-n", "15", sys.executable, str(SCRIPT), kind, str(COUNTS[kind])]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._running.add(process)
+        out, error = process.communicate(timeout=1200)
+        self._running.discard(process)
+        assert process.returncode == 0, error[-3000:]
+        return json.loads(out.splitlines()[-1])
+
+    def end(self) -> None:
+        """Stops what still runs."""
+        self._ended.set()
+        for process in list(self._running):
+            process.terminate()
+        self._pool.shutdown()
 
 
-@pytest.fixture(scope="module")
-def started():
-    with ThreadPoolExecutor(2) as pool:
-        yield {kind: pool.submit(_torture, kind) for kind in COUNTS}
+@pytest.fixture
+def started(request):
+    return request.config.stash[ATTEMPTS].found
 
 
 def _of(started: dict[str, Future], kind: str) -> dict:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,10 +29,11 @@ from deltaw.adapter.weight import stored_tensors
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
+from deltaw.base.formed import keep_stored, stored_dtype
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove
 from deltaw.base.quant import quantise
-from deltaw.base.stream import Pager, blocks_of, follow_modules
+from deltaw.base.stream import Pager, blocks_of, follow_modules, may_stream
 from deltaw.base.stream import stream as streaming
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
@@ -198,14 +200,18 @@ def load(
         set_threads(threads)
     tune_memory()
     where, chosen = place(device, dtype)
+    if stream and not may_stream(where):
+        raise UsageError(f"--stream needs Linux and a CPU; this would run on {where} and {sys.platform}.")
     folder = locate(name, revision)
     check_folder(folder)
     quiet_transformers()
-    model = open_model(folder, "auto" if quant != "none" else chosen)
-    if quant == "none":
-        model = model.to(where)
-    else:
+    model = open_model(folder, _opened_dtype(folder, chosen, quant, stream))
+    if quant != "none":
         quantise(model, quant, weight_digest(folder), where, chosen, tell)
+    elif stream and model.dtype != chosen:
+        keep_stored(model, chosen)
+    else:
+        model = model.to(where)
     model.requires_grad_(False).eval()
     pager = streaming(model) if stream else None
     followed = follow_modules(model) if stream else []  # the proofs run modules too
@@ -219,6 +225,13 @@ def load(
         for handle in followed:
             handle.remove()
     return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager)
+
+
+def _opened_dtype(folder: Path, computed: torch.dtype, quant: str, stream: bool) -> torch.dtype | str:
+    """In what the weights are to be opened: as they are stored, where they are formed or quantised from that."""
+    if quant != "none":
+        return "auto"
+    return stored_dtype(folder) if stream else computed
 
 
 def most_together() -> int:

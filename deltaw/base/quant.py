@@ -1,8 +1,7 @@
 """Frozen linear layers of the blocks in 4 or 8 bits: NF4 (QLoRA, arXiv 2305.14314) or block-wise 8 bit.
 
-bitsandbytes stores them, and only the storage differs. A layer stays a Linear of its shape; its dense weight is formed
-when the seam to weights is asked for it, in forward and again in backward, and let go. bitsandbytes' own layers are not
-used: they repack weights when a model evaluates, and a later backward is then wrong.
+bitsandbytes stores them; what forms their weights when they are read is in deltaw/base/formed.py. bitsandbytes' own
+layers are not used: they repack weights when a model evaluates, and a later backward is then wrong.
 
 Quantised once, blocks lie in the cache and are mapped from there, so that a second run starts at once and the whole
 base is never in memory.
@@ -14,20 +13,17 @@ import copy
 import hashlib
 import importlib
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from deltaw.adapter.weight import READER, dense_weight
 from deltaw.base.builtin import cache_folder
+from deltaw.base.formed import BUFFERS, cast_rest, exchange, linear_layers
 from deltaw.base.stream import blocks_of, release
 from deltaw.disk import new_folder
 from deltaw.errors import UsageError
@@ -38,26 +34,6 @@ _BLOCK, _VERSION = 64, 1
 # Scales of NF4 are themselves quantised, in blocks of 256; a piece that is decoded at once is a multiple of both.
 _NESTED = 256 * _BLOCK
 _PIECE, _ROW = 64 * _NESTED, 1024
-
-
-class QuantisedLinear(nn.Linear):
-    """A Linear whose `weight` has the shape alone; keeps nothing of W between forward and backward."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        out: Tensor = _Product.apply(input, self)
-        return out
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, dense_weight(layer), layer.bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
-        return upstream[0] @ dense_weight(ctx.layer), None
 
 
 def quantise(
@@ -74,19 +50,11 @@ def quantise(
     for number, block in enumerate(blocks_of(model)):
         with safe_open(folder / f"block-{number:04}.safetensors", "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
-        for name, layer in _linear_layers(block):
+        for name, layer in linear_layers(block):
             parts = {key.removeprefix(f"{name}:"): value for key, value in stored.items() if key.startswith(f"{name}:")}
-            _exchange(layer, {key: value.to(device) for key, value in parts.items()}, codec, dtype)
-    for module in model.modules():
-        if READER not in module.__dict__:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(device, dtype)
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-
-
-def _linear_layers(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    return [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+            parts = {key: value.to(device) for key, value in parts.items()}
+            exchange(layer, _Decoded(codec, parts, layer.weight.shape, dtype))
+    cast_rest(model, device, dtype)
 
 
 def _write(model: Any, codec: _Codec, folder: Path, tell: Callable[[str], None]) -> None:
@@ -96,65 +64,24 @@ def _write(model: Any, codec: _Codec, folder: Path, tell: Callable[[str], None])
         for number, block in enumerate(blocks):
             tell(f"Quantising the base, once: block {number + 1} of {len(blocks)}")
             parts = {}
-            for name, layer in _linear_layers(block):
+            for name, layer in linear_layers(block):
                 parts.update({f"{name}:{key}": value for key, value in codec.encode(layer.weight.detach()).items()})
             save_file(parts, new / f"block-{number:04}.safetensors")
             release(block.parameters())
 
 
-def _exchange(layer: nn.Linear, parts: dict[str, Tensor], codec: _Codec, dtype: torch.dtype) -> None:
-    shape, device = layer.weight.shape, parts["codes"].device
-    layer.__class__ = QuantisedLinear
-    layer.__dict__[READER] = _Reader(codec, parts, shape, dtype)
-    # The shape for whoever asks, one number of memory.
-    layer.weight = nn.Parameter(torch.zeros(1, dtype=dtype, device=device).expand(shape), requires_grad=False)
-    if layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(device, dtype)
-
-
 def quantised_reader(layer: nn.Linear, kind: str) -> Callable[[], Tensor]:
     """What forms the weight of this layer anew, as it does where the base is stored as `kind`."""
     codec, weight = _codec(kind), layer.weight.detach()
-    return _Reader(codec, codec.encode(weight), weight.shape, weight.dtype)
+    return _Decoded(codec, codec.encode(weight), weight.shape, weight.dtype)
 
 
-class _Buffers:
-    """Memory for dense weights, lent again as soon as nobody holds what was formed in it.
-
-    On the heap, something small that lives longer would settle in each hole that a weight leaves, and the next weight
-    would need new memory: steps of 1.7B parameters in NF4 came to hold 6 GB.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
-        self._lock = threading.Lock()
-
-    def lend(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor of this shape, in memory that is nobody else's."""
-        with self._lock:
-            known = self._known.setdefault((shape.numel(), dtype, device), [])
-            for buffer in known:
-                if _holders(buffer) <= _IDLE_HOLDERS:
-                    return buffer.view(shape)
-            known.append(torch.empty(shape.numel(), dtype=dtype, device=device))
-            return known[-1].view(shape)
-
-
-def _holders(buffer: Tensor) -> int:
-    """How many tensors and storages refer to this memory, this call's own among them."""
-    count: int = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
-    return count
-
-
-_BUFFERS = _Buffers()
-_IDLE_HOLDERS = _holders(torch.empty(1))
-
-
-class _Reader:
-    """W of one layer, formed anew at each call."""
+class _Decoded:
+    """W of one layer, decoded anew at each call."""
 
     def __init__(self, codec: _Codec, parts: dict[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
-        self.tensors = list(parts.values())
+        self.tensors: Sequence[Tensor] = list(parts.values())
+        self.dtype = dtype
         self._decode = codec.decoder(parts, shape, dtype)
 
     def __call__(self) -> Tensor:
@@ -186,7 +113,7 @@ class _Codec:
         pieces = list(self._pieces(codes.flatten(), state, shape.numel()))
 
         def form() -> Tensor:
-            dense = _BUFFERS.lend(shape, dtype, codes.device)
+            dense = BUFFERS.lend(shape, dtype, codes.device)
             for place, piece_codes, piece_state in pieces:
                 dense.view(-1)[place] = read(piece_codes, piece_state).view(-1)
             return dense

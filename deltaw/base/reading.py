@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from deltaw.base.quant import QuantisedLinear
+from deltaw.base.formed import FormedLinear
 from deltaw.kernels import Heads, Norm
 from deltaw.kernels.pointwise import rms_norm
 
@@ -134,7 +134,7 @@ def _gate(part: Any) -> Gate | None:
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
-    if type(layer) not in (nn.Linear, QuantisedLinear):
+    if type(layer) not in (nn.Linear, FormedLinear):
         raise Unreadable(f"a {type(layer).__name__} stands where a Linear is expected")
     assert isinstance(layer, nn.Linear)
     return layer

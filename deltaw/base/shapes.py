@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -130,14 +129,6 @@ def multiplied_parameters(modules: Sequence[nn.Module], config: Any) -> int:
     stacked = sum(p.numel() for m in modules for p in m.parameters(recurse=False) if p.dim() == 3)
     count = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     return linear + round(stacked * int(config.num_experts_per_tok) / int(count)) if count else linear
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """In what most of the weights in a folder are stored, by the header of its largest file."""
-    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    with safe_open(file, "pt") as opened:
-        key = next(iter(opened.keys()))
-        return opened.get_slice(key)[:0].dtype
 
 
 def outline(name: str | Path, revision: str | None = None) -> Outline:

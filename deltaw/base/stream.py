@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -77,6 +79,11 @@ class Pager:
                 _advise(self.sections[wanted], _WILL_NEED)
 
 
+def may_stream(device: torch.device) -> bool:
+    """Whether a base on this device can be streamed: Linux alone says where files are mapped."""
+    return device.type == "cpu" and sys.platform == "linux"
+
+
 def stream(model: Any) -> Pager:
     """Has a Pager follow every read of the model's decoder blocks and, where it lies in a file, of its output head.
 
@@ -88,9 +95,9 @@ def stream(model: Any) -> Pager:
     mapped = sum(stop - start for section in ranges[: len(blocks)] for start, stop in section)
     if mapped < MAPPED_SHARE * sum(tensor.nbytes for block in blocks for tensor in stored_tensors(block)):
         raise BaseError(
-            "This base cannot be streamed: its weights are not used as they stand in its files. If these have another "
-            "dtype, save it in the one that it computes in (model.to(dtype).save_pretrained) or give --quant nf4; "
-            "experts that lie apart in the files cannot be streamed yet."
+            "This base cannot be streamed: its weights are not used as they stand in its files. Experts that lie apart "
+            "in the files cannot be streamed yet, nor can layers of other kinds than Linear in another dtype than is "
+            "computed in."
         )
     pager = Pager(ranges, evict=mapped > CACHED_SHARE * look().memory_limit_bytes)
     for number, section in enumerate(sections):

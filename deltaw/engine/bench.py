@@ -6,6 +6,7 @@ floating-point operations are counted by formula, so that what is recomputed or 
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -134,6 +135,7 @@ def time_by_part(step: Callable[[], None]) -> dict[str, float]:
     """Shares of a step's processor time by part, and within all parts the share of matrix products."""
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write on stderr when it begins and ends
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     events = {event.key: event for event in profiled.key_averages()}

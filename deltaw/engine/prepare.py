@@ -97,7 +97,7 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
     data, lines = _prepare_data(run, settings, known, watcher)
     start = None if settings.adapter is None else read_adapter(run.start)
     targets = _choose_targets(settings, known, start)
-    _resolve_rules(settings, known, data["train"])
+    _resolve_rules(settings, known, data["train"], watcher)
     _remember_products(known, settings, data["train"], watcher)
     return Sketch(known, data, lines, start, targets)
 
@@ -264,8 +264,10 @@ def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
     return said
 
 
-def _resolve_rules(settings: Settings, known: Outline, train: DataSet) -> None:
+def _resolve_rules(settings: Settings, known: Outline, train: DataSet, watcher: Watcher) -> None:
     device, dtype = place(settings.device, settings.dtype)
+    if dtype == torch.bfloat16 != hardware.compute_dtype(device, hardware.look()):
+        watcher.say(f"bfloat16 is emulated on this {device.type}: float32 would be many times as fast.")
     if settings.lr == AUTO:
         settings.put("lr", *default_rate(known.hidden, str(known.config.model_type)))
     if settings.batch_tokens == AUTO:

@@ -6,6 +6,7 @@ only where it was asked for, or nothing exact fits and it was not refused.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> in
     """
     if not choice.stream:
         return 0
-    block = demand.block_bytes(choice.quant)
+    block = demand.block_bytes(choice)
     wanted = max(2 * block, math.prod(demand.outline.head_shape) * demand.dtype.itemsize) - block + room.file_bytes
     return max(0, min(wanted, round(held.peak_bytes * (1 + MEMORY_SPREAD[1] / 2)) + wanted - room.limit_bytes))
 
@@ -206,7 +207,14 @@ def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
     while length >= LEAST_MICRO:
         yield f"--max-length {length}", replace(demand, longest_tokens=length)
         length //= 2
-    rank, starts_anew = int(demand.settings.rank), demand.settings.adapter is None
+    settings = demand.settings
+    if settings.quant == "none" and not (settings.by_rule("quant") and has_bitsandbytes()):  # it was not tried
+        smaller = copy.copy(settings)
+        smaller.sources = dict(settings.sources)
+        smaller.put("quant", "nf4", "given")
+        how = "" if has_bitsandbytes() else " (pip install 'deltaw[quant]')"
+        yield f"--quant nf4{how}", replace(demand, settings=smaller)
+    rank, starts_anew = int(settings.rank), settings.adapter is None
     if starts_anew and rank > 1:
         yield f"--rank {max(1, rank // 4)}", replace(demand, rank_share=max(1, rank // 4) / rank)
         yield f"--rank 1 --max-length {LEAST_MICRO}", replace(demand, rank_share=1 / rank, longest_tokens=LEAST_MICRO)

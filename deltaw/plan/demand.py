@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,9 +11,11 @@ import numpy as np
 import torch
 
 from deltaw.adapter.layer import Target
+from deltaw.base.formed import may_form_embedding, stored_dtype
 from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
-from deltaw.base.shapes import Outline, stored_dtype
+from deltaw.base.shapes import Outline
+from deltaw.base.stream import MAPPED_SHARE, may_stream
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings
 from deltaw.data.loader import Loader, heaviest_documents
 from deltaw.data.prepare import DataSet
@@ -105,15 +106,28 @@ class Demand:
         outline, b = self.outline, self.dtype.itemsize
         if not choice.stream or way != "kernels" or choice.recompute < outline.layers:
             return 0
-        return self.block_bytes(choice.quant) // ((outline.layers + 1) * outline.hidden * b)
+        return self.block_bytes(choice) // ((outline.layers + 1) * outline.hidden * b)
 
-    def block_bytes(self, quant: str) -> int:
-        """What the weights of one block take as they are stored."""
+    def block_bytes(self, choice: Choice) -> int:
+        """What the weights of one block take as they are held."""
         outline, b = self.outline, self.dtype.itemsize
-        block = outline.block_parameters * b
-        if quant == "none":
-            return block
-        return round(block + outline.linear_parameters / max(1, outline.layers) * (BYTES[quant] - b))
+        linear = outline.linear_parameters / max(1, outline.layers)
+        return round(outline.block_parameters * b + linear * (self._held_bytes(choice) - b))
+
+    def _held_bytes(self, choice: Choice) -> float:
+        """Bytes of one weight of a linear layer."""
+        if choice.quant != "none":
+            return BYTES[choice.quant]
+        return self.stored_dtype.itemsize if choice.stream else self.dtype.itemsize
+
+    def forms(self, choice: Choice) -> bool:
+        """Whether linear layers form their weights each time they are read."""
+        return choice.quant != "none" or (choice.stream and not self.as_stored)
+
+    @cached_property
+    def forms_embedding(self) -> bool:
+        """Whether the rows of an embedding are cast when they are looked up, where layers form their weights."""
+        return self.device.type == "cpu" and not self.as_stored and may_form_embedding(self.outline.model)
 
     @cached_property
     def step_count(self) -> int | None:
@@ -143,15 +157,22 @@ class Demand:
         return store.trained_tokens / max(1, store.tokens)
 
     def may_stream(self, quant: str) -> bool:
-        """Whether blocks can be read from disk as they are needed: mapped files, in the dtype that is computed in."""
-        if self.device.type != "cpu" or not sys.platform.startswith("linux"):
+        """Whether blocks can be read from mapped files as they are needed: hardly anything of them is cast before."""
+        if not may_stream(self.device):
             return False
-        return quant != "none" or self.as_stored
+        choice = Choice(0, stream=True, quant=quant)
+        formed = self.outline.linear_parameters * self._held_bytes(choice)
+        return self.as_stored or formed >= MAPPED_SHARE * self.outline.layers * self.block_bytes(choice)
 
-    @cached_property
+    @property
     def as_stored(self) -> bool:
         """Whether weights are computed in the dtype in which they are stored, so that they need no copy."""
-        return stored_dtype(self.outline.folder) == self.dtype
+        return self.stored_dtype == self.dtype
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """In what the base's files have their weights."""
+        return stored_dtype(self.outline.folder)
 
     @cached_property
     def evaluated_tokens(self) -> int:

@@ -9,6 +9,7 @@ V vocabulary, L blocks; b bytes of a number in the compute dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -101,11 +102,12 @@ def _running_bytes(demand: Demand, choice: Choice) -> int:
 def base_bytes(demand: Demand, choice: Choice) -> int:
     """What of the base has to be in memory at once; of a streamed one the block that computes."""
     outline, b = demand.outline, demand.dtype.itemsize
-    block = demand.block_bytes(choice.quant)
-    rest = (outline.parameters - outline.layers * outline.block_parameters) * b
+    block, rest = demand.block_bytes(choice), outline.parameters - outline.layers * outline.block_parameters
+    looked_up = math.prod(outline.head_shape) if demand.forms(choice) and demand.forms_embedding else 0
+    cast = (rest - looked_up) * b
     if choice.stream:
-        return block if demand.as_stored else block + rest  # what is cast lies in no file
-    return outline.layers * block + rest
+        return block if demand.as_stored else block + cast  # what is cast lies in no file
+    return outline.layers * block + cast + looked_up * demand.stored_dtype.itemsize
 
 
 def _kept(demand: Demand, choice: Choice, heavy: Pass, way: str, b: int) -> int:
@@ -135,7 +137,7 @@ def _block_bytes(demand: Demand, way: str, b: int) -> float:
 def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int) -> int:
     """What backward of one block comes to hold: for the gated product or for attention, whichever is more."""
     o, T = demand.outline, heavy.tokens
-    dense = 0 if choice.quant == "none" else max(o.inner, o.hidden) * o.hidden * b
+    dense = max(o.inner, o.hidden) * o.hidden * b if demand.forms(choice) else 0
     gated = T * (4 * b * o.inner + (4 + 4 + b) * o.hidden)
     scores = sum(n * n for n in heavy.lengths if n <= TILE_TOKENS)
     scores = max(scores, *(TILE_TOKENS * n if n > TILE_TOKENS else 0 for n in heavy.lengths))

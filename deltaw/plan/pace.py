@@ -27,6 +27,7 @@ from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
+from deltaw.base.formed import Cast
 from deltaw.base.load import Base
 from deltaw.base.proof import prove
 from deltaw.base.quant import quantised_reader
@@ -63,6 +64,7 @@ class Pace:
     label_seconds: float
     update_seconds: float
     dense_seconds: float  # of a weight that is stored quantised
+    cast_seconds: float  # of one that is stored in another dtype
 
     def block_seconds(self, tokens: int, *, recompute: bool = False) -> float:
         """Of one block, forward and backward, for a pass of so many tokens."""
@@ -135,7 +137,10 @@ def _measure(demand: Demand, passes: list[Pass]) -> Pace:
     del base, injection, adapter
     gc.collect()  # modules and hooks refer to each other in circles, so the blocks would stay
     hardware.give_memory_back()
-    return Pace(way, tuple(timed), _label_seconds(demand), _update_seconds(demand), _dense_seconds(demand))
+    label, update, dense, cast = (
+        seconds(demand) for seconds in (_label_seconds, _update_seconds, _dense_seconds, _cast_seconds)
+    )
+    return Pace(way, tuple(timed), label, update, dense, cast)
 
 
 def likely_way(demand: Demand) -> str:
@@ -232,13 +237,25 @@ def _update_seconds(demand: Demand) -> float:
 
 def _dense_seconds(demand: Demand) -> float:
     """Of forming one weight from how it is stored; a usual figure where nothing is quantised."""
-    kind, hidden = demand.settings.quant, demand.outline.hidden
-    if kind == "none":
+    if (kind := demand.settings.quant) == "none":
         return USUAL_DENSE_SECONDS
-    rows = max(1, min(demand.outline.inner, MOST_DENSE // hidden))  # small enough for memory that is used again
-    layer = nn.Linear(hidden, rows, bias=False, dtype=demand.dtype)
-    reader = quantised_reader(layer.to(demand.device), kind)
-    return _median(reader, demand.device, 0.1) / layer.weight.numel()
+    layer = _small_layer(demand)
+    return _median(quantised_reader(layer, kind), demand.device, 0.1) / layer.weight.numel()
+
+
+def _cast_seconds(demand: Demand) -> float:
+    """Of forming one weight from the dtype of the base's files; 0 where none is cast."""
+    if demand.as_stored:
+        return 0.0
+    stored = _small_layer(demand).weight.detach().to(demand.stored_dtype)
+    return _median(Cast(stored, demand.dtype), demand.device, 0.1) / stored.numel()
+
+
+def _small_layer(demand: Demand) -> nn.Linear:
+    """A layer as wide as the base, small enough for memory that is used again."""
+    hidden = demand.outline.hidden
+    rows = max(1, min(demand.outline.inner, MOST_DENSE // hidden))
+    return nn.Linear(hidden, rows, bias=False, device=demand.device, dtype=demand.dtype)
 
 
 def _median(call: Any, device: torch.device, seconds: float = SECONDS) -> float:

@@ -71,7 +71,7 @@ class Clock:
         if not choice.stream:
             return seconds
         blocks, rate = 2 * outline.layers, self.disk_bytes_per_second
-        reading = blocks * self.demand.block_bytes(choice.quant) / rate
+        reading = blocks * self.demand.block_bytes(choice) / rate
         # What is short is taken back by the system before each block ends, and products wait until it is read again.
         return max(seconds * (1 + STREAMED_SHARE), reading) + blocks * short_bytes / rate
 
@@ -80,13 +80,15 @@ class Clock:
         twice = choice.recompute
         seconds = (outline.layers - twice) * self._block(one, again=False) + twice * self._block(one, again=True)
         seconds += self._labels(one.labelled)
-        if choice.quant != "none":
-            seconds += (2 + twice / outline.layers) * outline.linear_parameters * self._dense_seconds
+        if self.demand.forms(choice):
+            seconds += (2 + twice / outline.layers) * outline.linear_parameters * self._forming_seconds(choice)
         return seconds
 
-    @property
-    def _dense_seconds(self) -> float:
-        return SHEET_DENSE_SECONDS if self.pace is None else self.pace.dense_seconds
+    def _forming_seconds(self, choice: Choice) -> float:
+        """Of one weight, each time it is read."""
+        if self.pace is None:
+            return SHEET_DENSE_SECONDS
+        return self.pace.cast_seconds if choice.quant == "none" else self.pace.dense_seconds
 
     @property
     def _rate(self) -> float:

@@ -8,8 +8,9 @@ import transformers
 from models import SMALL, byte_tokenizer, slopes, some_batch
 
 from deltaw.adapter.weight import dense_weight, stored_tensors
+from deltaw.base.formed import FormedLinear
 from deltaw.base.load import load
-from deltaw.base.quant import BYTES, QuantisedLinear, quantised_reader
+from deltaw.base.quant import BYTES, quantised_reader
 from deltaw.base.stream import blocks_of
 from deltaw.engine.objective import score_batch
 
@@ -42,17 +43,17 @@ def test_weights_are_near_and_take_as_many_bytes_as_is_said(folder, kind, dtype)
         for name, layer in block.named_modules():
             if isinstance(layer, torch.nn.Linear):
                 quantised = other.get_submodule(name)
-                assert type(quantised) is QuantisedLinear and quantised.weight.shape == layer.weight.shape
+                assert type(quantised) is FormedLinear and quantised.weight.shape == layer.weight.shape
                 W, Q = layer.weight.detach().float(), dense_weight(quantised)
                 assert Q.dtype == plain.dtype
                 assert 0.1 * ERROR[kind] < float((Q.float() - W).norm() / W.norm()) < ERROR[kind]
         linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, torch.nn.Linear))
-        held = sum(t.nbytes for m in other.modules() if isinstance(m, QuantisedLinear) for t in stored_tensors(m))
+        held = sum(t.nbytes for m in other.modules() if isinstance(m, FormedLinear) for t in stored_tensors(m))
         # What bitsandbytes adds for each tensor (its tables) weighs only in layers as small as these.
         tables = sum(
             t.nbytes
             for m in other.modules()
-            if isinstance(m, QuantisedLinear)
+            if isinstance(m, FormedLinear)
             for t in stored_tensors(m)
             if t.numel() <= 256
         )

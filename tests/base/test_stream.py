@@ -11,8 +11,9 @@ import transformers
 from models import SMALL, byte_tokenizer, lively_model, slopes, some_batch
 
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
-from deltaw.adapter.weight import ON_READ
+from deltaw.adapter.weight import ON_READ, stored_tensors
 from deltaw.base.decoder import ROW_STEP, Decoder
+from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base, load
 from deltaw.base.stream import Pager, blocks_of, release
 from deltaw.engine.objective import accumulate, batch_loss, head_factors
@@ -236,8 +237,43 @@ def test_at_most_a_few_blocks_are_in_memory_while_a_streamed_base_trains(wide):
     assert resident_bytes(wide) < block / 4
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("llama", "bfloat16"), ("qwen3_moe", "float32")])
-def test_a_base_whose_weights_were_converted_or_stacked_is_refused(folders, kind, dtype):
+@pytest.mark.parametrize(
+    ("stored", "computed"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "gpt_neox"])
+def test_a_base_that_is_stored_in_another_dtype_is_streamed_and_computes_the_same_bits(
+    folders, tmp_path, kind, stored, computed
+):
+    folder = tmp_path / kind
+    lively_model(kind).to(getattr(torch, stored)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    plain, streamed = load(folder, dtype=computed), load(folder, dtype=computed, stream=True)
+    try:
+        assert streamed.dtype == plain.dtype and streamed.parameters == plain.parameters
+        assert streamed.way == plain.way
+        *blocks, head = streamed.pager.sections
+        assert all(blocks) and not head
+        for one, other in zip(slopes(plain), slopes(streamed), strict=True):
+            assert torch.equal(one, other)
+        embedding = streamed.model.get_input_embeddings()
+        # One that is the head's too, or scales what it looks up, is cast when the base is opened.
+        formed = kind in ("llama", "gpt_neox")
+        assert [tensor.dtype for tensor in stored_tensors(embedding)] == [
+            getattr(torch, stored if formed else computed)
+        ]
+        for one, other in zip(plain.model.parameters(), streamed.model.parameters(), strict=True):
+            assert one.shape == other.shape and one.dtype == other.dtype
+        prompt = torch.arange(5)[None]
+        plain_attention(plain.model).__enter__()
+        plain_attention(streamed.model).__enter__()
+        wanted, found = (base.model.generate(prompt, max_new_tokens=4, do_sample=False) for base in (plain, streamed))
+        assert torch.equal(wanted, found)
+    finally:
+        streamed.pager.close()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("gpt2", "bfloat16"), ("qwen3_moe", "float32"), ("qwen3_moe", "bfloat16")])
+def test_a_base_whose_weights_are_stacked_or_would_be_converted_is_refused(folders, kind, dtype):
     with pytest.raises(BaseError, match="cannot be streamed"):
         load(folders(kind), dtype=dtype, stream=True)
 

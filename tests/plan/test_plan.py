@@ -14,15 +14,18 @@ from models import save_base
 
 from deltaw import api, hardware
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
+from deltaw.adapter.weight import stored_tensors
 from deltaw.base.builtin import cache_folder
+from deltaw.base.formed import stored_dtype
 from deltaw.base.load import load, most_together
-from deltaw.base.shapes import outline, stored_dtype
+from deltaw.base.shapes import outline
+from deltaw.base.stream import blocks_of
 from deltaw.config import make_settings, parse_bytes
 from deltaw.engine.prepare import SHARING_PRODUCTS, sketch_run
 from deltaw.engine.run import create_run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DoesNotFitError, UsageError
-from deltaw.plan.choose import MEMORY_SPREAD, Room, make_plan
+from deltaw.plan.choose import MEMORY_SPREAD, Room, _changes, _choices, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import DEVICES
 from deltaw.plan.memory import KEPT_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, base_bytes, memory
@@ -31,7 +34,7 @@ from deltaw.plan.speed import Clock
 
 MB = 1_000_000
 # One block of the small models: 2 ms for 64 tokens and 8 ms for 512, a third of it forward.
-PACE = Pace("kernels", (Timed(64, 0.0007, 0.002), Timed(512, 0.0027, 0.008)), 1e-5, 1e-4, 1e-9)
+PACE = Pace("kernels", (Timed(64, 0.0007, 0.002), Timed(512, 0.0027, 0.008)), 1e-5, 1e-4, 1e-9, 1e-10)
 
 
 @pytest.fixture
@@ -128,14 +131,25 @@ def test_a_base_in_memory_a_streamed_and_a_quantised_one_are_counted_by_their_we
     assert 4 * known.parameters - small == pytest.approx(known.product_parameters * (4 - 0.516), rel=0.01)
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_of_a_streamed_quantised_base_what_is_cast_stays_in_memory(demand, dtype):
+def test_of_a_streamed_base_what_is_cast_stays_in_memory_but_for_an_embedding_of_its_own(demand, dtype, quant):
     asked = demand(dtype=dtype)
     known, b = asked.outline, asked.dtype.itemsize
     assert stored_dtype(known.folder) == torch.float32
-    rest = b * (known.parameters - known.layers * known.block_parameters) if dtype == "bfloat16" else 0
-    assert base_bytes(asked, Choice(64, stream=True, quant="nf4")) == asked.block_bytes("nf4") + rest
-    assert asked.may_stream("nf4") and asked.may_stream("none") == (dtype == "float32")
+    looked_up = known.model.get_input_embeddings().weight.numel()
+    rest = b * (known.parameters - known.layers * known.block_parameters - looked_up) if dtype == "bfloat16" else 0
+    choice = Choice(64, stream=True, quant=quant)
+    assert base_bytes(asked, choice) == asked.block_bytes(choice) + rest
+    assert asked.may_stream("nf4") and asked.may_stream("none")
+    base = load(known.folder, dtype=dtype, quant=quant, stream=True)
+    base.pager.close()
+    if quant == "none":  # bitsandbytes' tables weigh more than layers as small as these
+        assert asked.block_bytes(choice) == sum(t.nbytes for t in stored_tensors(blocks_of(base.model)[0]))
+    cast = [
+        t for module in (base.model.get_output_embeddings(), base.model.base_model.norm) for t in stored_tensors(module)
+    ]
+    assert rest in (0, sum(tensor.nbytes for tensor in cast))
 
 
 def test_experts_are_not_counted_as_quantised(demand, tmp_path):
@@ -251,6 +265,37 @@ def test_a_refusal_names_three_ways_out_and_each_of_them_fits(demand):
         assert plan(demand(**changed, allow_lost=1.0), limit, fixed=50 * MB).needed_bytes <= limit
 
 
+def test_quantised_storage_is_offered_where_it_was_not_tried(demand, monkeypatch):
+    offered = "--quant nf4"
+    assert not any(text.startswith(offered) for text, _ in _changes(demand()))  # by rule it was among the choices
+    asked = demand(quant="none")
+    changed = {text: other for text, other in _changes(asked) if text.startswith(offered)}
+    assert list(changed) == [offered] and asked.settings.quant == "none"
+    assert {choice.quant for choice in _choices(changed[offered])} == {"nf4"}
+    monkeypatch.setattr("deltaw.plan.choose.has_bitsandbytes", lambda: False)
+    assert f"{offered} (pip install 'deltaw[quant]')" in dict(_changes(demand()))
+
+
+def test_a_base_that_cannot_be_streamed_is_refused_before_it_is_opened(demand, tmp_path, monkeypatch):
+    """Conv1D layers would be cast when they are opened."""
+    folder = str(save_base(tmp_path / "gpt2", "gpt2"))
+    with pytest.raises(UsageError, match="cannot be read block by block"):
+        api.plan(model=folder, data=demand().settings.data, dtype="bfloat16", stream=True, steps=1)
+    monkeypatch.setattr("deltaw.base.stream.sys.platform", "darwin")
+    with pytest.raises(UsageError, match="needs Linux and a CPU"):
+        load(folder, dtype="float32", stream=True)
+
+
+def test_a_dtype_that_the_machine_emulates_is_said(demand, monkeypatch, tmp_path, llama_folder, chats):
+    said = []
+    watcher = Watcher()
+    watcher.say = said.append
+    for fast in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(hardware, "compute_dtype", lambda *_, fast=fast: fast)
+        api.plan(watcher=watcher, model=llama_folder, data=chats, dtype="bfloat16", device="cpu", steps=1)
+    assert len(said) == 1 and "bfloat16 is emulated" in said[0]
+
+
 def test_no_more_memory_is_offered_than_the_machine_could_give(demand):
     asked = demand()
     small = Room(1000, "RAM", 50 * MB, most_bytes=60 * MB)
@@ -313,7 +358,7 @@ def test_times_lie_on_the_line_through_what_was_measured():
     assert PACE.block_seconds(288) == pytest.approx(0.005)
     assert PACE.block_seconds(512, recompute=True) == pytest.approx(0.0107)
     assert PACE.block_seconds(32) == pytest.approx(0.002 - 32 * 0.006 / 448)
-    noisy = Pace("kernels", (Timed(64, 0.1, 0.1), Timed(512, 0.01, 0.02)), 0, 0, 0)
+    noisy = Pace("kernels", (Timed(64, 0.1, 0.1), Timed(512, 0.01, 0.02)), 0, 0, 0, 0)
     assert noisy.block_seconds(256) == pytest.approx(0.01)
 
 

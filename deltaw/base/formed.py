@@ -1,0 +1,189 @@
+"""Frozen layers whose weight is formed each time it is read: stored in another dtype than is computed in, or quantised.
+
+A layer stays a Linear of its shape for whoever looks at it. Its dense weight exists while the seam to weights is asked
+for it, in forward and again in backward, in memory that is lent to the next one.
+
+Nearly all published bases are stored in bf16, and many processors cannot compute in it. Cast at once, a base takes
+twice its files there and can no longer be read from them block by block. bf16 → fp32 loses nothing, so forming gives
+the same bits as a base that was cast when it was opened.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from deltaw.adapter.weight import READER, dense_weight
+from deltaw.base.stream import blocks_of
+
+
+class Reader(Protocol):
+    """Gives W of one layer in `dtype`, formed anew at each call from the `tensors` that are stored."""
+
+    tensors: Sequence[Tensor]
+    dtype: torch.dtype
+
+    def __call__(self) -> Tensor: ...
+
+
+class FormedLinear(nn.Linear):
+    """A Linear whose `weight` has the shape alone; keeps nothing of W between forward and backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = _Product.apply(input, self)
+        return out
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, dense_weight(layer), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None]:
+        return upstream[0] @ dense_weight(ctx.layer), None
+
+
+class FormedEmbedding(nn.Embedding):
+    """An Embedding that casts the rows it is asked for, and no others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        reader: Cast = self.__dict__[READER]
+        return F.embedding(input, reader.tensors[0]).to(reader.dtype)
+
+
+class Cast:
+    """W of one layer, cast anew at each call from how it is stored."""
+
+    def __init__(self, stored: Tensor, dtype: torch.dtype) -> None:
+        self.tensors: Sequence[Tensor] = [stored]
+        self.dtype = dtype
+
+    def __call__(self) -> Tensor:
+        stored = self.tensors[0]
+        return BUFFERS.lend(stored.shape, self.dtype, stored.device).copy_(stored)
+
+
+class Buffers:
+    """Memory for dense weights, lent again as soon as nobody holds what was formed in it.
+
+    On the heap, something small that lives longer would settle in each hole that a weight leaves, and the next weight
+    would need new memory: steps of 1.7B parameters in NF4 came to hold 6 GB.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def lend(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor of this shape, in memory that is nobody else's."""
+        with self._lock:
+            known = self._known.setdefault((shape.numel(), dtype, device), [])
+            for buffer in known:
+                if _holders(buffer) <= _IDLE_HOLDERS:
+                    return buffer.view(shape)
+            known.append(torch.empty(shape.numel(), dtype=dtype, device=device))
+            return known[-1].view(shape)
+
+
+def _holders(buffer: Tensor) -> int:
+    """How many tensors and storages refer to this memory, this call's own among them."""
+    count: int = torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)
+    return count
+
+
+BUFFERS = Buffers()
+_IDLE_HOLDERS = _holders(torch.empty(1))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """In what most of the weights in a folder are stored, by the header of its largest file."""
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    with safe_open(file, "pt") as opened:
+        key = next(iter(opened.keys()))
+        return opened.get_slice(key)[:0].dtype
+
+
+def keep_stored(model: Any, dtype: torch.dtype) -> None:
+    """Has the linear layers of the model's blocks cast their weights to `dtype` when they are read; the rest is cast.
+
+    A head is read for each chunk of labels, so that forming it would take as long as its product: it is cast too.
+    """
+    for block in blocks_of(model):
+        for _, layer in linear_layers(block):
+            exchange(layer, Cast(layer.weight.detach(), dtype))
+    cast_rest(model, next(model.parameters()).device, dtype)
+
+
+def cast_rest(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Casts what no reader forms to `dtype` and `device`; on CPU but for an embedding, of which few rows are read."""
+    if device.type == "cpu" and may_form_embedding(model):
+        embedding = model.get_input_embeddings()
+        exchange(embedding, Cast(embedding.weight.detach(), dtype))
+    for module in model.modules():
+        if READER not in module.__dict__:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(device, dtype)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+        _renew_buffers(model, module, dtype)
+
+
+@torch.no_grad()
+def _renew_buffers(model: Any, module: nn.Module, dtype: torch.dtype) -> None:
+    """Makes numbers that a module works out by itself in `dtype`, where they were rounded to that of the files.
+
+    Such as the factor of Gemma's embedding. transformers makes them when a model is opened, as it does first weights;
+    what was read from files is marked, so that it stays.
+    """
+    rounded = {
+        name: buffer
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.dtype in (torch.bfloat16, torch.float16)
+    }
+    if not rounded or dtype != torch.float32:
+        return
+    for name, buffer in rounded.items():
+        setattr(module, name, buffer.to(dtype))
+    for tensor in module.parameters(recurse=False):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    for name in rounded.keys() - module._non_persistent_buffers_set:
+        getattr(module, name)._is_hf_initialized = True
+    model._init_weights(module)
+    for name, buffer in rounded.items():
+        if not torch.allclose(getattr(module, name), buffer.to(dtype), rtol=1e-2):  # it was made in another way
+            setattr(module, name, buffer.to(dtype))
+
+
+def may_form_embedding(model: Any) -> bool:
+    """Whether rows of the embedding may be cast as they are looked up: it is none of the head and does nothing else."""
+    embedding = model.get_input_embeddings()
+    alone = embedding.weight is not model.get_output_embeddings().weight
+    return alone and type(embedding) is nn.Embedding and embedding.max_norm is None
+
+
+def linear_layers(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The layers of a block whose weights may be formed, by name."""
+    return [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+
+
+def exchange(layer: nn.Linear | nn.Embedding, reader: Reader) -> None:
+    """Has a Linear or an Embedding ask `reader` for its weight; where that is stored, the layer is."""
+    device, dtype = reader.tensors[0].device, reader.dtype
+    layer.__class__ = FormedLinear if isinstance(layer, nn.Linear) else FormedEmbedding
+    layer.__dict__[READER] = reader
+    # The shape for whoever asks, one number of memory.
+    shape = torch.zeros(1, dtype=dtype, device=device).expand(layer.weight.shape)
+    layer.weight = nn.Parameter(shape, requires_grad=False)
+    if isinstance(layer, nn.Linear) and layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(device, dtype)
