@@ -8,7 +8,7 @@ the lowest cgroup limit under which the run finishes within three times its time
 figures no constant of deltaw/plan was chosen are reported apart. Rows go to results/plan_accuracy.jsonl as they are
 measured; a case that has its row is not run again. results/plan_accuracy.json holds rows and errors. `--replan` plans
 the memory of the rows anew, when its formula changed and what runs do did not; times stay as planned beside the run.
-On a processor that computes in fp32, results are plan_accuracy_fp32.*; nothing was chosen by those.
+On a processor that computes in fp32, results are plan_accuracy_fp32.*.
 Rows marked "busy" were measured while other work used the machine, and their times do not count.
 """
 
@@ -138,7 +138,7 @@ def measure(case: Case) -> dict[str, Any]:
             found = _lowest_limit(case, folder, data, cache, Path(work), plan["peak_bytes"], summary["train_seconds"])
     return {
         "name": case.name,
-        "case": {**case._asdict(), "fitted": case.fitted and BF16},
+        "case": case._asdict(),
         "peak_bytes": found,
         **_planned(plan, found),
         "high_water_bytes": summary["peak_bytes"],

@@ -163,9 +163,12 @@ def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None 
 
 
 def load(name: str | Path, adapter: str | Path | None = None, **options: Any) -> Model:
-    """Opens a base, and an adapter or run folder over it. Options: device, dtype, revision, threads."""
+    """Opens a base, and an adapter or run folder over it. Options: device, dtype, revision, threads, quant, stream.
+
+    `stream` "auto" (default) reads the base's blocks from its files where the memory does not suffice for all of it.
+    """
     value = None if adapter is None else read_adapter(adapter_folder(adapter))
-    base = base_load.load(name, **options)
+    base = base_load.load(name, **{"stream": AUTO, **options})
     for line in [] if value is None else origin_warnings(value, base):
         warnings.warn(line, stacklevel=2)
     return _over(base, value)
@@ -193,7 +196,7 @@ def open_adapter(
     adapter = read_adapter(adapter_folder(path))
     if model is None and options.get("revision") is None and "revision" in adapter.origin:
         options = {**options, "revision": adapter.origin["revision"]}
-    base = base_load.load(model or base_of(Path(path), adapter), **options)
+    base = base_load.load(model or base_of(Path(path), adapter), tell=say, **{"stream": AUTO, **options})
     for line in origin_warnings(adapter, base):
         say(line)
     return _over(base, adapter)
@@ -430,6 +433,7 @@ def merge(
     assert injection is not None
     wanted = _logits(base)
     adapter, device, dtype, folder = injection.adapters[0], str(base.device), base.dtype, base.folder
+    streamed = base.pager is not None
     injection.eject()
     plain = _logits(base)
     say("Writing the merged model.")
@@ -437,7 +441,7 @@ def merge(
     del opened, base, injection  # two models at once may be too many
     say("Reading it back.")
     checked = check_merged(folder, adapter, Path(out))
-    got = _logits(base_load.load(Path(out), device=device, dtype=str(dtype).removeprefix("torch.")))
+    got = _logits(base_load.load(Path(out), device=device, dtype=str(dtype).removeprefix("torch."), stream=streamed))
     same = got.argmax(-1) == wanted.argmax(-1)
     record: dict[str, Any] = {
         "merged_weights": checked,
@@ -500,11 +504,15 @@ def bench(
     dtype: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
+    quant: str = "none",
+    stream: bool | str = AUTO,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """How fast a base trains here: for three kinds of documents tokens/s, share of the multiply rate, time by part."""
     cores = threads or hardware.usable_cores()
-    base = base_load.load(model, device=device, dtype=dtype, threads=cores, revision=revision)
+    base = base_load.load(
+        model, device=device, dtype=dtype, threads=cores, revision=revision, quant=quant, stream=stream, tell=say
+    )
     try:
         return run_bench(base, rank, seconds, say)
     except AdapterError as error:  # what was asked for does not suit the base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ import yaml
 from models import byte_tokenizer, lively_model, save_base, small_model
 
 import deltaw
-from deltaw import api, demonstration, doctor, ranks
+from deltaw import api, demonstration, doctor, hardware, ranks
 from deltaw.adapter import read_adapter
 from deltaw.cli.runs import _show_demo
 from deltaw.config import make_settings
@@ -208,6 +209,23 @@ def test_evaluating_a_run_agrees_with_its_own_evaluation(tiny_run, chats):
     assert {"loss", "perplexity", "exact_match", "exact_match_low", "exact_match_high", "seconds"} <= numbers.keys()
     summary = tiny_run.read_summary()
     assert numbers["loss"] == pytest.approx(summary["best_eval_loss"], rel=0.1)
+
+
+def test_a_base_that_takes_more_memory_than_is_free_is_streamed_and_said_to_be(tiny_run, chats, tmp_path, monkeypatch):
+    """Whoever trained it so could not use it otherwise."""
+    wanted = api.open_adapter(tiny_run.folder, device="cpu", dtype="float32")
+    seen, said = dataclasses.replace(hardware.look(), available_bytes=100_000), []
+    monkeypatch.setattr("deltaw.base.load.look", lambda: seen)
+    found = api.open_adapter(tiny_run.folder, say=said.append, device="cpu", dtype="float32")
+    assert wanted.base.pager is None and found.base.pager is not None and found.base.way == "kernels"
+    assert len(said) == 1 and "0.0 GB are free" in said[0]
+    assert _loss(found, chats) == _loss(wanted, chats)
+    assert found.generate("w1 w2", max_new_tokens=4) == wanted.generate("w1 w2", max_new_tokens=4)
+    assert found.base.way == "kernels"  # nothing of the generation is left behind
+    assert found.base.pager.current == len(found.base.pager.sections) - 1  # which followed the blocks, head last
+    assert api.open_adapter(tiny_run.folder, device="cpu", dtype="float32", stream=False).base.pager is None
+    stacked = save_base(tmp_path / "moe", "qwen3_moe")  # its experts lie apart in the files
+    assert api.load(stacked, device="cpu", dtype="float32").base.pager is None and len(said) == 1
 
 
 def test_inspect_counts_every_parameter_and_gives_the_norm_of_the_update(tiny_run):

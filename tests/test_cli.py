@@ -303,6 +303,13 @@ def test_bad_data_existing_folders_and_full_disks_have_their_exit_codes(tmp_path
 # -- the other verbs ---------------------------------------------------------------------------------------------------
 
 
+def test_on_windows_every_verb_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("deltaw.cli.group.sys.platform", "win32")
+    done = _run("doctor")
+    monkeypatch.undo()
+    assert done.exit_code == 2 and "install it in WSL" in done.stderr
+
+
 def test_eval_prints_a_table_or_one_json_document(tiny_run, chats):
     shown = _run("eval", tiny_run.folder, "--data", chats, "--device=cpu")
     assert shown.exit_code == 0
@@ -310,6 +317,22 @@ def test_eval_prints_a_table_or_one_json_document(tiny_run, chats):
     assert names == ["loss", "perplexity", "exact match", "rows", "tokens"]
     numbers = json.loads(_run("eval", tiny_run.folder, "--data", chats, "--device=cpu", "--json").stdout)
     assert f"{numbers['loss']:.4f}" in shown.stdout and numbers["rows"] == 60
+
+
+def test_a_base_is_streamed_or_stored_in_4_bits_for_other_verbs_than_train_too(tiny_run, chats, tmp_path):
+    def evaluated(*flags):
+        done = _run("eval", tiny_run.folder, "--data", chats, "--dtype", "float32", *flags, "--json")
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)["loss"]
+
+    wanted = evaluated()
+    assert evaluated("--stream") == wanted and evaluated("--quant", "auto") == wanted
+    pytest.importorskip("bitsandbytes")
+    assert 0 < abs(evaluated("--quant", "nf4") / wanted - 1) < 0.2
+    refused = _run("merge", tiny_run.folder, "--out", tmp_path / "merged", "--quant", "nf4")  # its logits would mislead
+    assert refused.exit_code == 2 and "--quant" in refused.stderr
+    merged = _run("merge", tiny_run.folder, "--out", tmp_path / "merged", "--stream", "--dtype", "float32", "--json")
+    assert merged.exit_code == 0 and json.loads(merged.stdout)["same_next_tokens"]
 
 
 def test_eval_warns_of_another_base_even_beside_json(tiny_run, chats, tmp_path):

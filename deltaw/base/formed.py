@@ -11,7 +11,7 @@ the same bits as a base that was cast when it was opened.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deltaw.adapter.weight import READER, dense_weight
-from deltaw.base.stream import blocks_of
+from deltaw.base.stream import blocks_of, release
+from deltaw.errors import BaseError
 
 
 class Reader(Protocol):
@@ -107,11 +108,14 @@ _IDLE_HOLDERS = _holders(torch.empty(1))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """In what most of the weights in a folder are stored, by the header of its largest file."""
+    """In what most of the weights in a folder are stored, by the header of its largest file. Raises BaseError."""
     file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
-    with safe_open(file, "pt") as opened:
-        key = next(iter(opened.keys()))
-        return opened.get_slice(key)[:0].dtype
+    try:
+        with safe_open(file, "pt") as opened:
+            key = next(iter(opened.keys()))
+            return opened.get_slice(key)[:0].dtype
+    except Exception as error:  # a damaged file makes every part of its reader fail in its own way
+        raise BaseError(f"The base in {folder} cannot be opened: {file.name}: {error}") from error
 
 
 def keep_stored(model: Any, dtype: torch.dtype) -> None:
@@ -130,7 +134,19 @@ def cast_rest(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     if device.type == "cpu" and may_form_embedding(model):
         embedding = model.get_input_embeddings()
         exchange(embedding, Cast(embedding.weight.detach(), dtype))
-    for module in model.modules():
+    _cast(model, model.modules(), device, dtype)
+
+
+def cast_whole(model: Any, dtype: torch.dtype) -> None:
+    """Casts all of a model that lies in mapped files, and lets the pages of each part go: no two copies are held."""
+    for part in (*blocks_of(model), model):
+        stored = [parameter.data for parameter in part.parameters()]
+        _cast(model, part.modules(), torch.device("cpu"), dtype)
+        release(stored)
+
+
+def _cast(model: Any, modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    for module in modules:
         if READER not in module.__dict__:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(device, dtype)

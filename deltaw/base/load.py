@@ -7,6 +7,7 @@ opened without touching a socket.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,12 +30,13 @@ from deltaw.adapter.weight import stored_tensors
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
-from deltaw.base.formed import keep_stored, stored_dtype
+from deltaw.base.formed import cast_whole, keep_stored, stored_dtype
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove
 from deltaw.base.quant import quantise
 from deltaw.base.stream import Pager, blocks_of, follow_modules, may_stream
 from deltaw.base.stream import stream as streaming
+from deltaw.config import AUTO
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
 from deltaw.hardware import choose_device, compute_dtype, look, remembered_products, set_threads, tune_memory
@@ -46,6 +48,7 @@ MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
 # Layers: the deepest published models have about 130.
 _COUNTS, MAX_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4096
 MAX_CONTEXT = 1 << 20
+FREE_SHARE = 0.9  # of the free memory, which the weights of a base may take
 _NUMBER = re.compile(r"\.([0-9]{1,4})\.")  # of a block, in the name of a weight
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -186,13 +189,14 @@ def load(
     threads: int | None = None,
     tokenizer: Any = None,
     quant: str = "none",
-    stream: bool = False,
+    stream: bool | str = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Base:
     """Opens a base by built-in name, local folder, GGUF file or hub id; its tokenizer too, unless the caller has it.
 
     `quant` "nf4" or "int8" stores the linear layers of its blocks in so many bits; `stream` reads blocks from their
-    files when they are needed and lets them go afterwards.
+    files when they are needed and lets them go afterwards; "auto" does so where the whole base takes more memory than
+    is free.
     `dtype` "auto" is bf16 where the processor or GPU computes in bf16, else fp32. Raises BaseError, saying what to do,
     when there is nothing to open or opening it would need code or pickles from the folder.
     """
@@ -200,21 +204,29 @@ def load(
         set_threads(threads)
     tune_memory()
     where, chosen = place(device, dtype)
-    if stream and not may_stream(where):
+    streamed = stream is True
+    if streamed and not may_stream(where):
         raise UsageError(f"--stream needs Linux and a CPU; this would run on {where} and {sys.platform}.")
     folder = locate(name, revision)
     check_folder(folder)
+    if stream == AUTO and quant == "none" and may_stream(where) and (excess := _more_than_is_free(folder, chosen)):
+        with contextlib.suppress(BaseError):  # what cannot be streamed is opened as it is
+            base = load(name, device=device, dtype=dtype, revision=revision, tokenizer=tokenizer, stream=True)
+            tell(f"{excess}: its blocks are read from its files when they are needed.")
+            return base
     quiet_transformers()
-    model = open_model(folder, _opened_dtype(folder, chosen, quant, stream))
+    model = open_model(folder, _opened_dtype(folder, where, chosen, quant, streamed))
     if quant != "none":
         quantise(model, quant, weight_digest(folder), where, chosen, tell)
-    elif stream and model.dtype != chosen:
+    elif streamed and model.dtype != chosen:
         keep_stored(model, chosen)
+    elif where.type == "cpu" and model.dtype != chosen:
+        cast_whole(model, chosen)
     else:
         model = model.to(where)
     model.requires_grad_(False).eval()
-    pager = streaming(model) if stream else None
-    followed = follow_modules(model) if stream else []  # the proofs run modules too
+    pager = streaming(model) if streamed else None
+    followed = follow_modules(model) if streamed else []  # the proofs run modules too
     reason, decoder, module_reason = prove(model)
     if reason is not None and forward.sees_later_tokens(model):
         raise BaseError(
@@ -227,11 +239,22 @@ def load(
     return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager)
 
 
-def _opened_dtype(folder: Path, computed: torch.dtype, quant: str, stream: bool) -> torch.dtype | str:
-    """In what the weights are to be opened: as they are stored, where they are formed or quantised from that."""
+def _more_than_is_free(folder: Path, dtype: torch.dtype) -> str | None:
+    """By how much the weights in a folder exceed what memory is free, as a clause; None where they do not."""
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size, free = stored * dtype.itemsize / stored_dtype(folder).itemsize, look().available_bytes
+    return None if size < FREE_SHARE * free else f"The base takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+
+
+def _opened_dtype(
+    folder: Path, device: torch.device, computed: torch.dtype, quant: str, stream: bool
+) -> torch.dtype | str:
+    """In what the weights are to be opened: as they are stored, where deltaw itself forms, quantises or widens them."""
     if quant != "none":
         return "auto"
-    return stored_dtype(folder) if stream else computed
+    stored = stored_dtype(folder)
+    widened = device.type == "cpu" and computed == torch.float32 and stored in (torch.bfloat16, torch.float16)
+    return stored if stream or widened else computed
 
 
 def most_together() -> int:

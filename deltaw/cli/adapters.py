@@ -20,6 +20,7 @@ from deltaw.cli.options import (
     reading_of,
     reading_options,
     say,
+    unquantised_options,
 )
 from deltaw.errors import UsageError
 
@@ -116,7 +117,7 @@ def generate(
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to make.")
 @model_option
-@machine_options
+@unquantised_options
 @json_option
 def merge(adapter: Path, out: Path, model: str | None, as_json: bool, **options: Any) -> None:
     """Fold an adapter into its base, read the result back, check its weights and compare the logits."""

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from deltaw import __version__
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, does_not_fit
+from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, UsageError, does_not_fit
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, "
@@ -39,6 +39,8 @@ class _Group(click.Group):
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", module=_LIBRARIES)
         try:
+            if sys.platform == "win32":  # it lacks what locks, signals and limits are made of
+                raise UsageError("deltaw runs on Linux and macOS; on Windows, install it in WSL.")
             with _terminable():
                 result = super().invoke(ctx)
                 sys.stdout.flush()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from deltaw.cli.group import AS_JSON
-from deltaw.config import make_settings, settings_fields
+from deltaw.config import AUTO, make_settings, settings_fields
 from deltaw.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -66,12 +66,15 @@ quiet_option = click.option("--quiet", is_flag=True, help="No talk on stderr, on
 model_option = click.option("--model", metavar="TEXT", help="The base, where the adapter does not say where it lies.")
 
 
-machine_options = settings_options("device", "dtype", "threads", "revision")
+MACHINE = ("device", "dtype", "threads", "revision", "stream")
+machine_options = settings_options(*MACHINE, "quant")
+unquantised_options = settings_options(*MACHINE)
 
 
 def machine_of(options: dict[str, Any]) -> dict[str, Any]:
-    """device, dtype, revision, threads as `load` takes them."""
-    return {name: getattr(make_settings({name: value}), name) for name, value in given_of(options).items()}
+    """device, dtype, revision, threads, stream and quant as `load` takes them."""
+    given = {name: getattr(make_settings({name: value}), name) for name, value in given_of(options).items()}
+    return {name: value for name, value in given.items() if (name, value) != ("quant", AUTO)}
 
 
 READING = ("columns", "allow", "allow_lost")

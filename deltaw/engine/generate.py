@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from jinja2 import TemplateError
 
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base
+from deltaw.base.stream import follow_modules
 from deltaw.data.chat import Encoder
 from deltaw.data.formats import Row
 from deltaw.data.source import Fault
@@ -89,7 +91,15 @@ def generate(
     ends = end_tokens(base)
     tokens = torch.tensor([prompt], device=base.device)
     devices = [base.device] if base.device.type == "cuda" else []
-    with plain_attention(base.model), torch.random.fork_rng(devices), warnings.catch_warnings():
+    with (
+        contextlib.ExitStack() as ended,
+        plain_attention(base.model),
+        torch.random.fork_rng(devices),
+        warnings.catch_warnings(),
+    ):
+        if base.pager is not None:
+            for handle in follow_modules(base.model):
+                ended.callback(handle.remove)
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         output = base.model.generate(

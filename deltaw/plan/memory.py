@@ -33,9 +33,10 @@ TILES, TILE_WIDTHS = 4, 6
 # Fitted to measured peaks (benchmarks/plan_accuracy.py, cases marked "fitted"), so that few of them are predicted too
 # low: what a process adds to its tensors for each product that oneDNN keeps prepared, or, where others multiply, in
 # all; what bitsandbytes adds; what the heap holds between kept tensors, and how often what a block needs for a moment,
-# as steps of other lengths leave other gaps.
+# as steps of other lengths leave other gaps: less where kernels compute in fp32, with no memory of oneDNN's between.
 PRODUCT_BYTES, RUNNING_BYTES, QUANT_RUNNING_BYTES = 1_100_000, 125_000_000, 150_000_000
 KEPT_GAPS, GAPS = 1.2, 6
+FP32_KEPT_GAPS, FP32_GAPS = 1.0, 4
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     little as the base's own where the measure is the lowest limit.
     """
     heavy, b = demand.heaviest(choice.micro_tokens), demand.dtype.itemsize
+    kept_gaps, gaps = _gaps(demand, way)
     held = fixed_bytes - (file_bytes if choice.stream else 0) + _running_bytes(demand, choice)
     fixed = {"fixed": held, "base": base_bytes(demand, choice)}
     best = demand.trained * BEST_BYTES if "eval" in demand.data else 0
@@ -70,9 +72,9 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     step = {
         **fixed,
         "factors": factors,
-        "activations": round(KEPT_GAPS * _kept(demand, choice, heavy, way, b)),
+        "activations": round(kept_gaps * _kept(demand, choice, heavy, way, b)),
         "loss": _loss(demand, heavy, b),
-        "workspace": _workspace(demand, choice, heavy, b),
+        "workspace": _workspace(demand, choice, heavy, b, gaps),
     }
     timed = timed_blocks(demand.outline)
     whole = demand.heaviest(int(demand.settings.micro_tokens))
@@ -81,7 +83,7 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
             "fixed": fixed["fixed"],
             "base": timed * demand.outline.block_parameters * b,
             "activations": round(timed * whole.tokens * _block_bytes(demand, way, b)),
-            "workspace": _workspace(demand, choice, whole, b),
+            "workspace": _workspace(demand, choice, whole, b, gaps),
         },
         "load": {**fixed, "factors": demand.trained * (STATE_BYTES + MADE_BYTES)},
         "step": step,
@@ -97,6 +99,12 @@ def _running_bytes(demand: Demand, choice: Choice) -> int:
     prepared = prepares_products(demand.device, demand.dtype)
     running = PRODUCT_BYTES * remembered_products() if prepared else RUNNING_BYTES
     return running + (QUANT_RUNNING_BYTES if choice.quant != "none" else 0)
+
+
+def _gaps(demand: Demand, way: str) -> tuple[float, float]:
+    """How often kept tensors, and those of a moment, are counted."""
+    plain = demand.device.type == "cpu" and demand.dtype == torch.float32 and way == "kernels"
+    return (FP32_KEPT_GAPS, FP32_GAPS) if plain else (KEPT_GAPS, GAPS)
 
 
 def base_bytes(demand: Demand, choice: Choice) -> int:
@@ -134,7 +142,7 @@ def _block_bytes(demand: Demand, way: str, b: int) -> float:
     return (b / 2) * (norms * H + width * A + inner * I + 2 * demand.ranks / o.layers)
 
 
-def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int) -> int:
+def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int, gaps: float) -> int:
     """What backward of one block comes to hold: for the gated product or for attention, whichever is more."""
     o, T = demand.outline, heavy.tokens
     dense = max(o.inner, o.hidden) * o.hidden * b if demand.forms(choice) else 0
@@ -143,7 +151,7 @@ def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int) -> int:
     scores = max(scores, *(TILE_TOKENS * n if n > TILE_TOKENS else 0 for n in heavy.lengths))
     A, K = o.heads * o.head_width, o.key_heads * o.head_width
     attention = TILES * b * o.heads * scores + T * (TILE_WIDTHS * b * A + 2 * 4 * K)
-    return round(GAPS * max(gated, attention) + dense)
+    return round(gaps * max(gated, attention) + dense)
 
 
 def _loss(demand: Demand, heavy: Pass, b: int) -> int:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import SMALL, byte_tokenizer, lively_model, slopes, some_batch
+from models import CONFIGS, MORE, SMALL, byte_tokenizer, lively_model, slopes, some_batch
 
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
 from deltaw.adapter.weight import ON_READ, stored_tensors
 from deltaw.base.decoder import ROW_STEP, Decoder
 from deltaw.base.forward import plain_attention
-from deltaw.base.load import Base, load
+from deltaw.base.load import Base, load, open_model
 from deltaw.base.stream import Pager, blocks_of, release
 from deltaw.engine.objective import accumulate, batch_loss, head_factors
 from deltaw.errors import BaseError
@@ -235,6 +235,35 @@ def test_at_most_a_few_blocks_are_in_memory_while_a_streamed_base_trains(wide):
     streamed.pager.close()
     release(streamed.model.parameters())
     assert resident_bytes(wide) < block / 4
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, *MORE.keys() - CONFIGS.keys()])
+def test_a_base_that_is_cast_when_it_is_opened_is_the_one_that_transformers_would_cast(tmp_path, kind):
+    """Also what its modules work out by themselves, as the factor of Gemma's embedding."""
+    lively_model(kind).to(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    wanted, found = open_model(tmp_path, torch.float32), load(tmp_path, dtype="float32").model
+    for one, other in zip(wanted.parameters(), found.parameters(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    for (name, one), (_, other) in zip(wanted.named_buffers(), found.named_buffers(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+
+
+def test_a_base_is_cast_block_by_block_so_that_no_two_copies_are_held(wide, tmp_path, monkeypatch):
+    folder, held = tmp_path / "bf16", []
+    open_model(wide, torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+    def watched(tensors):
+        held.append(resident_bytes(folder))
+        release(tensors)
+
+    monkeypatch.setattr("deltaw.base.formed.release", watched)
+    base = load(folder, dtype="float32")
+    block = sum(parameter.nbytes for parameter in blocks_of(base.model)[0].parameters()) / 2
+    assert base.dtype == torch.float32 and len(held) == 9 and held[0] > block / 2  # it does come from the files
+    assert all(later < sooner - block / 2 for sooner, later in itertools.pairwise(held)), held
+    assert resident_bytes(folder) < block / 4
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from deltaw.errors import DoesNotFitError, UsageError
 from deltaw.plan.choose import MEMORY_SPREAD, Room, _changes, _choices, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import DEVICES
-from deltaw.plan.memory import KEPT_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, base_bytes, memory
+from deltaw.plan.memory import FP32_KEPT_GAPS, KEPT_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, base_bytes, memory
 from deltaw.plan.pace import Pace, Timed, measure_pace
 from deltaw.plan.speed import Clock
 
@@ -103,7 +103,7 @@ def test_what_is_counted_for_backward_is_what_the_blocks_keep(kind, demand, tmp_
     """To 10 %: the last norm's input and the angles are not counted."""
     asked = demand(model=str(save_base(tmp_path / kind, kind)))
     T, spec = 97, LoraSpec(rank=4)
-    counted = memory(asked, Choice(256), "kernels", 0).phases["step"]["activations"] / KEPT_GAPS
+    counted = memory(asked, Choice(256), "kernels", 0).phases["step"]["activations"] / FP32_KEPT_GAPS
     base, kept = load(tmp_path / kind, dtype="float32"), {}
     with inject(base.model, new_adapter(choose(base.model, spec), spec, 0), trainable=True) as injection:
         injection.train(True)
@@ -175,8 +175,8 @@ def test_passes_that_share_a_reading_cost_one_reading_and_the_inputs_of_all(dema
     assert asked.tokens_a_reading(shared, "kernels") == pytest.approx(most, rel=0.02) and 80 <= most < 100
     assert {asked.tokens_a_reading(*other) for other in ((apart, "kernels"), (shared, "modules"))} == {0}
     kept = memory(asked, shared, "kernels", 0).phases["step"]["activations"]
-    alone = memory(asked, shared, "modules", 0).phases["step"]["activations"]
-    assert (2 + 1) * 32 * 4 * most <= kept and alone < kept
+    alone = memory(asked, shared, "modules", 0).phases["step"]["activations"] / KEPT_GAPS
+    assert (2 + 1) * 32 * 4 * most <= kept and alone < kept / FP32_KEPT_GAPS
     passes = [Pass((20,), 5)] * 8
     clock = Clock(asked, PACE)
     clock.__dict__["disk_bytes_per_second"] = 2 * 2 * base_bytes(asked, shared)  # a reading takes a second
@@ -239,7 +239,9 @@ def test_a_streamed_run_waits_for_what_is_read_again_where_pages_of_libraries_ha
     asked = demand(stream=True, recompute=0, micro_tokens=64)
     tight, pages = needed(asked, Choice(64, stream=True)), 100 * MB
     rooms = [Room(tight + more, "--memory", pages, file_bytes=pages) for more in (0, pages // 2, 2 * pages, 3 * pages)]
-    seconds = [make_plan(asked, room, Clock(asked, PACE)).step_seconds for room in rooms]
+    clock = Clock(asked, PACE)
+    clock.__dict__["disk_bytes_per_second"] = 1e9
+    seconds = [make_plan(asked, room, clock).step_seconds for room in rooms]
     assert seconds[0] > seconds[1] > seconds[2] == seconds[3]
 
 
