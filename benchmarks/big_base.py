@@ -349,7 +349,16 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
         limit = f"{rows[name]['setup']['limit_mb'] / 1000:g} GB"
         lines.append(f"| {name.split(',')[0]} | {limit} | {rows[name]['step_seconds']:.1f} s | {beside} |")
     rates = [rows[name]["gemm_gflops"] for name in SHOWN]
-    return "\n".join([*lines, "", f"The machine multiplied at {min(rates):.0f} to {max(rates):.0f} GFLOP/s."])
+    lines += ["", f"The machine multiplied at {min(rates):.0f} to {max(rates):.0f} GFLOP/s."]
+    if "1.7b fp32 speed kept" not in (found := answers(dict(rows))):
+        return "\n".join(lines)
+    kept, memory, streamed = found["1.7b fp32 speed kept"], rows["1.7b fp32 in memory"], rows["1.7b fp32 streamed"]
+    return "\n".join([*lines, "", (
+        f"Without bf16 arithmetic ({streamed['gemm_gflops']:.0f} GFLOP/s in fp32), from the same bf16 files: 1.7b "
+        f"streamed in {streamed['setup']['limit_mb'] / 1000:g} GB takes {streamed['step_seconds']:.1f} s a step, "
+        f"{kept['median']:.2f} of the speed in memory ({memory['peak_bytes'] / 1e9:.1f} GB), in turns "
+        f"{min(kept['pairs']):.2f} to {max(kept['pairs']):.2f}."
+    )])  # fmt: skip
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -16,6 +16,14 @@ from models import save_base
 from deltaw import api
 
 
+def pytest_collection_modifyitems(items):
+    """Bases are streamed on Linux alone."""
+    if sys.platform != "linux":
+        for item in items:
+            if "stream" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason="streaming needs Linux"))
+
+
 def pytest_collection_finish(session):
     """Begins what test_torture.py waits for: one kind at a time, or two where nothing else is asked for."""
     asked = [item for item in session.items if item.path.name == "test_torture.py"]

@@ -36,7 +36,7 @@ TILES, TILE_WIDTHS = 4, 6
 # as steps of other lengths leave other gaps: less where kernels compute in fp32, with no memory of oneDNN's between.
 PRODUCT_BYTES, RUNNING_BYTES, QUANT_RUNNING_BYTES = 1_100_000, 125_000_000, 150_000_000
 KEPT_GAPS, GAPS = 1.2, 6
-FP32_KEPT_GAPS, FP32_GAPS = 1.0, 4
+FP32_GAPS = {"kernels": (1.0, 4), "modules": (1.3, 6)}
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ def _running_bytes(demand: Demand, choice: Choice) -> int:
 
 def _gaps(demand: Demand, way: str) -> tuple[float, float]:
     """How often kept tensors, and those of a moment, are counted."""
-    plain = demand.device.type == "cpu" and demand.dtype == torch.float32 and way == "kernels"
-    return (FP32_KEPT_GAPS, FP32_GAPS) if plain else (KEPT_GAPS, GAPS)
+    if demand.device.type != "cpu" or demand.dtype != torch.float32:
+        return KEPT_GAPS, GAPS
+    return FP32_GAPS["kernels" if way == "kernels" else "modules"]
 
 
 def base_bytes(demand: Demand, choice: Choice) -> int:

@@ -28,7 +28,7 @@ from deltaw.errors import DoesNotFitError, UsageError
 from deltaw.plan.choose import MEMORY_SPREAD, Room, _changes, _choices, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import DEVICES
-from deltaw.plan.memory import FP32_KEPT_GAPS, KEPT_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, base_bytes, memory
+from deltaw.plan.memory import FP32_GAPS, PARTS, PRODUCT_BYTES, RUNNING_BYTES, base_bytes, memory
 from deltaw.plan.pace import Pace, Timed, measure_pace
 from deltaw.plan.speed import Clock
 
@@ -103,7 +103,7 @@ def test_what_is_counted_for_backward_is_what_the_blocks_keep(kind, demand, tmp_
     """To 10 %: the last norm's input and the angles are not counted."""
     asked = demand(model=str(save_base(tmp_path / kind, kind)))
     T, spec = 97, LoraSpec(rank=4)
-    counted = memory(asked, Choice(256), "kernels", 0).phases["step"]["activations"] / FP32_KEPT_GAPS
+    counted = memory(asked, Choice(256), "kernels", 0).phases["step"]["activations"] / FP32_GAPS["kernels"][0]
     base, kept = load(tmp_path / kind, dtype="float32"), {}
     with inject(base.model, new_adapter(choose(base.model, spec), spec, 0), trainable=True) as injection:
         injection.train(True)
@@ -175,8 +175,8 @@ def test_passes_that_share_a_reading_cost_one_reading_and_the_inputs_of_all(dema
     assert asked.tokens_a_reading(shared, "kernels") == pytest.approx(most, rel=0.02) and 80 <= most < 100
     assert {asked.tokens_a_reading(*other) for other in ((apart, "kernels"), (shared, "modules"))} == {0}
     kept = memory(asked, shared, "kernels", 0).phases["step"]["activations"]
-    alone = memory(asked, shared, "modules", 0).phases["step"]["activations"] / KEPT_GAPS
-    assert (2 + 1) * 32 * 4 * most <= kept and alone < kept / FP32_KEPT_GAPS
+    alone = memory(asked, shared, "modules", 0).phases["step"]["activations"]
+    assert (2 + 1) * 32 * 4 * most <= kept and alone / FP32_GAPS["modules"][0] < kept / FP32_GAPS["kernels"][0]
     passes = [Pass((20,), 5)] * 8
     clock = Clock(asked, PACE)
     clock.__dict__["disk_bytes_per_second"] = 2 * 2 * base_bytes(asked, shared)  # a reading takes a second
