@@ -193,6 +193,10 @@ class Settings:
         """Whether a rule decided a setting, and not its user."""
         return self.sources.get(name, "").startswith("rule")
 
+    def asked_for(self, name: str) -> bool:
+        """Whether someone set it: no rule, no plan that suited one machine, and no default."""
+        return not self.sources.get(name, "default").startswith(("rule", "plan", "default"))
+
     @property
     def whole_epochs(self) -> float | None:
         """How many epochs the run has; None where steps or minutes bound it, and data comes again and again."""

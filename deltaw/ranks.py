@@ -113,8 +113,9 @@ def _of_run(path: Path, say: Callable[[str], None], options: dict[str, Any]) -> 
         raise UsageError(f"{path} is no run, so nothing was held out; give --data FILE.")
     settings = run.settings()
     for name in ("device", "dtype"):  # the run may be of another machine
-        if settings.by_rule(name):
+        if not settings.asked_for(name):
             settings.put(name, AUTO, "default")
+    by_memory = not settings.asked_for("stream") and "stream" not in options
     for name, value in options.items():
         settings.put(name, value, "given")
     sketch = sketch_run(run, settings, Watcher())
@@ -124,6 +125,8 @@ def _of_run(path: Path, say: Callable[[str], None], options: dict[str, Any]) -> 
     if known not in (None, sketch.data["eval"].report.digest):
         raise UsageError(f"What {path} held out would be other rows now; give ones it has not seen with --data FILE.")
     say("Measuring on what the run held out for validation.")
+    if by_memory:
+        settings.put("stream", AUTO, "rule: where the memory does not suffice")
     return HeldOut(prepare_run(sketch, settings, Watcher()).base, sketch.data["eval"].store, EVALUATION_TOKENS)
 
 

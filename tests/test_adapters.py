@@ -305,6 +305,15 @@ def test_a_sum_is_the_sum_and_a_difference_with_itself_is_nothing(learned, tiny_
         adapters.combine([learned.folder, tiny_run.folder], tmp_path / "x", [float("nan"), 1])
 
 
+def test_healing_takes_from_a_run_what_was_asked_for_and_not_what_suited_its_machine(tiny_run, tmp_path):
+    adapter, alone = read_adapter(tiny_run.adapter), tmp_path / "alone"
+    shutil.copytree(tiny_run.adapter, alone)
+    alike, known = adapters._healed_alike(tiny_run.folder, adapter), adapters._healed_alike(alone, adapter)
+    assert alike["dtype"] == "float32" and "dtype" not in known  # of which nobody knows who chose it
+    for found in (alike, known):
+        assert found["batch_tokens"] == 256 and not {"stream", "recompute", "micro_tokens", "quant"} & found.keys()
+
+
 def test_compared_with_itself_an_adapter_is_alike_in_everything(learned):
     found = adapters.compare(learned.folder, learned.folder)
     assert found["cosine"] == pytest.approx(1) and found["sign_conflict"] == 0

@@ -7,6 +7,8 @@ the tests do, in processes of their own and of low priority (tests/conftest.py),
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -30,7 +32,9 @@ class Attempts:
     def _torture(self, kind: str) -> dict:
         assert not self._ended.is_set(), "the tests ended before"
         command = ["nice", "-n", "15", sys.executable, str(SCRIPT), kind, str(COUNTS[kind])]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         self._running.add(process)
         out, error = process.communicate(timeout=1200)
         self._running.discard(process)
@@ -41,7 +45,7 @@ class Attempts:
         """Stops what still runs."""
         self._ended.set()
         for process in list(self._running):
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)
         self._pool.shutdown()
 
 

@@ -267,14 +267,15 @@ def signals(ground: Ground, count: int, random_: random.Random) -> dict[str, Any
     outcomes, waits, codes = [], [], []
     for number in range(count):
         name, which = f"signal-{number}", random_.choice((signal.SIGTERM, signal.SIGINT))
+        after = random_.uniform(0.3, 0.9) * ground.seconds
 
-        def press(which: int = which, after: float = random_.uniform(0.3, 0.9) * ground.seconds) -> None:
+        def press(which: int = which, after: float = after) -> None:
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), which))
             signal.setitimer(signal.ITIMER_REAL, after)
 
         started = time.monotonic()
         codes.append(ground.attempt(name, press))
-        waits.append(time.monotonic() - started)
+        waits.append(time.monotonic() - started - after)
         outcomes.append(ground.finish(name))
     counted = {str(code): codes.count(code) for code in sorted(set(codes))}
     error = ground.folder / "last_error"

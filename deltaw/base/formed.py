@@ -10,6 +10,8 @@ the same bits as a base that was cast when it was opened.
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +26,13 @@ from torch.autograd.function import once_differentiable
 from deltaw.adapter.weight import READER, dense_weight
 from deltaw.base.stream import blocks_of, release
 from deltaw.errors import BaseError
+
+# What `_renew_buffers` knows how to make anew.
+RENEWED = ("embed_scale",)
+_NOT_FORMED = (
+    "This base cannot be streamed in a dtype that its files do not have, nor quantised: "
+    + "it reads weights past its layers"
+)
 
 
 class Reader(Protocol):
@@ -118,6 +127,25 @@ def stored_dtype(folder: Path) -> torch.dtype:
         raise BaseError(f"The base in {folder} cannot be opened: {file.name}: {error}") from error
 
 
+def has_one_dtype(folder: Path) -> bool:
+    """Whether all weights in a folder are stored in one dtype, so that opening them in it rounds none."""
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118, no mapping
+    return len({dtype for dtype in found if dtype.startswith(("F", "BF"))}) == 1
+
+
+def makes_unknown_numbers(model: Any) -> bool:
+    """Whether modules worked out numbers in the dtype in which the model was opened that casting cannot make anew."""
+    return any(
+        buffer.dtype in (torch.bfloat16, torch.float16) and name not in RENEWED
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    )
+
+
 def keep_stored(model: Any, dtype: torch.dtype) -> None:
     """Has the linear layers of the model's blocks cast their weights to `dtype` when they are read; the rest is cast.
 
@@ -139,8 +167,9 @@ def cast_rest(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 def cast_whole(model: Any, dtype: torch.dtype) -> None:
     """Casts all of a model that lies in mapped files, and lets the pages of each part go: no two copies are held."""
-    for part in (*blocks_of(model), model):
-        stored = [parameter.data for parameter in part.parameters()]
+    rest = (part for part in model.modules() if any(p.dtype != dtype for p in part.parameters(recurse=False)))
+    for part in itertools.chain(blocks_of(model), rest, [model]):
+        stored = [parameter.data for parameter in part.parameters() if parameter.dtype != dtype]
         _cast(model, part.modules(), torch.device("cpu"), dtype)
         release(stored)
 
@@ -189,8 +218,24 @@ def may_form_embedding(model: Any) -> bool:
 
 
 def linear_layers(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The layers of a block whose weights may be formed, by name."""
-    return [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear)]
+    """The layers of a block whose weights may be formed, by name: those that compute as a Linear does."""
+    return [
+        (name, part)
+        for name, part in block.named_modules()
+        if isinstance(part, nn.Linear) and type(part).forward in (nn.Linear.forward, FormedLinear.forward)
+    ]
+
+
+def require_formed(model: Any) -> None:
+    """Raises BaseError where a model reads weights elsewhere than in their layers, so that it computes with none."""
+    tokens_T = torch.arange(4, device=model.device)
+    try:
+        with torch.no_grad():
+            finite = bool(model(input_ids=tokens_T[None], use_cache=False).logits.isfinite().all())
+    except Exception as error:  # a model may object in any way it likes
+        raise BaseError(f"{_NOT_FORMED} ({type(error).__name__}: {error})") from error
+    if not finite:
+        raise BaseError(_NOT_FORMED)
 
 
 def exchange(layer: nn.Linear | nn.Embedding, reader: Reader) -> None:
@@ -198,8 +243,8 @@ def exchange(layer: nn.Linear | nn.Embedding, reader: Reader) -> None:
     device, dtype = reader.tensors[0].device, reader.dtype
     layer.__class__ = FormedLinear if isinstance(layer, nn.Linear) else FormedEmbedding
     layer.__dict__[READER] = reader
-    # The shape for whoever asks, one number of memory.
-    shape = torch.zeros(1, dtype=dtype, device=device).expand(layer.weight.shape)
+    # The shape for whoever asks, one number of memory; whoever computes with it shall be found out (`require_formed`).
+    shape = torch.full((1,), math.nan, dtype=dtype, device=device).expand(layer.weight.shape)
     layer.weight = nn.Parameter(shape, requires_grad=False)
     if isinstance(layer, nn.Linear) and layer.bias is not None:
         layer.bias.data = layer.bias.data.to(device, dtype)

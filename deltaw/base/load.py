@@ -30,7 +30,15 @@ from deltaw.adapter.weight import stored_tensors
 from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
-from deltaw.base.formed import cast_whole, keep_stored, stored_dtype
+from deltaw.base.formed import (
+    FormedLinear,
+    cast_whole,
+    has_one_dtype,
+    keep_stored,
+    makes_unknown_numbers,
+    require_formed,
+    stored_dtype,
+)
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove
 from deltaw.base.quant import quantise
@@ -219,12 +227,22 @@ def load(
     if quant != "none":
         quantise(model, quant, weight_digest(folder), where, chosen, tell)
     elif streamed and model.dtype != chosen:
+        if not has_one_dtype(folder) or makes_unknown_numbers(model):
+            raise BaseError(
+                f"The base in {folder} cannot be streamed in {chosen}: opened in the dtype of its files, some of its "
+                "numbers would be rounded. Leave out --stream."
+            )
         keep_stored(model, chosen)
     elif where.type == "cpu" and model.dtype != chosen:
-        cast_whole(model, chosen)
+        if makes_unknown_numbers(model):
+            model = open_model(folder, chosen)
+        else:
+            cast_whole(model, chosen)
     else:
         model = model.to(where)
     model.requires_grad_(False).eval()
+    if any(type(module) is FormedLinear for module in model.modules()):
+        require_formed(model)
     pager = streaming(model) if streamed else None
     followed = follow_modules(model) if streamed else []  # the proofs run modules too
     reason, decoder, module_reason = prove(model)
@@ -254,7 +272,7 @@ def _opened_dtype(
         return "auto"
     stored = stored_dtype(folder)
     widened = device.type == "cpu" and computed == torch.float32 and stored in (torch.bfloat16, torch.float16)
-    return stored if stream or widened else computed
+    return stored if stream or (widened and has_one_dtype(folder)) else computed
 
 
 def most_together() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from deltaw.cli.group import AS_JSON
-from deltaw.config import AUTO, make_settings, settings_fields
+from deltaw.config import make_settings, settings_fields
 from deltaw.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -67,14 +67,19 @@ model_option = click.option("--model", metavar="TEXT", help="The base, where the
 
 
 MACHINE = ("device", "dtype", "threads", "revision", "stream")
-machine_options = settings_options(*MACHINE, "quant")
 unquantised_options = settings_options(*MACHINE)
+
+
+def machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where and how a base is opened."""
+    kinds = click.Choice(("none", "nf4", "int8"))
+    quant = click.option("--quant", type=kinds, help="Store the base's layers in 4 or 8 bits.  [default: none]")
+    return unquantised_options(quant(function))
 
 
 def machine_of(options: dict[str, Any]) -> dict[str, Any]:
     """device, dtype, revision, threads, stream and quant as `load` takes them."""
-    given = {name: getattr(make_settings({name: value}), name) for name, value in given_of(options).items()}
-    return {name: value for name, value in given.items() if (name, value) != ("quant", AUTO)}
+    return {name: getattr(make_settings({name: value}), name) for name, value in given_of(options).items()}
 
 
 READING = ("columns", "allow", "allow_lost")

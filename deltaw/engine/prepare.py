@@ -157,7 +157,7 @@ def prepare_run(sketch: Sketch, settings: Settings, watcher: Watcher) -> Prepare
         threads=settings.threads,
         tokenizer=sketch.outline.tokenizer,
         quant=settings.quant,
-        stream=bool(settings.stream),
+        stream=settings.stream if settings.stream == AUTO else bool(settings.stream),
         tell=watcher.say,
     )
     base.recompute(int(settings.recompute))

@@ -53,6 +53,7 @@ def input_gradient(
     for d_TO, layer in zip(ds if need_dx else (), layers, strict=False):
         weight = dense_weight(layer)
         dx_TI = d_TO @ weight if dx_TI is None else dx_TI.addmm_(d_TO, weight)
+        del weight  # one that was formed shall lend its memory to the next
     adapted = [(d, branch) for d, branch in zip(ds, branches, strict=True) if branch is not None]
     if not adapted:
         return dx_TI, None

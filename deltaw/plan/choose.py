@@ -137,7 +137,8 @@ def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> in
     if not choice.stream:
         return 0
     block = demand.block_bytes(choice)
-    wanted = max(2 * block, math.prod(demand.outline.head_shape) * demand.dtype.itemsize) - block + room.file_bytes
+    head = math.prod(demand.outline.head_shape) * demand.dtype.itemsize if demand.as_stored else 0  # else it is cast
+    wanted = max(2 * block, head) - block + room.file_bytes
     return max(0, min(wanted, round(held.peak_bytes * (1 + MEMORY_SPREAD[1] / 2)) + wanted - room.limit_bytes))
 
 

@@ -146,7 +146,8 @@ def _block_bytes(demand: Demand, way: str, b: int) -> float:
 def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int, gaps: float) -> int:
     """What backward of one block comes to hold: for the gated product or for attention, whichever is more."""
     o, T = demand.outline, heavy.tokens
-    dense = max(o.inner, o.hidden) * o.hidden * b if demand.forms(choice) else 0
+    widths = {o.inner, o.heads * o.head_width, o.key_heads * o.head_width}  # memory of each size is lent on its own
+    dense = sum(widths) * o.hidden * b if demand.forms(choice) else 0
     gated = T * (4 * b * o.inner + (4 + 4 + b) * o.hidden)
     scores = sum(n * n for n in heavy.lengths if n <= TILE_TOKENS)
     scores = max(scores, *(TILE_TOKENS * n if n > TILE_TOKENS else 0 for n in heavy.lengths))

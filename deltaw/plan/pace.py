@@ -119,7 +119,7 @@ def _key(demand: Demand, passes: list[Pass]) -> str:
     config = demand.outline.model.config.to_json_string()
     parts = [
         machine.cpu_name, machine.cores, machine.gpu, machine.versions, settings.device, settings.dtype,
-        settings.threads, config,
+        settings.threads, config, str(demand.stored_dtype),
         demand.ranks, demand.trained, settings.dora, settings.dropout, settings.quant,
         [list(map(int, p.lengths)) for p in passes],
     ]  # fmt: skip
