@@ -106,7 +106,8 @@ class _LabelledLoss(torch.autograd.Function):
 def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
     """(−log p(target) [N] in fp32, ∂(Σ weight·loss)/∂logits [N, V] in the dtype of the logits).
 
-    ∂ = weight·(p − 1[target]). The loss is (the largest logit − that of the target) − log(the largest p).
+    ∂ = weight·(p − 1[target]). The loss is (the largest logit − that of the target) − log(the largest p). p is the softmax
+    over its own sum: where one token has nearly all of it, a sum in fp32 loses the rest that falls into its lane.
     """
     N, V = logits_NV.shape
     finer = torch.promote_types(logits_NV.dtype, torch.float32)
@@ -117,9 +118,10 @@ def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) 
         logits, targets_n1 = logits_NV[part], targets_N[part, None]
         p = torch.softmax(logits, -1, dtype=finer, out=buffer[: len(logits)])
         below_largest = logits.amax(-1).to(finer) - logits.gather(1, targets_n1)[:, 0].to(finer)
-        losses_N[part] = below_largest - p.amax(-1).log()
-        p.scatter_add_(1, targets_n1, p.new_full((1, 1), -1.0).expand_as(targets_n1))
-        slopes_NV[part] = p.mul_(weights_N[part, None])
+        sums_n1 = p.sum(-1, keepdim=True)
+        losses_N[part] = below_largest - (p.amax(-1) / sums_n1[:, 0]).log()
+        p.scatter_add_(1, targets_n1, -sums_n1)
+        slopes_NV[part] = p.mul_(weights_N[part, None] / sums_n1)
     return losses_N, slopes_NV
 
 

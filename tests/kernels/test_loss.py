@@ -111,18 +111,18 @@ def test_logits_never_exist_for_more_than_one_chunk():
 
 
 def test_rows_of_a_wide_vocabulary_are_taken_in_pieces_and_in_bf16_the_target_keeps_its_precision():
-    """p(target) near 1: rounded to bf16 first, p − 1 would be a third off. A sum in fp32 loses one lane of 8 or 16 here."""
+    """p(target) near 1: rounded to bf16 first, p − 1 would be a third off; by one sum in fp32, an eighth (AVX2)."""
     h, weight = torch.zeros(37, 4), torch.zeros(200_000, 4)
     weight[7], h[:, 0] = torch.tensor([1.0, 0, 0, 0]), 18.0
     h, weight = h.bfloat16().requires_grad_(), weight.bfloat16()
     targets = torch.full((37,), 7)
     loss = labelled_loss(h, lambda x: F.linear(x, weight), targets, torch.ones(37), 200_000)
     expected = F.cross_entropy(F.linear(h.detach().double(), weight.double()), targets, reduction="sum")
-    torch.testing.assert_close(loss.detach().double(), expected, rtol=0.15, atol=0)
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=0.01, atol=0)
     (grad,) = torch.autograd.grad(loss, h)
     p = torch.softmax(F.linear(h[:1].detach().double(), weight.double()), -1)[0, 7]
     assert 0 < float(1 - p) < 4e-3
-    torch.testing.assert_close(grad[:, 0].double(), (p - 1).expand(37), rtol=0.15, atol=0)
+    torch.testing.assert_close(grad[:, 0].double(), (p - 1).expand(37), rtol=0.01, atol=0)
 
 
 def test_token_losses_of_a_wide_vocabulary_are_the_same_in_pieces():

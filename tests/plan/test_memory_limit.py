@@ -134,8 +134,7 @@ def test_the_least_memory_that_a_refusal_names_suffices(train, least):
     finishes(*train(f"--memory={least}B", limit=least))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_each_way_out_of_a_refusal_finishes_in_a_cgroup_of_its_memory(train, refused, number):
     flags = dict(re.findall(r"(--[a-z-]+) (\S+)", refused.ways[number]))
     limit = flags.setdefault("--memory", f"{refused.limit_bytes}B")
