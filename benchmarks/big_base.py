@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -353,12 +354,13 @@ def table(rows: Mapping[str, dict[str, Any]]) -> str:
     if "1.7b fp32 speed kept" not in (found := answers(dict(rows))):
         return "\n".join(lines)
     kept, memory, streamed = found["1.7b fp32 speed kept"], rows["1.7b fp32 in memory"], rows["1.7b fp32 streamed"]
-    return "\n".join([*lines, "", (
+    text = (
         f"Without bf16 arithmetic ({streamed['gemm_gflops']:.0f} GFLOP/s in fp32), from the same bf16 files: 1.7b "
         f"streamed in {streamed['setup']['limit_mb'] / 1000:g} GB takes {streamed['step_seconds']:.1f} s a step, "
         f"{kept['median']:.2f} of the speed in memory ({memory['peak_bytes'] / 1e9:.1f} GB), in turns "
         f"{min(kept['pairs']):.2f} to {max(kept['pairs']):.2f}."
-    )])  # fmt: skip
+    )
+    return "\n".join([*lines, "", textwrap.fill(text, 120)])
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -204,26 +204,22 @@ def _before_and_after(held_out: HeldOut, before: np.ndarray, made: Adapter) -> d
     }
 
 
-# What healing does as the run did.
-HEALED_ALIKE = (
-    *("batch_tokens", "micro_tokens", "max_length", "train_on", "columns", "allow", "allow_lost", "date", "lr"),
-    *("dtype", "revision", "recompute", "stream", "quant"),
-)
-FITTED = ("dtype", "micro_tokens", "recompute", "stream", "quant")  # suits one machine, unless someone asked for it
+# What healing does as the run did; and what suits one machine, in which it follows the run only where someone asked.
+HEALED_ALIKE = ("batch_tokens", "max_length", "train_on", "columns", "allow", "allow_lost", "date", "lr", "revision")
+FITTED = ("dtype", "micro_tokens", "recompute", "stream", "quant")
 
 
 def _healed_alike(path: Path, adapter: Adapter) -> dict[str, Any]:
     """The settings that healing takes from the run that the adapter is of, or from what the adapter says of it."""
     run = run_of(path)
-    if run is None:
-        known = {name: value for name, value in settings_of(adapter).items() if name not in FITTED}
+    if run is None:  # nobody knows who chose them
+        known, names = settings_of(adapter), list(HEALED_ALIKE)
     else:
         settings = run.settings()
-        known = {
-            name: value for name, value in vars(settings).items() if name not in FITTED or settings.asked_for(name)
-        }
-        known |= {} if settings.quant == "none" else {"quant": settings.quant}  # the base that it was trained on
-    return {name: known[name] for name in HEALED_ALIKE if known.get(name) is not None}
+        known, names = vars(settings), [*HEALED_ALIKE, *filter(settings.asked_for, FITTED)]
+    if known.get("quant", "none") != "none":
+        names.append("quant")  # the base that it was trained on
+    return {name: known[name] for name in names if known.get(name) is not None}
 
 
 def _healed(

@@ -124,7 +124,11 @@ def test_a_compressed_adapter_at_its_own_rank_gives_the_same_logits(learned, lla
     tokens_T, logits, base = torch.arange(1, 20), [], api.load(llama_folder, **HERE).base
     base.model.double()  # the files are fp32; in a forward of fp32 its own rounding is as large as what is looked for
     for folder in (learned.adapter, tmp_path / "same"):
-        with inject(base.model, read_adapter(folder), dtype=torch.float64), plain_attention(base.model), torch.no_grad():
+        with (
+            inject(base.model, read_adapter(folder), dtype=torch.float64),
+            plain_attention(base.model),
+            torch.no_grad(),
+        ):
             logits.append(base.model(input_ids=tokens_T[None], use_cache=False).logits)
     assert float((logits[0] - logits[1]).abs().max()) <= 1e-6 * float(logits[0].abs().max())
 

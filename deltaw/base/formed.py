@@ -27,8 +27,8 @@ from deltaw.adapter.weight import READER, dense_weight
 from deltaw.base.stream import blocks_of, release
 from deltaw.errors import BaseError
 
-# What `_renew_buffers` knows how to make anew.
-RENEWED = ("embed_scale",)
+ROUNDED = (torch.bfloat16, torch.float16)
+RENEWED = ("embed_scale",)  # numbers that modules work out, and that `_renew_buffers` makes anew: of Gemma's embedding
 _NOT_FORMED = (
     "This base cannot be streamed in a dtype that its files do not have, nor quantised: "
     + "it reads weights past its layers"
@@ -116,6 +116,11 @@ BUFFERS = Buffers()
 _IDLE_HOLDERS = _holders(torch.empty(1))
 
 
+def stored_bytes(folder: Path) -> int:
+    """Size of the weight files in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """In what most of the weights in a folder are stored, by the header of its largest file. Raises BaseError."""
     file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
@@ -139,7 +144,7 @@ def has_one_dtype(folder: Path) -> bool:
 def makes_unknown_numbers(model: Any) -> bool:
     """Whether modules worked out numbers in the dtype in which the model was opened that casting cannot make anew."""
     return any(
-        buffer.dtype in (torch.bfloat16, torch.float16) and name not in RENEWED
+        buffer.dtype in ROUNDED and name not in RENEWED
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name in module._non_persistent_buffers_set
@@ -186,28 +191,19 @@ def _cast(model: Any, modules: Iterable[nn.Module], device: torch.device, dtype:
 
 @torch.no_grad()
 def _renew_buffers(model: Any, module: nn.Module, dtype: torch.dtype) -> None:
-    """Makes numbers that a module works out by itself in `dtype`, where they were rounded to that of the files.
+    """Widens a module's buffers to fp32, and makes anew those that it worked out itself in the dtype of the files.
 
-    Such as the factor of Gemma's embedding. transformers makes them when a model is opened, as it does first weights;
-    what was read from files is marked, so that it stays.
+    transformers makes them when a model is opened, as it does first weights; weights are marked, so that they stay.
     """
-    rounded = {
-        name: buffer
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.dtype in (torch.bfloat16, torch.float16)
-    }
+    rounded = [name for name, buffer in module.named_buffers(recurse=False) if buffer.dtype in ROUNDED]
     if not rounded or dtype != torch.float32:
         return
-    for name, buffer in rounded.items():
-        setattr(module, name, buffer.to(dtype))
-    for tensor in module.parameters(recurse=False):
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    for name in rounded.keys() - module._non_persistent_buffers_set:
-        getattr(module, name)._is_hf_initialized = True
-    model._init_weights(module)
-    for name, buffer in rounded.items():
-        if not torch.allclose(getattr(module, name), buffer.to(dtype), rtol=1e-2):  # it was made in another way
-            setattr(module, name, buffer.to(dtype))
+    for name in rounded:
+        setattr(module, name, getattr(module, name).to(dtype))
+    if any(name in RENEWED for name in rounded):
+        for tensor in module.parameters(recurse=False):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        model._init_weights(module)
 
 
 def may_form_embedding(model: Any) -> bool:

@@ -31,12 +31,14 @@ from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.formed import (
+    ROUNDED,
     FormedLinear,
     cast_whole,
     has_one_dtype,
     keep_stored,
     makes_unknown_numbers,
     require_formed,
+    stored_bytes,
     stored_dtype,
 )
 from deltaw.base.locate import locate, open_tokenizer, public_name
@@ -103,7 +105,7 @@ class Base:
     @cached_property
     def weight_bytes(self) -> int:
         """Size of the weight files on disk."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return stored_bytes(self.folder)
 
     @cached_property
     def context_tokens(self) -> int:
@@ -259,8 +261,7 @@ def load(
 
 def _more_than_is_free(folder: Path, dtype: torch.dtype) -> str | None:
     """By how much the weights in a folder exceed what memory is free, as a clause; None where they do not."""
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    size, free = stored * dtype.itemsize / stored_dtype(folder).itemsize, look().available_bytes
+    size, free = stored_bytes(folder) * dtype.itemsize / stored_dtype(folder).itemsize, look().available_bytes
     return None if size < FREE_SHARE * free else f"The base takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
 
@@ -271,7 +272,7 @@ def _opened_dtype(
     if quant != "none":
         return "auto"
     stored = stored_dtype(folder)
-    widened = device.type == "cpu" and computed == torch.float32 and stored in (torch.bfloat16, torch.float16)
+    widened = device.type == "cpu" and computed == torch.float32 and stored in ROUNDED
     return stored if stream or (widened and has_one_dtype(folder)) else computed
 
 

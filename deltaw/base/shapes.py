@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from deltaw.base.formed import stored_bytes
 from deltaw.base.load import MAX_CONTEXT, check_folder, quiet_transformers
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.stream import blocks_of
@@ -114,7 +115,7 @@ class Outline:
     @property
     def weight_bytes(self) -> int:
         """Size of the weight files on disk."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return stored_bytes(self.folder)
 
 
 def mlp_width(config: Any, hidden: int) -> int:

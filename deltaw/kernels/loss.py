@@ -106,8 +106,8 @@ class _LabelledLoss(torch.autograd.Function):
 def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
     """(−log p(target) [N] in fp32, ∂(Σ weight·loss)/∂logits [N, V] in the dtype of the logits).
 
-    ∂ = weight·(p − 1[target]). The loss is (the largest logit − that of the target) − log(the largest p). p is the softmax
-    over its own sum: where one token has nearly all of it, a sum in fp32 loses the rest that falls into its lane.
+    ∂ = weight·(p − 1[target]). The loss is (the largest logit − that of the target) − log(the largest p). p is the
+    softmax over its own sum: where one token has nearly all, a sum in fp32 loses the rest that falls into its lane.
     """
     N, V = logits_NV.shape
     finer = torch.promote_types(logits_NV.dtype, torch.float32)

@@ -146,12 +146,12 @@ def _block_bytes(demand: Demand, way: str, b: int) -> float:
 def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int, gaps: float) -> int:
     """What backward of one block comes to hold: for the gated product or for attention, whichever is more."""
     o, T = demand.outline, heavy.tokens
-    widths = {o.inner, o.heads * o.head_width, o.key_heads * o.head_width}  # memory of each size is lent on its own
-    dense = sum(widths) * o.hidden * b if demand.forms(choice) else 0
+    A, K = o.heads * o.head_width, o.key_heads * o.head_width
+    # Memory of each size is lent on its own.
+    dense = sum({o.inner, A, K}) * o.hidden * b if demand.forms(choice) else 0
     gated = T * (4 * b * o.inner + (4 + 4 + b) * o.hidden)
     scores = sum(n * n for n in heavy.lengths if n <= TILE_TOKENS)
     scores = max(scores, *(TILE_TOKENS * n if n > TILE_TOKENS else 0 for n in heavy.lengths))
-    A, K = o.heads * o.head_width, o.key_heads * o.head_width
     attention = TILES * b * o.heads * scores + T * (TILE_WIDTHS * b * A + 2 * 4 * K)
     return round(gaps * max(gated, attention) + dense)
 
