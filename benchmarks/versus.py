@@ -14,7 +14,9 @@ rivals' environments and the encoded rows are made once, in .versus/ (--envs). W
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -216,12 +218,22 @@ def set_up(asked: argparse.Namespace) -> Bench:
     if not asked.table and asked.only != "deltaw":
         environments.make(envs)
     bench = Bench(envs, file, str(locate(BASE)), usable_cores())
-    if not (envs / "data" / "workloads.json").is_file():
-        tell("encoding the workloads")
-        subprocess.run([sys.executable, str(HERE / "workloads.py"), str(envs / "data")], check=True)
+    encode_workloads(envs / "data")
     bench.open()
     bench.deadline = time.time() + 60 * asked.minutes
     return bench
+
+
+def encode_workloads(folder: Path) -> None:
+    """The rows that every tool reads, made anew where what makes them has changed."""
+    digest = hashlib.sha256((HERE / "workloads.py").read_bytes() + repr(WORKLOADS).encode())
+    made = folder / "made_by.sha256"
+    if made.is_file() and made.read_text("utf-8") == digest.hexdigest():
+        return
+    tell("encoding the workloads")
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, str(HERE / "workloads.py"), str(folder)], check=True)
+    made.write_text(digest.hexdigest(), "utf-8")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -243,7 +243,8 @@ def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Pl
         dtype = str(device.dtype).removeprefix("torch.")
         if settings.dtype != dtype and not settings.by_rule("dtype"):
             raise UsageError(f"The data sheet of {on} is read for {dtype}; leave out --dtype.")
-        settings.device, settings.dtype = device.kind, dtype
+        settings.put("device", device.kind, f"--on {on}")
+        settings.put("dtype", dtype, f"--on {on}")
         fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
     demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
     if settings.stream and not demand.may_stream(settings.quant):

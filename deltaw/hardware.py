@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -56,7 +56,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What `look` found; `memory_limit_source` says in words which bound is the smallest."""
+    """What `look` found; `memory_limit_source` says in words which bound is the smallest.
+
+    `bf16_cpu`: the processor multiplies in bf16 faster than in fp32.
+    """
 
     platform: str
     cpu_name: str
@@ -163,16 +166,32 @@ def _first_processor() -> dict[str, str]:
     return fields
 
 
-def _cpu_name_and_flags() -> tuple[str, set[str]]:
-    """The processor's name and the features that the system reports, in the names that Linux uses."""
+def _cpu_name_maker_and_flags() -> tuple[str, str, set[str]]:
+    """The processor's name, its maker, and the features that the system reports, in the names that Linux uses."""
     if sys.platform == "darwin":
         found = _sysctl("machdep.cpu.brand_string", "machdep.cpu.leaf7_features", *MAC_FLAGS)
         flags = {flag for key, flag in MAC_FLAGS.items() if found.get(key) == "1"}
         flags |= set(found.get("machdep.cpu.leaf7_features", "").lower().split())  # Macs with Intel processors
-        return found.get("machdep.cpu.brand_string", platform.machine()), flags
+        return found.get("machdep.cpu.brand_string", platform.machine()), "", flags
     fields = _first_processor()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    return fields.get("model name", platform.machine()), flags  # aarch64 has no name there
+    return fields.get("model name", platform.machine()), fields.get("vendor_id", ""), flags  # aarch64 has neither
+
+
+def multiplies_fast_in_bf16(maker: str, flags: Collection[str]) -> bool:
+    """Whether a processor with these features multiplies in bf16 faster than in fp32.
+
+    Intel's cores with AMX are fast in bf16 through AMX alone. Where a virtual machine hides it, the product of AVX-512
+    that is left has half the rate of fp32: 169 against 324 GFLOP/s on two cores. Older ones, which never had AMX, are
+    told from them by lacking avx512_fp16.
+    """
+    amx_hidden = maker == "GenuineIntel" and "avx512_fp16" in flags and "amx_bf16" not in flags
+    return bool(BF16_INSTRUCTION_SETS & set(flags)) and not amx_hidden
+
+
+def emulates_bf16(machine: Machine) -> bool:
+    """Whether torch has no product in bf16 on this processor at all, so that every operand is converted."""
+    return machine.platform.startswith("macOS") or not BF16_INSTRUCTION_SETS & set(machine.instruction_sets)
 
 
 # ---- memory
@@ -247,7 +266,7 @@ def free_gpu_bytes() -> int:
 
 def look() -> Machine:
     """What is here, in a few milliseconds; a GPU adds the time that its driver takes to start."""
-    cpu_name, flags = _cpu_name_and_flags()
+    cpu_name, maker, flags = _cpu_name_maker_and_flags()
     ram = _ram()
     bounds = [ram, *_cgroup_bounds(_cgroup_folders("memory")), *_ulimits()]
     smallest = min(bounds, key=lambda bound: bound.limit_bytes)
@@ -256,7 +275,7 @@ def look() -> Machine:
         cpu_name=cpu_name,
         cores=usable_cores(),
         instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in flags),
-        bf16_cpu=bool(flags & BF16_INSTRUCTION_SETS),
+        bf16_cpu=multiplies_fast_in_bf16(maker, flags),
         total_bytes=ram.limit_bytes,
         memory_limit_bytes=smallest.limit_bytes,
         memory_limit_source=smallest.source,
@@ -288,10 +307,11 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def compute_dtype(device: torch.device, machine: Machine) -> torch.dtype:
-    """bf16 where `device` multiplies matrices in bf16, else fp32; never fp16, whose range makes gradients overflow.
+    """bf16 where `device` is fast in it, else fp32; never fp16, whose range makes gradients overflow.
 
     So a GPU older than Ampere computes in fp32: it would be faster in fp16, but needs loss scaling, which deltaw has
-    not. A CPU without bf16 instructions converts every operand and is many times slower in bf16 than in fp32. On
+    not. A CPU without bf16 instructions converts every operand and is many times slower in bf16 than in fp32, and one
+    whose AMX is hidden is half as fast in it (`multiplies_fast_in_bf16`). On
     macOS the flag speaks for the GPU of the same chip; torch's CPU path there has no fast bf16 product.
     """
     if device.type == "cuda":

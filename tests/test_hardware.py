@@ -150,8 +150,26 @@ def test_looking_is_quick_and_plausible(machine):
 @linux
 def test_bf16_flag_agrees_with_cpuinfo(machine):
     words = set(Path("/proc/cpuinfo").read_text().split())
-    assert machine.bf16_cpu == bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    hidden = {"GenuineIntel", "avx512_fp16"} <= words and "amx_bf16" not in words
+    assert machine.bf16_cpu == bool(words & {"avx512_bf16", "amx_bf16", "bf16"} and not hidden)
+    assert hardware.emulates_bf16(machine) == (not words & {"avx512_bf16", "amx_bf16", "bf16"})
     assert set(machine.instruction_sets) == words & set(hardware.INSTRUCTION_SETS)
+
+
+@pytest.mark.parametrize(
+    ("maker", "flags", "fast"),
+    [
+        ("AuthenticAMD", {"avx512_bf16", "avx512_fp16"}, True),
+        ("GenuineIntel", {"avx512_bf16", "avx512_fp16", "amx_bf16"}, True),
+        ("GenuineIntel", {"avx512_bf16", "avx512_fp16"}, False),  # AMX is hidden
+        ("GenuineIntel", {"avx512_bf16"}, True),  # from before AMX
+        ("GenuineIntel", {"avx512f", "avx512_fp16"}, False),
+        ("", {"asimd", "bf16"}, True),
+        ("", {"asimd"}, False),
+    ],
+)
+def test_a_processor_is_fast_in_bf16_where_it_has_a_product_that_is(maker, flags, fast):
+    assert hardware.multiplies_fast_in_bf16(maker, flags) == fast
 
 
 def test_compute_dtype_is_bf16_only_where_it_is_computed(machine):
@@ -167,11 +185,11 @@ def test_compute_dtype_is_bf16_only_where_it_is_computed(machine):
 
 
 def test_compute_dtype_is_the_faster_one_here(machine):
-    rates = {dtype: hardware.measure_gemm(dtype, 256, 256, 256, 0.1) for dtype in (torch.float32, torch.bfloat16)}
-    assert min(rates.values()) > 0
-    # A factor of two keeps a busy machine from deciding; the instruction makes more of a difference than that.
-    chosen = hardware.compute_dtype(torch.device("cpu"), machine)
-    assert rates[chosen] > max(rates.values()) / 2
+    dtypes = (torch.float32, torch.bfloat16)
+    # In turns, and the best of each, so that a busy machine does not decide.
+    turns = [{dtype: hardware.measure_gemm(dtype, 256, 256, 256, 0.05) for dtype in dtypes} for _ in range(3)]
+    rates = {dtype: max(turn[dtype] for turn in turns) for dtype in dtypes}
+    assert rates[hardware.compute_dtype(torch.device("cpu"), machine)] > 0.7 * max(rates.values())
 
 
 def test_measuring_leaves_the_random_numbers_of_a_run_alone():

@@ -20,7 +20,7 @@ from typing import Any
 
 from rivals import environments
 from rivals.job import Job
-from rivals.settings import Setting
+from rivals.settings import WORKLOADS, Setting
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -102,10 +102,11 @@ class Bench:
 
 
 def code_digest() -> str:
-    """sha256 over deltaw's hot path, the runners and the pinned versions."""
+    """sha256 over deltaw's hot path, the runners, the workloads and the pinned versions."""
     files = [path for part in HOT for path in sorted((ROOT / "deltaw" / part).rglob("*.py"))]
     files += [HERE / "job.py", HERE / "workloads.py", *sorted(HERE.glob("*_run.py")), *sorted(HERE.glob("*.txt"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    content = [*(path.read_bytes() for path in files), repr(WORKLOADS).encode()]
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
 def launch(bench: Bench, job: Job, fresh_compiler: bool = False) -> Row:

@@ -55,7 +55,7 @@ UNSLOTH: Setting = {**DEFAULTS["unsloth"], "checkpointing": False}
 # TRL as the gates compare with it: the same precision policy as deltaw's.
 COMPARABLE: Setting = {**TRL, "adapters": "float32"}
 
-BATCHES = {"short": (2, 4, 8, 16), "docstrings": (1, 2, 4, 8), "dense": (1, 2), "shared": (1, 2, 4)}
+BATCHES = {"short": (2, 4, 8, 16), "docstrings": (1, 2, 4, 8), "dense": (1, 2), "shared": (1, 2, 4, 8)}
 # Until a sweep was made: the fastest settings of earlier measurements on two cores.
 GUESSED_BATCH = {"short": 8, "docstrings": 2, "dense": 1, "shared": 1}
 

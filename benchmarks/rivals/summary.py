@@ -60,6 +60,7 @@ def tool_numbers(rows: list[Row]) -> dict[str, Any]:
         "setting": label(rows[-1]["setting"]),
         "versions": rows[-1]["versions"],
         "rounds": len(rows),
+        "examples_per_step": rows[-1]["examples_per_step"],
         "tokens_per_second": statistics.median(rates),
         "quartiles": statistics.quantiles(rates, n=4)[::2] if len(rates) > 2 else [rates[0], rates[-1]],
         "labelled_per_second": statistics.median(row["labelled_per_second"] for row in rows),

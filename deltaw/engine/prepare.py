@@ -266,8 +266,12 @@ def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
 
 def _resolve_rules(settings: Settings, known: Outline, train: DataSet, watcher: Watcher) -> None:
     device, dtype = place(settings.device, settings.dtype)
-    if dtype == torch.bfloat16 != hardware.compute_dtype(device, hardware.look()):
-        watcher.say(f"bfloat16 is emulated on this {device.type}: float32 would be many times as fast.")
+    machine = hardware.look()
+    if dtype == torch.bfloat16 != hardware.compute_dtype(device, machine):
+        if device.type == "cpu" and not hardware.emulates_bf16(machine):
+            watcher.say("This processor multiplies in bfloat16 half as fast as in float32; what it saves is memory.")
+        else:
+            watcher.say(f"bfloat16 is emulated on this {device.type}: float32 would be many times as fast.")
     if settings.lr == AUTO:
         settings.put("lr", *default_rate(known.hidden, str(known.config.model_type)))
     if settings.batch_tokens == AUTO:

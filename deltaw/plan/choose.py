@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from deltaw import hardware
 from deltaw.base.quant import BYTES
 from deltaw.errors import DoesNotFitError, bullet_list
 from deltaw.plan.demand import Choice, Demand
@@ -210,15 +213,21 @@ def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
         length //= 2
     settings = demand.settings
     if settings.quant == "none" and not (settings.by_rule("quant") and has_bitsandbytes()):  # it was not tried
-        smaller = copy.copy(settings)
-        smaller.sources = dict(settings.sources)
-        smaller.put("quant", "nf4", "given")
         how = "" if has_bitsandbytes() else " (pip install 'deltaw[quant]')"
-        yield f"--quant nf4{how}", replace(demand, settings=smaller)
+        yield f"--quant nf4{how}", _with_setting(demand, "quant", "nf4")
+    if demand.dtype == torch.float32 and settings.by_rule("dtype") and not hardware.emulates_bf16(hardware.look()):
+        yield "--dtype bfloat16", _with_setting(demand, "dtype", "bfloat16")
     rank, starts_anew = int(settings.rank), settings.adapter is None
     if starts_anew and rank > 1:
         yield f"--rank {max(1, rank // 4)}", replace(demand, rank_share=max(1, rank // 4) / rank)
         yield f"--rank 1 --max-length {LEAST_MICRO}", replace(demand, rank_share=1 / rank, longest_tokens=LEAST_MICRO)
+
+
+def _with_setting(demand: Demand, name: str, value: str) -> Demand:
+    changed = copy.copy(demand.settings)
+    changed.sources = dict(changed.sources)
+    changed.put(name, value, "given")
+    return replace(demand, settings=changed)
 
 
 def _megabytes(number: float) -> str:

@@ -278,6 +278,22 @@ def test_quantised_storage_is_offered_where_it_was_not_tried(demand, monkeypatch
     assert f"{offered} (pip install 'deltaw[quant]')" in dict(_changes(demand()))
 
 
+def test_bf16_is_offered_where_fp32_was_chosen_for_its_speed_and_bf16_is_not_emulated(demand, monkeypatch):
+    offered = "--dtype bfloat16"
+    monkeypatch.setattr("deltaw.base.load.compute_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(hardware, "emulates_bf16", lambda _: True)
+    assert offered not in dict(_changes(demand(dtype="auto")))
+    monkeypatch.setattr(hardware, "emulates_bf16", lambda _: False)
+    assert offered not in dict(_changes(demand()))  # fp32 was asked for
+    asked = demand(dtype="auto")
+    changed = dict(_changes(asked))[offered]
+    assert (asked.dtype, changed.dtype) == (torch.float32, torch.bfloat16)
+    assert base_bytes(changed, Choice(64)) == base_bytes(asked, Choice(64)) / 2
+    asked.settings.out += " of another machine"
+    api.plan_sketch(sketch_run(create_run(asked.settings), asked.settings, Watcher()), asked.settings, "t4-16gb")
+    assert asked.settings.device == "cuda" and offered not in dict(_changes(asked))  # what is here says nothing of it
+
+
 def test_a_base_that_cannot_be_streamed_is_refused_before_it_is_opened(demand, tmp_path, monkeypatch):
     """Conv1D layers would be cast when they are opened."""
     folder = str(save_base(tmp_path / "gpt2", "gpt2"))
@@ -288,14 +304,22 @@ def test_a_base_that_cannot_be_streamed_is_refused_before_it_is_opened(demand, t
         load(folder, dtype="float32", stream=True)
 
 
-def test_a_dtype_that_the_machine_emulates_is_said(demand, monkeypatch, tmp_path, llama_folder, chats):
-    said = []
+@pytest.mark.parametrize(
+    ("fast", "emulated", "said"),
+    [
+        (torch.bfloat16, False, ""),
+        (torch.float32, True, "bfloat16 is emulated on this cpu"),
+        (torch.float32, False, "in bfloat16 half as fast as in float32"),
+    ],
+)
+def test_a_dtype_that_is_slow_here_is_said(fast, emulated, said, monkeypatch, llama_folder, chats):
+    heard = []
     watcher = Watcher()
-    watcher.say = said.append
-    for fast in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(hardware, "compute_dtype", lambda *_, fast=fast: fast)
-        api.plan(watcher=watcher, model=llama_folder, data=chats, dtype="bfloat16", device="cpu", steps=1)
-    assert len(said) == 1 and "bfloat16 is emulated" in said[0]
+    watcher.say = heard.append
+    monkeypatch.setattr(hardware, "compute_dtype", lambda *_: fast)
+    monkeypatch.setattr(hardware, "emulates_bf16", lambda _: emulated)
+    api.plan(watcher=watcher, model=llama_folder, data=chats, dtype="bfloat16", device="cpu", steps=1)
+    assert len(heard) == bool(said) and said in "".join(heard)
 
 
 def test_no_more_memory_is_offered_than_the_machine_could_give(demand):
