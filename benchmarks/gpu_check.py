@@ -5,7 +5,9 @@
 
 1. Every family of layers that deltaw knows, small, with random weights: the kernels' loss and gradients on the device
    against the model's own modules there (fp32 and bf16), and against the processor's (fp32).
-2. Bases of the shapes of Llama-3.2-1B and Llama-3.1-8B, random weights in bf16: a training step of deltaw, and of PEFT
+2. Attention as the device computes it against the processor's; a shared beginning against the documents one by one; and
+   a run of the whole program: trained, verified, evaluated, generated from and merged.
+3. Bases of the shapes of Llama-3.2-1B and Llama-3.1-8B, random weights in bf16: a training step of deltaw, and of PEFT
    where it is installed, on the same tokens; tokens per second, share of the device's multiply rate, peak memory.
 
 What is not installed is skipped by name. Writes benchmarks/results/gpu_check.json after every part; exit code 1 when a
@@ -19,6 +21,7 @@ import gc
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,14 +35,15 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from deltaw import hardware  # noqa: E402
-from deltaw.adapter import LoraSpec, choose, inject, new_adapter  # noqa: E402
+from deltaw.adapter import Adapter, LoraSpec, choose, inject, new_adapter  # noqa: E402
 from deltaw.base import forward  # noqa: E402
 from deltaw.base.load import Base  # noqa: E402
 from deltaw.base.proof import PROOF_TOLERANCE, prove_decoder  # noqa: E402
 from deltaw.data.example import Example  # noqa: E402
-from deltaw.data.pack import Batch, flat_batch  # noqa: E402
-from deltaw.engine.bench import bench  # noqa: E402
+from deltaw.data.pack import Batch, flat_batch, shared_batch  # noqa: E402
+from deltaw.engine.bench import ROW_TOKENS, bench  # noqa: E402
 from deltaw.engine.objective import batch_loss  # noqa: E402
+from deltaw.kernels import Span, document_attention, spans_of  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"
 SECONDS = 420  # no part begins later; none takes two minutes
@@ -60,7 +64,7 @@ TINY = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512},
     **{"num_attention_heads": 4, "num_key_value_heads": 2},
 }
-PEFT_SHAPES = ((16, 64), (4, 256), (1, 1024))  # rows × tokens, those of deltaw.engine.bench
+LENGTHS = (64, 256, 1024)  # tokens of a document, those of deltaw.engine.bench
 
 
 def main() -> int:
@@ -72,8 +76,13 @@ def main() -> int:
         print(json.dumps({"skipped": f"torch {torch.__version__} finds no GPU here"}))
         return 0
     device = torch.device(options.tiny or "cuda")
+    if device.type == "cuda":
+        hardware.tune_gpu()
     check = Check(tiny=options.tiny is not None)
     check.part("families", lambda: families(device))
+    check.part("attention", lambda: attention(device))
+    check.part("shared beginnings", lambda: shared_beginnings(device))
+    check.part("a run", lambda: whole_run(device))
     for name, shape in SHAPES.items():
         sizes = {**shape, **TINY} if options.tiny else shape
         check.part(f"{name}, deltaw", lambda sizes=sizes: by_deltaw(sizes, device, options.seconds))
@@ -121,19 +130,24 @@ def families(device: torch.device) -> dict[str, Any]:
     found, failed = {}, []
     for kind in CONFIGS:
         here: dict[str, Any] = {}
-        reference = lively_model(kind).requires_grad_(False)
-        forward.prove(reference)
-        on_cpu, _ = prove_decoder(reference)
-        for dtype in (torch.float32, torch.bfloat16):
-            model = lively_model(kind).to(device, dtype).requires_grad_(False)
-            flat_reason, (decoder, reason) = forward.prove(model), prove_decoder(model)
-            word = str(dtype).removeprefix("torch.")
-            here[word] = "kernels" if decoder is not None else f"modules: {reason}"
-            if (decoder is None) != (on_cpu is None) or flat_reason is not None:
-                failed.append(f"{kind} in {word}: {flat_reason or reason}")
-        here["against the processor"] = difference = across_devices(kind, device)
-        if difference > 1e-4:
-            failed.append(f"{kind}: loss or gradients are {difference:.1e} off the processor's")
+        try:
+            reference = lively_model(kind).requires_grad_(False)
+            forward.prove(reference)
+            on_cpu, _ = prove_decoder(reference)
+            for dtype in (torch.float32, torch.bfloat16):
+                model = lively_model(kind).to(device, dtype).requires_grad_(False)
+                flat_reason, (decoder, reason) = forward.prove(model), prove_decoder(model)
+                word = str(dtype).removeprefix("torch.")
+                here[word] = "kernels" if decoder is not None else f"modules: {reason}"
+                # Which experts a token goes to may turn on the last bit, so of those only fp32 has to agree.
+                routed = dtype == torch.bfloat16 and hasattr(model.config, "num_experts_per_tok")
+                if ((decoder is None) != (on_cpu is None) or flat_reason is not None) and not routed:
+                    failed.append(f"{kind} in {word}: {flat_reason or reason}")
+            here["against the processor"] = difference = across_devices(kind, device)
+            if difference > 1e-4:
+                failed.append(f"{kind}: loss or gradients are {difference:.1e} off the processor's")
+        except Exception as error:  # the other families are still worth having
+            failed.append(f"{kind}: {type(error).__name__}: {error}"[:300])
         found[kind] = here
     tolerance = {str(dtype).removeprefix("torch."): limits for dtype, limits in PROOF_TOLERANCE.items()}
     return {"families": found, "tolerance": tolerance, **({"failed": failed} if failed else {})}
@@ -147,8 +161,7 @@ def across_devices(kind: str, device: torch.device) -> float:
     for place in (torch.device("cpu"), device):
         model = lively_model(kind).to(place).requires_grad_(False)
         base = Base(kind, Path(), model, byte_tokenizer(), forward.prove(model), prove_decoder(model)[0])
-        spec = LoraSpec(rank=4)
-        with inject(model, new_adapter(choose(model, spec), spec, 0), trainable=True, dtype=torch.float32) as injection:
+        with inject(model, filled_adapter(model), trainable=True, dtype=torch.float32) as injection:
             batch = documents(3, 40, base.vocabulary).to(place)
             loss = batch_loss(base, batch)
             loss.backward()
@@ -156,6 +169,87 @@ def across_devices(kind: str, device: torch.device) -> float:
             results.append((float(loss.detach()), grads))
     (loss, grads), (other_loss, others) = results
     return max(abs(other_loss / loss - 1), float((others - grads).norm() / grads.norm()))
+
+
+def filled_adapter(model: Any) -> Adapter:
+    """One whose B is not zero, so that A has a gradient."""
+    spec, dice = LoraSpec(rank=4), torch.Generator().manual_seed(1)
+    adapter = new_adapter(choose(model, spec), spec, 0)
+    for factors in adapter.factors.values():
+        factors.B = torch.randn(factors.B.shape, generator=dice) * 0.05
+    return adapter
+
+
+def attention(device: torch.device) -> dict[str, Any]:
+    """Outputs and gradients of attention there against the processor's in fp32, relative to the largest number."""
+    found, failed = {}, []
+    spans = (*spans_of((0, 40, 340, 1364)), Span(1364, 1400, 40, 340), Span(1400, 1464, 40, 340))
+    for name, window, softcap in (("plain", None, None), ("window", 100, None), ("soft cap", None, 2.0)):
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+            dice = torch.Generator().manual_seed(0)
+            shapes = ((1464, 8, 64), (1464, 2, 64), (1464, 2, 64), (1464, 8, 64))
+            drawn = [torch.randn(shape, generator=dice).to(dtype) for shape in shapes]
+            results = []
+            for place, finer in ((torch.device("cpu"), torch.float32), (device, dtype)):
+                q, k, v = (x.to(place, finer).requires_grad_() for x in drawn[:3])
+                out = document_attention(q, k, v, spans, 0.125, window, softcap)
+                grads = torch.autograd.grad(out, (q, k, v), drawn[3].to(place, finer))
+                results.append([x.detach().float().cpu() for x in (out, *grads)])
+            off = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True))
+            found[f"{name}, {str(dtype).removeprefix('torch.')}"] = off
+            if off > tolerance:
+                failed.append(f"{name} in {dtype}: {off:.1e} off the processor's")
+    return {**found, **({"failed": failed} if failed else {})}
+
+
+def shared_beginnings(device: torch.device) -> dict[str, Any]:
+    """Loss and gradients of documents whose common beginning is computed once, against each in full."""
+    from models import byte_tokenizer, lively_model
+
+    dice, results = torch.Generator().manual_seed(0), []
+    common = torch.randint(0, 64, (40,), generator=dice, dtype=torch.int32)
+    rows = [torch.cat([common, torch.randint(0, 64, (n,), generator=dice, dtype=torch.int32)]) for n in (9, 20, 20)]
+    examples = [Example(row.numpy(), torch.ones(len(row)).numpy()) for row in rows]
+    model = lively_model("llama").to(device).requires_grad_(False)
+    base = Base("llama", Path(), model, byte_tokenizer(), forward.prove(model), prove_decoder(model)[0])
+    for batch in (flat_batch(examples), shared_batch(examples)):
+        with inject(model, filled_adapter(model), trainable=True, dtype=torch.float32) as injection:
+            loss = batch_loss(base, batch.to(device))
+            loss.backward()
+            grads = torch.cat([t.grad.flatten().cpu() for _, _, t in injection.trained() if t.grad is not None])
+            results.append((float(loss.detach()), grads))
+    (loss, grads), (other_loss, others) = results
+    off = max(abs(other_loss / loss - 1), float((others - grads).norm() / grads.norm()))
+    failed = {"failed": f"{off:.1e} off the documents one by one"} if off > 1e-4 else {}
+    return {"way": base.way, "off": off, **failed}
+
+
+def whole_run(device: torch.device) -> dict[str, Any]:
+    """The verbs of the program on a small base: that they end, that the loss falls, that a run repeats its own bits."""
+    from models import save_base
+
+    import deltaw
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        data = place / "chats.jsonl"
+        rows = [{"prompt": f"what follows {n}?", "completion": str(n + 1)} for n in range(40)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = {"model": str(save_base(place / "base", "llama")), "data": str(data), "device": device.type}
+        run = deltaw.train(**given, rank=4, steps=12, lr=1e-2, batch_tokens=512, out=str(place / "run"))
+        losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines() if '"loss"' in line]
+        checks = deltaw.verify(run.folder)
+        model = deltaw.load(given["model"], adapter=run.folder, device=device.type)
+        found = {
+            "losses": losses,
+            "checks": checks,
+            "evaluated": model.evaluate([str(data)])["loss"],
+            "generated": model.generate("what follows 3?", max_new_tokens=4),
+            "merged": deltaw.merge(run.folder, place / "merged", device=device.type)["merged_weights"],
+        }
+    failed = [check["what"] for check in checks if not check["ok"]]
+    failed += [] if losses[-1] < losses[0] else ["the loss does not fall"]
+    return {**found, **({"failed": failed} if failed else {})}
 
 
 def documents(count: int, length: int, vocabulary: int) -> Batch:
@@ -191,7 +285,8 @@ def by_deltaw(sizes: dict[str, Any], device: torch.device, seconds: float) -> di
     base = Base("random", Path(), model, byte_tokenizer(), flat_reason, decoder, reason)
     reset_peak(device)
     found = bench(base, 16, seconds, lambda text: print(" ", text, file=sys.stderr))
-    return {**found, "weight_bytes": weight_bytes, "peak_bytes": peak(device)}
+    slow = {} if found["way"] == "kernels" else {"failed": found["slow_reason"]}
+    return {**found, "weight_bytes": weight_bytes, "peak_bytes": peak(device), **slow}
 
 
 def by_peft(sizes: dict[str, Any], device: torch.device, seconds: float) -> dict[str, Any]:
@@ -206,7 +301,8 @@ def by_peft(sizes: dict[str, Any], device: torch.device, seconds: float) -> dict
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     reset_peak(device)
     rates = {}
-    for rows, length in PEFT_SHAPES:
+    for length in LENGTHS:
+        rows = ROW_TOKENS[device.type] // length
         tokens = torch.randint(0, sizes["vocab_size"], (rows, length), device=device)
 
         def step(tokens: torch.Tensor = tokens) -> None:
@@ -235,6 +331,7 @@ def memory(device: torch.device) -> int | None:
 
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

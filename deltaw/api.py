@@ -1,4 +1,4 @@
-"""What a caller does in one call: load, train, demo, evaluate, merge, inspect. Joins base, data, engine and report.
+"""What a caller does in one call: load, plan, train, evaluate, merge, inspect. Joins base, data, engine and report.
 
 Every function takes plain values and returns plain values or folders; it prints nothing. The command line is a thin
 layer over these names.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import gc
 import importlib
 import json
 import math
@@ -433,13 +434,14 @@ def merge(
     base, injection = opened.base, opened.injection
     assert injection is not None
     wanted = _logits(base)
-    adapter, device, dtype, folder = injection.adapters[0], str(base.device), base.dtype, base.folder
+    adapter, device, dtype, folder = injection.adapters[0], base.device.type, base.dtype, base.folder
     streamed = base.pager is not None
     injection.eject()
     plain = _logits(base)
     say("Writing the merged model.")
     write_merged(base, adapter, Path(out))
-    del opened, base, injection  # two models at once may be too many
+    del opened, base, injection  # two models at once may be too many,
+    gc.collect()  # and hooks and modules refer to each other in circles
     say("Reading it back.")
     checked = check_merged(folder, adapter, Path(out))
     got = _logits(base_load.load(Path(out), device=device, dtype=str(dtype).removeprefix("torch."), stream=streamed))

@@ -177,7 +177,7 @@ class Settings:
     )
     quant: str = setting(
         AUTO,
-        "Store the base's layers in 4 or 8 bits; auto does so only where nothing exact fits --memory.",
+        "Store the base's layers in 4 or 8 bits; auto does so only where nothing exact fits the memory.",
         choices=("auto", "none", "nf4", "int8"),
         group="machine",
     )

@@ -45,9 +45,10 @@ def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, ra
     advice = [f"Training runs on {device} and computes in {str(dtype).removeprefix('torch.')}."]
     if device.type == "cpu":
         rate = rates[str(dtype)]
+        speed = _tokens_per_second(rate, dtype)
         advice.append(
-            f"A base of 135M parameters trains at roughly {_tokens_per_second(rate):,.0f} tokens per second here: "
-            f"{TRAINING_SHARE:.0%} of {rate:,.0f} GFLOP/s, over {FLOP_PER_TOKEN / 1e9:.2f} GFLOP per token."
+            f"A base of 135M parameters trains at roughly {speed:,.0f} tokens per second here: "
+            f"{TRAINING_SHARE[dtype]:.0%} of {rate:,.0f} GFLOP/s, over {FLOP_PER_TOKEN / 1e9:.2f} GFLOP per token."
         )
         if dtype == torch.float32:
             advice.append(
@@ -68,10 +69,10 @@ def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, ra
 # SmolLM2-135M has 106,168,320 parameters in the linear layers of its 30 blocks. Each costs 2 FLOP per token forward and
 # 2 backward: a frozen weight has no gradient of its own. The head counts for labelled tokens only, and is left out.
 FLOP_PER_TOKEN = 4 * 106_168_320
-# What steps of 1,024 tokens (rank 16, documents of 70 tokens, 2 CPU cores, fp32) reached of the rate of one large
-# product, 202 GFLOP/s: 0.36 to 0.41.
-TRAINING_SHARE = 0.4
+# What steps of short chats (rank 16, 2 CPU cores) reached of the rate of one product by this count: 992 tokens/s at 932
+# GFLOP/s in bf16 (benchmarks/results/versus.json), 428 at 324 and 268 at 170 in fp32 (dev/LOG.md).
+TRAINING_SHARE = {torch.bfloat16: 0.45, torch.float32: 0.6}
 
 
-def _tokens_per_second(gflops: float) -> float:
-    return TRAINING_SHARE * gflops * 1e9 / FLOP_PER_TOKEN
+def _tokens_per_second(gflops: float, dtype: torch.dtype) -> float:
+    return TRAINING_SHARE[dtype] * gflops * 1e9 / FLOP_PER_TOKEN

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -368,6 +368,38 @@ def tune_memory(products: int = PRODUCTS) -> None:
     trim_threshold, mmap_threshold = -1, -3
     mallopt(trim_threshold, (1 << 31) - 1)
     mallopt(mmap_threshold, 32 << 20)
+
+
+@functools.cache
+def tune_gpu() -> None:
+    """Settings of torch for CUDA that one process needs once, before the first product.
+
+    cuDNN's attention prepares a plan for every new length of a document, which takes longer than the attention; sums of
+    products are kept in fp32; and cuBLAS gets a workspace of its own, without which its bits may change (`repeatable`).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """While inside, a GPU gives the same bits each time, where torch has a kernel that does; a processor always does.
+
+    The fused attention adds up its gradients in whatever order blocks end, unless it is told not to.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    usual = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    search: Any = torch.utils.deterministic
+    filled, search.fill_uninitialized_memory = search.fill_uninitialized_memory, False  # it costs time
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(usual[0], warn_only=usual[1])
+        search.fill_uninitialized_memory = filled
 
 
 def prepares_products(device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ import click
 import deltaw
 from deltaw import errors
 from deltaw.cli import main as command
+from deltaw.cli.group import EXIT_BROKEN_PIPE
 from deltaw.config import settings_fields
 from deltaw.data.findings import CATALOGUE
 
@@ -80,6 +81,8 @@ def errors_page() -> str:
     lines += [
         f"| (Ctrl-C) | {errors.EXIT_INTERRUPTED} | The run was saved; go on with `deltaw train --resume RUN`. |",
         f"| (SIGTERM) | {errors.EXIT_TERMINATED} | The same. |",
+        "| (none) | 1 | `data check` and `verify` ended, and found what has to be mended. |",
+        f"| (none) | {EXIT_BROKEN_PIPE} | Nobody read the output to its end, as in `deltaw … \\| head`. |",
     ]
     return "\n".join(lines) + "\n"
 

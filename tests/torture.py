@@ -144,7 +144,7 @@ class Ground:
 
 
 def kills(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
-    """`kill -9` at any time, two or three times a run."""
+    """`kill -9` at any time, up to three times a run."""
     done, outcomes, number = 0, [], 0
     while done < count:
         name, number = f"run-{number}", number + 1

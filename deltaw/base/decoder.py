@@ -103,7 +103,7 @@ class Decoder:
             wanted_N = rows_N if block is self.blocks[-1] else None
             rest = (angles[block.angles], spans, live, strength, wanted_N)
             if number < self.recompute and torch.is_grad_enabled():
-                x_TH = checkpoint(_run, block, x_TH, *rest, use_reentrant=False)
+                x_TH = checkpoint(_run, block, x_TH, *rest, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TH = _run(block, x_TH, *rest)
         return normed(x_TH, self.norm)[:wanted]

@@ -251,8 +251,12 @@ class Recomputed:
 
 
 def own_attention(model: Any) -> str:
-    """The name of the attention that transformers would choose for this model."""
-    return "sdpa" if model._supports_sdpa else EAGER
+    """The name of the attention that transformers would choose for this model, but that "sdpa" knows no soft cap.
+
+    Older versions of transformers take it for Gemma 2 and leave the cap out.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not capped else EAGER
 
 
 class plain_attention:

@@ -49,7 +49,15 @@ from deltaw.base.stream import stream as streaming
 from deltaw.config import AUTO
 from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
-from deltaw.hardware import choose_device, compute_dtype, look, remembered_products, set_threads, tune_memory
+from deltaw.hardware import (
+    choose_device,
+    compute_dtype,
+    look,
+    remembered_products,
+    set_threads,
+    tune_gpu,
+    tune_memory,
+)
 from deltaw.kernels import continued_spans
 
 # Products that the layers of a block take for a pass of one length; and passes that may share a reading.
@@ -207,13 +215,15 @@ def load(
     `quant` "nf4" or "int8" stores the linear layers of its blocks in so many bits; `stream` reads blocks from their
     files when they are needed and lets them go afterwards; "auto" does so where the whole base takes more memory than
     is free.
-    `dtype` "auto" is bf16 where the processor or GPU computes in bf16, else fp32. Raises BaseError, saying what to do,
+    `dtype` "auto" is bf16 where the processor or GPU is faster in it, else fp32. Raises BaseError, saying what to do,
     when there is nothing to open or opening it would need code or pickles from the folder.
     """
     if threads is not None:
         set_threads(threads)
     tune_memory()
     where, chosen = place(device, dtype)
+    if where.type == "cuda":
+        tune_gpu()
     streamed = stream is True
     if streamed and not may_stream(where):
         raise UsageError(f"--stream needs Linux and a CPU; this would run on {where} and {sys.platform}.")

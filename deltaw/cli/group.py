@@ -18,8 +18,8 @@ from deltaw import __version__
 from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, UsageError, does_not_fit
 
 EXIT_CODES = (
-    "Exit codes: 0 done, 1 bad data or input, 2 usage, 3 does not fit, 4 not finite, 5 disk, "
-    "130 and 143 stopped by a signal."
+    "Exit codes: 0 done, 1 bad data or input (or what a check found), 2 usage, 3 does not fit, 4 not finite, 5 disk, "
+    "130 and 143 stopped by a signal, 141 nobody read the output."
 )
 EXIT_BROKEN_PIPE = 141
 AS_JSON = "deltaw.as_json"  # in the context's notes: whether the verb was asked for JSON

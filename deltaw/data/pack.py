@@ -29,14 +29,16 @@ LEAST_SHARED = 16
 class Batch:
     """A flat row of documents. `targets_T` is the next token, `weights_T` its weight (0 at each document's end).
 
-    `tokens` counts what the documents deliver, context included, `trained_tokens` what of it carries loss;
-    `computed_tokens` is the length of the row. `before` holds the rows that each document continues, or is empty.
+    `labelled_N` names the rows whose weight is not 0. `tokens` counts what the documents deliver, context included,
+    `trained_tokens` what of it carries loss; `computed_tokens` is the length of the row. `before` holds the rows that
+    each document continues, or is empty.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     targets_T: Tensor
     weights_T: Tensor
+    labelled_N: Tensor
     bounds: tuple[int, ...]
     documents: tuple[int, ...]
     tokens: int
@@ -55,7 +57,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        names = ("tokens_T", "positions_T", "targets_T", "weights_T")
+        names = ("tokens_T", "positions_T", "targets_T", "weights_T", "labelled_N")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -154,11 +156,13 @@ def _batch(
 ) -> Batch:
     positions = [np.arange(piece.first, piece.first + len(piece.tokens)) for piece in pieces]
     bounds = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
+    weights = np.concatenate([piece.weights for piece in pieces]).astype(np.float32)
     return Batch(
         tokens_T=torch.from_numpy(np.concatenate([piece.tokens for piece in pieces]).astype(np.int64)),
         positions_T=torch.from_numpy(np.concatenate(positions)),
         targets_T=torch.from_numpy(np.concatenate([piece.targets for piece in pieces]).astype(np.int64)),
-        weights_T=torch.from_numpy(np.concatenate([piece.weights for piece in pieces]).astype(np.float32)),
+        weights_T=torch.from_numpy(weights),
+        labelled_N=torch.from_numpy(np.flatnonzero(weights)),  # here, since a GPU would be waited for
         bounds=tuple(int(bound) for bound in bounds),
         documents=tuple(documents),
         tokens=sum(len(example.tokens) for example in examples),

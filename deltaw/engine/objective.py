@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltaw import hardware
 from deltaw.adapter import Injection
 from deltaw.base.decoder import Row
 from deltaw.base.forward import plain_attention
@@ -35,7 +36,7 @@ class Scores(NamedTuple):
 
 def batch_loss(base: Base, batch: Batch, head_factors: Sequence[Tensor] = ()) -> Tensor:
     """Σ weight·(−log p(next token)) over the batch, one fp32 number with gradients."""
-    labelled_N = batch.weights_T.nonzero().squeeze(1)
+    labelled_N = batch.labelled_N
     if base.plain_reason is not None:
         losses_N, _ = _plain_losses(base, batch)
         return (losses_N * batch.weights_T[labelled_N]).sum()
@@ -55,20 +56,20 @@ def accumulate(
 
     Where reading the base costs, one reading serves several passes: to the bit the same.
     """
-    total = 0.0
-    for group in _groups(base, batches):
-        if interrupted():
-            return None
-        if len(group) > 1 and weight:
-            for number in _accumulate_together(base, group, weight, head_factors):
-                total += number
-            continue
-        for batch in group:
-            loss = batch_loss(base, batch, head_factors)
-            if loss.requires_grad and weight:
-                (loss / weight).backward()
-            total += float(loss.detach())
-    return total
+    losses: list[Tensor] = []
+    with hardware.repeatable(base.device):
+        for group in _groups(base, batches):
+            if interrupted():
+                return None
+            if len(group) > 1 and weight:
+                losses += _accumulate_together(base, group, weight, head_factors)
+                continue
+            for batch in group:
+                loss = batch_loss(base, batch, head_factors)
+                if loss.requires_grad and weight:
+                    (loss / weight).backward()
+                losses.append(loss.detach())
+    return sum(float(loss) for loss in losses)  # read at the end, since a GPU is waited for
 
 
 def _groups(base: Base, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
@@ -86,20 +87,20 @@ def _groups(base: Base, batches: Sequence[Batch]) -> Iterator[list[Batch]]:
 
 def _accumulate_together(
     base: Base, group: Sequence[Batch], weight: float, head_factors: Sequence[Tensor]
-) -> list[float]:
+) -> list[Tensor]:
     """The loss of each pass."""
     assert base.decoder is not None, "tokens_a_reading is 0 without one"
-    places = [batch.weights_T.nonzero().squeeze(1) for batch in group]
     rows = [
-        Row(batch.tokens_T, batch.positions_T, continued_spans(batch.bounds, batch.before), labelled_N)
-        for batch, labelled_N in zip(group, places, strict=True)
+        Row(batch.tokens_T, batch.positions_T, continued_spans(batch.bounds, batch.before), batch.labelled_N)
+        for batch in group
     ]
     losses = []
 
     def loss(number: int, h_NH: Tensor) -> Tensor:
-        targets_N, weights_N = (x[places[number]] for x in (group[number].targets_T, group[number].weights_T))
+        batch = group[number]
+        targets_N, weights_N = (x[batch.labelled_N] for x in (batch.targets_T, batch.weights_T))
         found = labelled_loss(h_NH, base.logits, targets_N, weights_N, base.vocabulary, head_factors)
-        losses.append(float(found.detach()))
+        losses.append(found.detach())
         return found / weight
 
     base.decoder.accumulate(rows, loss)
@@ -109,7 +110,7 @@ def _accumulate_together(
 @torch.no_grad()
 def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores:
     """Every labelled token of the batch scored, without gradients."""
-    labelled_N = batch.weights_T.nonzero().squeeze(1)
+    labelled_N = batch.labelled_N
     if base.plain_reason is not None:
         losses_N, logits_NV = _plain_losses(base, batch)
         hits_N = logits_NV.argmax(-1) == batch.targets_T[labelled_N]

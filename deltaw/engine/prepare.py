@@ -42,7 +42,8 @@ from deltaw.errors import AdapterError, UsageError
 from deltaw.kernels import Span, continued_spans, spans_of
 from deltaw.kernels.attention import products
 
-DEFAULT_MICRO_TOKENS = 1024
+# Of a pass: more take memory and save nothing on a processor; with fewer, a GPU waits for its next call.
+DEFAULT_MICRO_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
 # A base that takes more than this of the memory may come to be streamed, although no plan is made yet.
 LARGE_SHARE, SHARED_BYTES = 0.5, 1_000_000_000
 # Products that oneDNN remembers, 1 to 3 MB each: SHARING where passes may share a reading, and some SPARE, as the next
@@ -277,8 +278,8 @@ def _resolve_rules(settings: Settings, known: Outline, train: DataSet, watcher: 
     if settings.batch_tokens == AUTO:
         settings.put("batch_tokens", *default_batch_tokens(float(train.store.lengths.mean())))
     if settings.micro_tokens == AUTO:
-        micro = min(int(settings.batch_tokens), DEFAULT_MICRO_TOKENS)
-        settings.put("micro_tokens", micro, f"rule: the batch, at most {DEFAULT_MICRO_TOKENS}")
+        most = DEFAULT_MICRO_TOKENS[device.type]
+        settings.put("micro_tokens", min(int(settings.batch_tokens), most), f"rule: the batch, at most {most}")
     if settings.steps is None and settings.minutes is None and settings.epochs is None:
         settings.put("epochs", 1.0, "default")
     for name, now in (("device", str(device)), ("dtype", str(dtype).removeprefix("torch."))):

@@ -25,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 TILE_TOKENS = 256
 VECTOR = 16
 TILE_PRODUCTS = 6  # of one tile: two forward, four more backward
+WIDEST_GROUPED = 256  # numbers of a head, of torch's fused kernel for groups of query heads
 SIDE_BY_SIDE = (32, 64, 96, 128, 192, TILE_TOKENS)
 
 
@@ -96,31 +98,73 @@ def document_attention(
         tiles = tiles_of(spans, window, k_TKD.shape[1], q_THD.shape[1] // k_TKD.shape[1], q_THD.dtype)
         out: Tensor = _TiledAttention.apply(q_THD, k_TKD, v_TKD, tiles, scale, softcap)
         return out
-    outs = []
-    for span in spans:
-        own, before = slice(span.start, span.stop), slice(span.before_start, span.before_stop)
-        k, v = (torch.cat([x[before], x[own]]) if before.start < before.stop else x[own] for x in (k_TKD, v_TKD))
-        outs.append(one_document(q_THD[own], k, v, scale, window, softcap))
+    return fused_attention(q_THD, k_TKD, v_TKD, spans, scale, window, softcap)
+
+
+# -- torch's own kernels, where there are fused ones ------------------------------------------------------------------
+
+
+def fused_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    spans: tuple[Span, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`document_attention` through torch's kernels: one call for all documents of a length that continue alike."""
+    lengths = [span.stop - span.start for span in spans]
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for number, span in enumerate(spans):
+        alike.setdefault((lengths[number], span.before_start, span.before_stop), []).append(number)
+    # Split once: the backward of a slice writes zeros as long as the whole row, for each document.
+    qs, ks, vs = (x.split(lengths) for x in (q_THD, k_TKD, v_TKD))
+    outs: list[Tensor] = [q_THD] * len(spans)
+    for (_, start, stop), numbers in alike.items():
+        q_nLHD, k_nLKD, v_nLKD = (torch.stack([x[number] for number in numbers]) for x in (qs, ks, vs))
+        if start < stop:
+            common = [x[start:stop].expand(len(numbers), -1, -1, -1) for x in (k_TKD, v_TKD)]
+            k_nLKD, v_nLKD = torch.cat([common[0], k_nLKD], 1), torch.cat([common[1], v_nLKD], 1)
+        found = alike_documents(q_nLHD, k_nLKD, v_nLKD, scale, window, softcap)
+        for number, out_LHD in zip(numbers, found, strict=True):
+            outs[number] = out_LHD
     return torch.cat(outs)
 
 
-def one_document(
-    q_LHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, scale: float, window: int | None, softcap: float | None
+def alike_documents(
+    q_nLHD: Tensor, k_nMKD: Tensor, v_nMKD: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """The last L of M tokens through torch's fused kernel, or in plain products where the scores are capped."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_MKD, v_MKD))
-    L, M = q.shape[2], k.shape[2]
-    hidden = _hidden(L, M, window, q.device)
-    if softcap is None:
-        plain = M == L and (window is None or window >= M)
+    """The last L of M tokens of n documents, [n, L, H, D]; in plain products, computed again in backward, if capped."""
+    q, k, v = (x.transpose(1, 2) for x in (q_nLHD, k_nMKD, v_nMKD))
+    L, M, D = q.shape[2], k.shape[2], q.shape[3]
+    group = q.shape[1] // k.shape[1]
+    plain = M == L and (window is None or window >= M)
+    # The kernels that know groups of heads know no mask, no fp32 and no wide heads; elsewhere torch would fall back
+    # to products that keep all scores.
+    grouped = plain and softcap is None and q.dtype != torch.float32 and D <= WIDEST_GROUPED
+    if group > 1 and not grouped:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    if softcap is not None:
+        hidden = _kept_hidden(L, M, window, q.device)
+        out = checkpoint(_capped, q, k, v, hidden, scale, softcap, use_reentrant=False, preserve_rng_state=False)
+    else:
+        mask = None if plain else ~_kept_hidden(L, M, window, q.device)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if plain else ~hidden, is_causal=plain, scale=scale, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped and group > 1
         )
-        return out[0].transpose(0, 1)
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return out.transpose(1, 2)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, softcap: float) -> Tensor:
     scores = softcap * torch.tanh(scale / softcap * (q @ k.transpose(2, 3)).float())
-    shares = scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
-    return (shares @ v)[0].transpose(0, 1)
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+@lru_cache(maxsize=4)
+def _kept_hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """`_hidden`, once for all layers."""
+    return _hidden(queries, keys, window, device)
 
 
 def _hidden(queries: int, keys: int, window: int | None, device: torch.device | None = None) -> Tensor:

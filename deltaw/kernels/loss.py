@@ -19,13 +19,16 @@ from torch import Tensor
 # Below 32 MB, up to which the C library keeps freed memory for the next chunk; above, every chunk is mapped and zeroed
 # page by page, which takes longer than the softmax.
 CHUNK_BYTES = 28_000_000
+# A GPU reads the whole head for every chunk, which takes longer than its product where that is small.
+GPU_CHUNK_BYTES = 512_000_000
 PIECE_BYTES = 4_000_000
 Head = Callable[[Tensor], Tensor]
 
 
-def chunk_rows(vocabulary: int, dtype: torch.dtype = torch.float32) -> int:
-    """How many rows of logits fit in `CHUNK_BYTES`; at least 16."""
-    return max(16, CHUNK_BYTES // (dtype.itemsize * vocabulary))
+def chunk_rows(vocabulary: int, dtype: torch.dtype = torch.float32, kind: str = "cpu") -> int:
+    """How many rows of logits fit in `CHUNK_BYTES`, or in `GPU_CHUNK_BYTES` on a device of kind "cuda"; at least 16."""
+    most = GPU_CHUNK_BYTES if kind == "cuda" else CHUNK_BYTES
+    return max(16, most // (dtype.itemsize * vocabulary))
 
 
 def labelled_loss(
@@ -40,9 +43,9 @@ def labelled_loss(
     """Σ weight·(−log p(target)) as one fp32 number, with exact gradients for `h_NH` and for `factors`.
 
     `head` maps hidden states to logits; `factors` are the trained tensors inside it, if its layer is adapted.
-    `chunk` is how many rows are taken at a time, by default as many as `CHUNK_BYTES` of logits hold.
+    `chunk` is how many rows are taken at a time, by default as many as `chunk_rows` says.
     """
-    rows = chunk or chunk_rows(vocabulary, h_NH.dtype)
+    rows = chunk or chunk_rows(vocabulary, h_NH.dtype, h_NH.device.type)
     if not torch.is_grad_enabled():
         losses_N, _, _ = token_losses(h_NH, head, targets_N, vocabulary, chunk=chunk)
         return (losses_N * weights_N).sum()
@@ -60,7 +63,7 @@ def token_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(−log p(target), whether the target is the most likely token, logits of `columns`): [N], [N], [N, columns]."""
     losses, hits, chosen = [], [], []
-    rows = chunk or chunk_rows(vocabulary, h_NH.dtype)
+    rows = chunk or chunk_rows(vocabulary, h_NH.dtype, h_NH.device.type)
     for h, targets in zip(h_NH.split(rows), targets_N.split(rows), strict=True):
         logits_NV = head(h)
         for part in _pieces(logits_NV, torch.float32):

@@ -159,5 +159,7 @@ def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int, gaps: float)
 def _loss(demand: Demand, heavy: Pass, b: int) -> int:
     """Logits and their gradients of one chunk, the softmax of a piece, and states with gradients of labelled tokens."""
     rows, _ = demand.outline.head_shape
-    chunk = min(heavy.labelled, chunk_rows(rows, torch.float32 if b == 4 else torch.bfloat16))
-    return 2 * chunk * rows * b + PIECE_BYTES + 2 * heavy.labelled * demand.outline.hidden * b
+    kind = demand.device.type
+    chunk = min(heavy.labelled, chunk_rows(rows, torch.float32 if b == 4 else torch.bfloat16, kind))
+    piece = PIECE_BYTES if kind == "cpu" else chunk * rows * 4  # elsewhere the softmax is taken of a chunk at once
+    return 2 * chunk * rows * b + piece + 2 * heavy.labelled * demand.outline.hidden * b

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltaw.kernels import Span, document_attention, spans_of
-from deltaw.kernels.attention import one_document, products
+from deltaw.kernels.attention import fused_attention, products
 
 LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400, 513)
 H, K, D = 4, 2, 8
@@ -95,12 +95,13 @@ def test_gradients_are_exact_for_small_documents():
 
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 1.5}, {"window": 150}], ids=str)
 @pytest.mark.parametrize(("shared", "own"), [(5, (3, 1, 30)), (40, (130, 7, 7, 300)), (300, (60, 64, 61))])
-def test_documents_that_continue_the_same_rows_are_attended_to_as_if_each_had_its_own(shared, own, options):
+@pytest.mark.parametrize("attention", [document_attention, fused_attention], ids=["cpu", "other devices"])
+def test_documents_that_continue_the_same_rows_are_attended_to_as_if_each_had_its_own(attention, shared, own, options):
     """Values of every row and, the rows in common gathering what all say of them, every gradient."""
     (q, k, v), bounds = random_row([shared, *own])
     spans = (Span(0, shared), *(Span(a, b, 0, shared) for a, b in pairwise(bounds[1:])))
     upstream = torch.randn(bounds[-1], H, D)
-    out = document_attention(q, k, v, spans, 0.7, **options)
+    out = attention(q, k, v, spans, 0.7, **{"window": None, "softcap": None, **options})
     grads = torch.autograd.grad(out, (q, k, v), upstream)
 
     rows = [torch.arange(shared)] + [
@@ -115,13 +116,23 @@ def test_documents_that_continue_the_same_rows_are_attended_to_as_if_each_had_it
 
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 1.5}, {"window": 150, "softcap": 2.0}], ids=str)
 def test_what_other_devices_run_is_the_same_attention(options):
-    (q, k, v), bounds = random_row([300, 20])
+    """Documents of one length in one call, whose order stays."""
+    (q, k, v), bounds = random_row([300, 20, 7, 20, 300])
+    upstream = torch.randn(bounds[-1], H, D)
     dense = dense_attention(q, k, v, bounds, 0.7, **options)
-    window, softcap = options.get("window"), options.get("softcap")
-    alone = [one_document(q[a:b], k[a:b], v[a:b], 0.7, window, softcap) for a, b in ((0, 300), (300, 320))]
-    torch.testing.assert_close(torch.cat(alone), dense, atol=1e-5, rtol=1e-5)
-    last = one_document(q[290:300], k[:300], v[:300], 0.7, window, softcap)
-    torch.testing.assert_close(last, dense[290:300], atol=1e-5, rtol=1e-5)
+    fused = fused_attention(q, k, v, spans_of(bounds), 0.7, **{"window": None, "softcap": None, **options})
+    torch.testing.assert_close(fused, dense, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad(dense, (q, k, v), upstream)
+    for a, b in zip(torch.autograd.grad(fused, (q, k, v), upstream), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_what_other_devices_run_is_the_same_attention_in_bf16():
+    """Where heads are grouped by torch's kernel."""
+    (q, k, v), bounds = random_row([40, 64, 40])
+    exact = dense_attention(q, k, v, bounds, 0.7)
+    rounded = fused_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), spans_of(bounds), 0.7, None, None)
+    torch.testing.assert_close(rounded.float(), exact, atol=3e-2, rtol=3e-2)
 
 
 PASSES = [

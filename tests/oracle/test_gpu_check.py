@@ -15,5 +15,6 @@ def test_every_part_of_the_gpu_check_runs_and_every_family_agrees():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == []
-    reached = [line for line in done.stderr.splitlines() if line.startswith(("families {", "Llama-"))]
-    assert len(reached) == 5 and not any("skipped" in line for line in reached)
+    parts = ("families {", "attention {", "shared beginnings {", "a run {", "Llama-")
+    reached = [line for line in done.stderr.splitlines() if line.startswith(parts)]
+    assert len(reached) == 8 and not any("skipped" in line for line in reached)
