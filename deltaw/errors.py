@@ -80,7 +80,8 @@ def does_not_fit(error: BaseException) -> DoesNotFitError | None:
         return None
     return DoesNotFitError(
         f"The memory does not suffice ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). "
-        "Smaller --micro-tokens, a shorter --max-length, --recompute or --quant nf4 need less, as does a smaller base."
+        "--stream and --quant nf4 need less where the verb has them, in training also a smaller --micro-tokens, a "
+        "shorter --max-length and --recompute; and so does a smaller base."
     )
 
 

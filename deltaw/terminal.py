@@ -6,6 +6,7 @@ no escape code at all. Nothing is computed here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -146,7 +147,8 @@ class TerminalWatcher(Watcher):
 
     def stopping(self) -> None:
         text = b"\nStopping; the state will be saved. Once more, and it ends at once without that.\n"
-        os.write(2, (SHOW_CURSOR if self.live else b"") + text)
+        with contextlib.suppress(OSError):  # the state is saved also where nobody reads this any more, as behind `tee`
+            os.write(2, (SHOW_CURSOR if self.live else b"") + text)
 
     def stop(self) -> None:
         if self.bar is not None:

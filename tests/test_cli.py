@@ -24,7 +24,7 @@ from models import save_base
 from deltaw import api, cli, tables, terminal
 from deltaw.adapter import read_adapter, write_adapter
 from deltaw.config import settings_fields
-from deltaw.engine.checkpoint import list_checkpoints
+from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint
 from deltaw.engine.log import read_metrics
 from deltaw.engine.run import open_run
 
@@ -658,3 +658,37 @@ def test_rows_of_tokens_cannot_be_answered_and_say_so(tiny_run, tmp_path):
     data.write_text(json.dumps({"input_ids": [5, 6, 7]}) + "\n")
     (answer,) = json.loads(_run("generate", tiny_run.folder, "--data", data, "--json").stdout)
     assert "holds tokens" in answer["error"]
+
+
+# -- what must not be lost when nobody listens -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signalled", [True, False], ids=["by a signal", "by its lines"])
+def test_a_run_whose_reader_is_gone_saves_its_state(signalled, tmp_path, llama_folder, chats):
+    """As behind `2>&1 | tee log`: Ctrl-C ends `tee` too, before anything is said of stopping."""
+    out = tmp_path / "run"
+    reading, writing = os.pipe()
+    command = _training(llama_folder, chats, out, "--steps=4000", "--checkpoint-steps=100000", "--eval-steps=100000")
+    process = subprocess.Popen([sys.executable, "-m", "deltaw", *map(str, command)], stdout=writing, stderr=writing)
+    os.close(writing)
+    _until(lambda: len(read_metrics(out / "metrics.jsonl")) > 3)
+    os.close(reading)
+    if signalled:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) in (130, 141)
+    else:  # a line of the bar, every few seconds, finds out
+        assert process.wait(timeout=60) == 141
+    (checkpoint,) = list_checkpoints(out / "checkpoints")
+    assert read_checkpoint(checkpoint)[1]["step"] >= 3
+
+
+def test_a_glob_below_a_folder_with_brackets_and_a_home_in_out(tmp_path, llama_folder, monkeypatch):
+    here = tmp_path / "proj[1]"
+    (here / "chats").mkdir(parents=True)
+    row = json.dumps({"prompt": "a question", "completion": "an answer"})
+    (here / "chats" / "one.jsonl").write_text("\n".join([row.replace("a q", f"{n} q") for n in range(20)]))
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = _run("train", "--model", llama_folder, "--data", "chats/*.jsonl", "--out=~/runs/a", "--steps=1", "--rank=2")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "runs" / "a" / "adapter").is_dir() and not (here / "~").exists()

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from deltaw.adapter.layer import CONVOLUTIONS, AdaptedLayer, Live, Target, attach, keep_rows_padded, shape_of
 from deltaw.adapter.spec import ALL_LINEAR, LoraSpec, first_match, matches
 from deltaw.adapter.value import Adapter, Factors
+from deltaw.adapter.weight import dense_weight, weight_shape
 from deltaw.errors import AdapterError, bullet_list
 
 _MARK = "_deltaw_injection"
@@ -390,8 +391,12 @@ def _without_factors(adapter: Adapter, candidates: list[Candidate]) -> list[str]
 def _changed_copy(name: str, copy: Tensor, candidates: dict[str, Any]) -> list[str]:
     if name not in candidates:
         return [f"{name}: the file holds a copy of a frozen weight that the model does not have"]
-    weight = getattr(candidates[name][3], candidates[name][4])
-    if weight.shape != copy.shape or not torch.equal(weight.detach().cpu(), copy.to(weight.dtype)):
+    holder, parameter = candidates[name][3:5]
+    same = weight_shape(holder, parameter) == copy.shape
+    if same and not getattr(holder, parameter).is_meta:  # of a model without weights the shape is all there is
+        weight = dense_weight(holder, parameter)
+        same = torch.equal(weight.cpu(), copy.to(weight.dtype))
+    if not same:
         return [f"{name}: the file's copy of the frozen weight differs from the model's; this is another base"]
     return []
 

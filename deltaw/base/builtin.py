@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltaw.disk import disk_errors
 from deltaw.errors import BaseError, DiskError
 
 try:
@@ -118,7 +119,9 @@ def _is_complete(folder: Path) -> bool:
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
     """Only one process at a time is inside; the system frees the lock if that process dies."""
-    with path.open("a") as file:
+    with disk_errors("lock", path):
+        file = path.open("a")
+    with file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

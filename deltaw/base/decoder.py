@@ -57,12 +57,14 @@ class Decoder:
         if set(parts) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
             raise Unreadable(f"it is made of {', '.join(parts)}")
         self.model, self.inner = model, inner
+        self.following = set[int]()  # hooks of a pager
         self.recompute = 0  # so many blocks, from the first on, keep only their input for backward and compute again
         by_kind = "layer_type" in inspect.signature(inner.rotary_emb.forward).parameters
         kinds = inner.config.layer_types if by_kind else [None] * len(inner.layers)
         self.blocks = [read_block(layer, kind) for layer, kind in zip(inner.layers, kinds, strict=True)]
         self.norm = read_norm(inner.norm)
         self.known = {id(layer) for block in self.blocks for layer in block.layers()}
+        self.inside = {id(module) for layer in inner.layers for module in layer.modules()}
         self.bypassed = list(self._bypassed())
 
     def _bypassed(self) -> Iterator[nn.Module]:
@@ -75,7 +77,7 @@ class Decoder:
     def refusal(self) -> str | None:
         """Why the model as it stands now must run by its modules; None when it need not."""
         injection = injection_of(self.model)
-        ours = set() if injection is None else injection.hook_ids
+        ours = self.following | (set() if injection is None else injection.hook_ids)
         for module in self.bypassed:
             hooks = (*module._forward_hooks, *module._forward_pre_hooks)
             if any(hook not in ours for hook in hooks) or not isinstance(
@@ -85,7 +87,7 @@ class Decoder:
         for layer in _live(injection).values():
             if id(layer.target.owner) in self.known and layer.magnitude is not None:
                 return "DoRA runs by the model's modules"
-            if id(layer.target.owner) in self.known and layer.dropout:
+            if id(layer.target.owner) in self.inside and layer.dropout:
                 return "dropout runs by the model's modules"
         return None
 

@@ -10,10 +10,13 @@ the same bits as a base that was cast when it was opened.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
+import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,27 +119,88 @@ BUFFERS = Buffers()
 _IDLE_HOLDERS = _holders(torch.empty(1))
 
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads weights from: those of the index, or the single one, or, without either, all.
+
+    Some folders hold the same weights once more under other names.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    # Of a damaged index opening the base will tell.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        if (folder / SINGLE).is_file():
+            named = {SINGLE}
+        else:
+            named = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
+        return [path for path in found if path.name in named] or found
+    return found
+
+
 def stored_bytes(folder: Path) -> int:
     """Size of the weight files in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """In what most of the weights in a folder are stored, by the header of its largest file. Raises BaseError."""
-    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file = max(weight_files(folder), key=lambda path: path.stat().st_size)
+    with _opened(file) as opened:
+        key = next(iter(opened.keys()))
+        dtype: torch.dtype = opened.get_slice(key)[:0].dtype
+        return dtype
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A file of weights. BaseError where it is damaged, which makes every part of its reader fail in its own way."""
     try:
         with safe_open(file, "pt") as opened:
-            key = next(iter(opened.keys()))
-            return opened.get_slice(key)[:0].dtype
-    except Exception as error:  # a damaged file makes every part of its reader fail in its own way
-        raise BaseError(f"The base in {folder} cannot be opened: {file.name}: {error}") from error
+            yield opened
+    except Exception as error:
+        raise BaseError(f"The base in {file.parent} cannot be opened: {file.name}: {error}") from error
+
+
+def mapped_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a folder by the names that they have there. Raises BaseError."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        with _opened(file) as opened:
+            found.update({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118
+    return found
+
+
+def mapped_numbers(model: Any, folder: Path) -> tuple[int, int]:
+    """How many numbers of the model's blocks stand in its files as they are used: of linear layers, and of the rest.
+
+    What does not has been put together from several weights, as experts are that lie apart. None where the files lie in
+    memory. `model` may be without weights.
+    """
+    if folder.resolve().is_relative_to("/dev"):
+        return 0, 0
+    stored = {_within_block(name): shape for name, shape in mapped_shapes(folder).items()}
+    linear = rest = 0
+    for number, block in enumerate(blocks_of(model)):
+        ours = {f"{name}.weight" for name, _ in linear_layers(block)}
+        for name, parameter in block.named_parameters():
+            if stored.get((str(number), name)) == tuple(parameter.shape):
+                linear += parameter.numel() if name in ours else 0
+                rest += 0 if name in ours else parameter.numel()
+    return linear, rest
+
+
+def _within_block(name: str) -> tuple[str, str]:
+    """("3", "mlp.up_proj.weight") of "model.layers.3.mlp.up_proj.weight"."""
+    found = re.search(r"(?:^|\.)(\d+)\.(.*)", name)
+    return (found[1], found[2]) if found else ("", name)
 
 
 def has_one_dtype(folder: Path) -> bool:
     """Whether all weights in a folder are stored in one dtype, so that opening them in it rounds none."""
     found = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
+    for file in weight_files(folder):
+        with _opened(file) as opened:
             found |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118, no mapping
     return len({dtype for dtype in found if dtype.startswith(("F", "BF"))}) == 1
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -40,6 +41,7 @@ from deltaw.base.formed import (
     require_formed,
     stored_bytes,
     stored_dtype,
+    weight_files,
 )
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove
@@ -89,6 +91,7 @@ class Base:
     revision: str | None = None
     pager: Pager | None = None
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
+    _followed: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -150,11 +153,22 @@ class Base:
 
         `before` names for each document the rows that it continues; only where `shares_prefixes`.
         """
-        if self.decoder is not None and self.slow_reason is None and forward.may_be_flat(self.model, bounds):
+        by_kernels = self.decoder is not None and self.slow_reason is None and forward.may_be_flat(self.model, bounds)
+        self._follow_modules(not by_kernels)
+        if self.decoder is not None and by_kernels:
             return self.decoder.hidden_states(tokens_T, positions_T, continued_spans(bounds, before), rows_N)
         assert not before, "only the kernels know documents that continue others"
         h_TH = forward.flat_hidden_states(self.model, tokens_T, positions_T, bounds)
         return h_TH if rows_N is None else h_TH[rows_N]
+
+    def _follow_modules(self, wanted: bool) -> None:
+        """Tells the pager of modules while they run in place of the kernels, as under DoRA or dropout."""
+        if self.pager is None or self.decoder is None or wanted == bool(self._followed):
+            return
+        for handle in self._followed:
+            handle.remove()
+        self._followed = follow_modules(self.model) if wanted else []
+        self.decoder.following = {handle.id for handle in self._followed}
 
     @property
     def shares_prefixes(self) -> bool:
@@ -430,5 +444,5 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def weight_digest(folder: Path) -> str:
     """sha256 over the folder's weight files, each remembered in the cache by path, size and time of change."""
     memory = cache_folder() / "digests"
-    digests = (file.name + remembered_digest(file, memory) for file in sorted(folder.glob("*.safetensors")))
+    digests = (file.name + remembered_digest(file, memory) for file in weight_files(folder))
     return hashlib.sha256("".join(digests).encode()).hexdigest()

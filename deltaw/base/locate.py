@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, base_path, cache_folder, only_one
-from deltaw.disk import remembered_digest
+from deltaw.disk import disk_errors, remembered_digest
 from deltaw.errors import BaseError
 
 _HUB_LEFT = ["*/*", "consolidated*"]  # the same weights once more, in other formats
@@ -53,7 +53,8 @@ def _from_gguf(path: Path) -> Path:
     digest = remembered_digest(path, cache_folder() / "digests")
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-v{CONVERTER_VERSION}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors("make", folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
         with only_one(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():  # another process may have made it while this one waited
                 importlib.import_module("deltaw.base.gguf").convert_gguf(path, folder)

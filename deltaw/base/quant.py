@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deltaw.base.builtin import cache_folder
+from deltaw.adapter.files import save_tensors
+from deltaw.base.builtin import cache_folder, only_one
 from deltaw.base.formed import BUFFERS, cast_rest, exchange, linear_layers
 from deltaw.base.stream import blocks_of, release
-from deltaw.disk import new_folder
+from deltaw.disk import disk_errors, new_folder
 from deltaw.errors import UsageError
 
 # Bytes for each weight: NF4 in blocks of 64 with 8-bit scales, and 8 bit in blocks of 64 with fp32 scales.
@@ -45,10 +45,15 @@ def quantise(
     """
     codec = _codec(kind)
     folder = cache_folder() / "quantised" / f"{hashlib.sha256(digest.encode()).hexdigest()[:16]}-{kind}-v{_VERSION}"
-    if not folder.is_dir():
-        _write(model, codec, folder, tell)
-    for number, block in enumerate(blocks_of(model)):
-        with safe_open(folder / f"block-{number:04}.safetensors", "pt") as file:
+    files = [folder / f"block-{number:04}.safetensors" for number in range(len(blocks_of(model)))]
+    if not all(file.is_file() for file in files):
+        with disk_errors("make", folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(folder.with_name(f".{folder.name}.lock")):
+            if not all(file.is_file() for file in files):  # another process may have made them meanwhile
+                _write(model, codec, folder, tell)
+    for path, block in zip(files, blocks_of(model), strict=True):
+        with safe_open(path, "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
         for name, layer in linear_layers(block):
             parts = {key.removeprefix(f"{name}:"): value for key, value in stored.items() if key.startswith(f"{name}:")}
@@ -59,14 +64,13 @@ def quantise(
 
 def _write(model: Any, codec: _Codec, folder: Path, tell: Callable[[str], None]) -> None:
     blocks = blocks_of(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as new:
         for number, block in enumerate(blocks):
             tell(f"Quantising the base, once: block {number + 1} of {len(blocks)}")
             parts = {}
             for name, layer in linear_layers(block):
                 parts.update({f"{name}:{key}": value for key, value in codec.encode(layer.weight.detach()).items()})
-            save_file(parts, new / f"block-{number:04}.safetensors")
+            save_tensors(parts, new / f"block-{number:04}.safetensors")
             release(block.parameters())
 
 

@@ -23,12 +23,13 @@ from deltaw.adapter import Adapter, choose_for, merge_
 from deltaw.adapter.files import save_tensors
 from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
+from deltaw.base.formed import INDEX, weight_files
 from deltaw.base.load import Base, open_model
 from deltaw.disk import new_folder, write_text
 from deltaw.errors import AdapterError, UsageError, bullet_list
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-_CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_CONFIG = "config.json"
 
 
 class _Stored(NamedTuple):
@@ -64,7 +65,7 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
             _write_shards(base.folder, temporary, stored, _Merge(targets, adapter, parted))
         else:
             _write_whole(base.folder, temporary, adapter)
-            _copy_others(base.folder, temporary, but=(_CONFIG, _INDEX))
+            _copy_others(base.folder, temporary, but=(_CONFIG, INDEX))
 
 
 @torch.no_grad()
@@ -113,16 +114,11 @@ def _weight_name(target: Target) -> str:
 
 
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """Every tensor that transformers would read: those of the index, or of the single file, or of all files."""
-    if (folder / _INDEX).is_file():
-        shards = set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values())
-    elif (folder / _SINGLE).is_file():
-        shards = {_SINGLE}
-    else:
-        shards = {path.name for path in folder.glob("*.safetensors")}
+    """Every tensor that transformers would read."""
     stored = {}
-    for shard in sorted(shards):
-        with safe_open(folder / shard, "pt") as file:
+    for path in weight_files(folder):
+        shard = path.name
+        with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
                 shape = tuple(part.get_shape())
@@ -207,7 +203,7 @@ def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> 
         if "tie_word_embeddings" in part or part is config:
             part["tie_word_embeddings"] = False
     write_text(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         content = json.loads(index.read_text("utf-8"))
         content["weight_map"] |= places

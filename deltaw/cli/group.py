@@ -62,7 +62,7 @@ class _Group(click.Group):
             click.echo("Stopped.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:  # whoever read our output has enough, as in `deltaw inspect RUN | head`
-            _forget_stdout()
+            _forget_readers()
             ctx.exit(EXIT_BROKEN_PIPE)
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
@@ -70,13 +70,14 @@ class _Group(click.Group):
 
 
 def _tell(ctx: click.Context, error: BaseException) -> None:
-    """On stderr; and, where JSON was asked for and it is no stop, on stdout too."""
-    if isinstance(error, Interrupted):
-        click.echo(str(error), err=True)
-        return
-    if ctx.meta.get(AS_JSON):
-        click.echo(json.dumps({"ok": False, "error": str(error)}, indent=2))
-    click.echo(f"Error: {error}", err=True)
+    """On stderr; and, where JSON was asked for and it is no stop, on stdout too. The exit code says it in any case."""
+    stop = isinstance(error, Interrupted)
+    try:
+        if ctx.meta.get(AS_JSON) and not stop:
+            click.echo(json.dumps({"ok": False, "error": str(error)}, indent=2))
+        click.echo(str(error) if stop else f"Error: {error}", err=True)
+    except BrokenPipeError:
+        _forget_readers()
 
 
 @contextlib.contextmanager
@@ -96,10 +97,11 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _forget_stdout() -> None:
-    """Leaves nothing to flush into the broken pipe when Python exits, which it would complain about."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _forget_readers() -> None:
+    """Leaves nothing to flush into a broken pipe when Python exits, which it would complain about."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @click.group(

@@ -112,7 +112,9 @@ def _train_measured(settings: Settings, quiet: bool, as_json: bool) -> None:
         return
     if found["measured"] is not None:
         rank_page(make_console(), found["measured"])
-    if found["compressed"] is None:
+    if found["measured"] is None:
+        click.echo(f"Nothing could be measured; the adapter stays as it is, in {found['run']}.")
+    elif found["compressed"] is None:
         click.echo(f"No smaller rank is sure to keep the gain; the adapter stays as it is, in {found['run']}.")
     else:
         compress_page(make_console(), found["compressed"])

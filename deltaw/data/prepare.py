@@ -7,6 +7,7 @@ few numbers per row.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -189,7 +190,8 @@ def cache_key(sources: Sequence[Source], encoder: Encoding) -> str:
 def _open(entry: Path, sources: Sequence[Source], encoder: Encoding, kept: list[Row]) -> DataSet:
     with disk_errors("open", entry):
         report = DataReport.from_dict(json.loads((entry / REPORT).read_text("utf-8")), encoder.allow)
-        os.utime(entry)  # what is used stays in the cache
+        with contextlib.suppress(OSError):  # another user's: it may be read all the same
+            os.utime(entry)  # what is used stays in the cache
         shares = np.fromfile(entry / "all.shares", np.float64)
     mix = [(count, source.weight) for count, source in zip(report.source_documents, sources, strict=True)]
     return DataSet(TokenStore(entry / "all"), report, shares, mix, kept)

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from deltaw.adapter.files import save_tensors
 from deltaw.disk import disk_errors, new_file, sha256_file
+from deltaw.errors import DiskError
 
 _MAGIC = b"deltaw01"
+_PART = 1 << 20
+_END = 32 + len(_MAGIC)  # bytes behind the tensors: their sha256, then this
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
 
 
@@ -46,27 +50,46 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first, good or not."""
-    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
+    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name) and path.is_file()]
     return sorted(found, reverse=True)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, state) of a checkpoint; ValueError when it is damaged."""
-    content = path.read_bytes()
-    payload, digest, magic = content[:-40], content[-40:-8], content[-8:]
-    if magic != _MAGIC or hashlib.sha256(payload).digest() != digest:
-        raise ValueError(f"{path.name} is damaged (its checksum is wrong)")
-    length = int.from_bytes(payload[:8], "little")
-    state = json.loads(json.loads(payload[8 : 8 + length])["__metadata__"]["state"])
-    return safetensors.torch.load(payload), state
+    """(tensors, state) of a checkpoint; ValueError when it is damaged, DiskError when it cannot be read.
+
+    The tensors lie in the mapped file: resuming takes no memory that training does not.
+    """
+    with disk_errors("read", path), path.open("rb") as file:
+        size, found = path.stat().st_size - _END, hashlib.sha256()
+        for start in range(0, size, _PART):  # read and not mapped, where a failing disk would end the process
+            found.update(file.read(min(_PART, size - start)))
+        if size <= 0 or file.read() != found.digest() + _MAGIC:
+            raise ValueError(f"{path.name} is damaged (its checksum is wrong)")
+        payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))[:size]
+    start = 8 + int.from_bytes(payload[:8], "little")
+    header = json.loads(bytes(payload[8:start]))
+    state = json.loads(header.pop("__metadata__")["state"])
+    return {name: _tensor(payload[start:], **entry) for name, entry in header.items()}, state
+
+
+def _tensor(numbers: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+    begin, end = data_offsets
+    if begin == end:
+        return torch.empty(shape, dtype=_DTYPES[dtype])
+    return torch.frombuffer(numbers[begin:end], dtype=_DTYPES[dtype]).view(shape)
 
 
 def newest_checkpoint(folder: Path) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
-    """The newest checkpoint that verifies (None when there is none), and what was skipped and why."""
+    """The newest checkpoint that verifies (None when there is none), and what was skipped and why.
+
+    DiskError when one cannot be read: it may be good, and going on from an older one would remove it.
+    """
     skipped: list[str] = []
     for path in list_checkpoints(folder):
         try:
             return read_checkpoint(path), skipped
-        except (ValueError, KeyError, OSError, safetensors.SafetensorError) as error:
+        except DiskError:
+            raise
+        except (ValueError, KeyError) as error:
             skipped.append(str(error))
     return None, skipped

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from deltaw import hardware
 from deltaw.adapter import Adapter, LoraSpec, choose, choose_for, new_adapter, read_adapter
@@ -96,11 +97,25 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
             f"rule: the model's context, at most {DEFAULT_MAX_LENGTH}",
         )
     data, lines = _prepare_data(run, settings, known, watcher)
+    _require_positions(known, data)
     start = None if settings.adapter is None else read_adapter(run.start)
     targets = _choose_targets(settings, known, start)
     _resolve_rules(settings, known, data["train"], watcher)
     _remember_products(known, settings, data["train"], watcher)
     return Sketch(known, data, lines, start, targets)
+
+
+def _require_positions(known: Outline, data: dict[str, DataSet]) -> None:
+    """Raises UsageError where a document is longer than a base has positions, if these are learned, one by one."""
+    longest = max(int(each.store.lengths.max()) for each in data.values())
+    tokens = known.model.get_input_embeddings()
+    tables = [part for part in known.model.modules() if isinstance(part, nn.Embedding) and part is not tokens]
+    learned = any(table.num_embeddings <= known.context_tokens + 2 for table in tables)  # some keep two to spare
+    if learned and longest > known.context_tokens:
+        raise UsageError(
+            f"A document has {longest:,} tokens, and {known.name} knows {known.context_tokens:,} positions. Give "
+            f"--max-length {known.context_tokens}."
+        )
 
 
 def _remember_products(known: Outline, settings: Settings, train: DataSet, watcher: Watcher) -> None:

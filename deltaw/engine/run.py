@@ -5,6 +5,7 @@ This module imports nothing heavy, so that the folder stands within a second of 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -150,7 +151,7 @@ def create_run(settings: Settings) -> Run:
     Raises UsageError when the folder exists already or no data is named, DataError when a data file is missing, and
     DiskError when the folder cannot be made.
     """
-    folder = Path(settings.out) if settings.out else _dated_folder()
+    folder = Path(settings.out).expanduser() if settings.out else _dated_folder()
     if folder.exists():
         hint = f"Go on with it by --resume {folder}," if _is_run(folder) else "Move it away,"
         raise UsageError(f"{folder} exists already and is never overwritten. {hint} or choose another --out.")
@@ -214,7 +215,10 @@ def _absolute(text: str, source: Source) -> str:
     if source.name.startswith(HUB):
         return text
     _, separator, options = text.partition("::")
-    return f"{Path(source.name).expanduser().absolute()}{separator}{options}"
+    path = Path(source.name).expanduser()
+    if path.exists() or path.is_absolute():
+        return f"{path.absolute()}{separator}{options}"
+    return f"{Path(glob.escape(str(Path.cwd()))) / path}{separator}{options}"  # a pattern; what is before it is none
 
 
 def adapter_folder(path: str | Path) -> Path:

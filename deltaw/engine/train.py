@@ -184,9 +184,9 @@ class Trainer:
         line = metrics_line(record)
         assert self.metrics is not None
         self.metrics.write(line)
+        self.owed = self._due(self.settings.eval_steps, record) or self._is_last()
         self.watcher.step(line, progress, self.length)
         self._notice(record)
-        self.owed = self._due(self.settings.eval_steps, record) or self._is_last()
         late = time.monotonic() - self.saved_at >= self.settings.checkpoint_seconds
         return self.settle(late or self._due(self.settings.checkpoint_steps, record))
 
@@ -376,9 +376,13 @@ def train(
 
 
 def _fit(trainer: Trainer) -> bool:
-    """Runs the loop; False, with the state saved, when a signal ended it."""
+    """Runs the loop; False when a signal ended it. The state is saved then, and where nobody reads its lines."""
     with signals(trainer):
-        whole = _settled(trainer) and _loop(trainer)
+        try:
+            whole = _settled(trainer) and _loop(trainer)
+        except BrokenPipeError:
+            trainer.checkpoint()
+            raise
         if trainer.signal is not None and not whole:
             trainer.checkpoint()
     return whole or trainer.signal is None

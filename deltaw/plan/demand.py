@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deltaw.adapter.layer import Target
-from deltaw.base.formed import has_one_dtype, may_form_embedding, stored_dtype
+from deltaw.base.formed import has_one_dtype, mapped_numbers, may_form_embedding, stored_dtype
 from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline
@@ -161,15 +161,22 @@ class Demand:
         if not may_stream(self.device):
             return False
         choice = Choice(0, stream=True, quant=quant)
-        formed = self.outline.linear_parameters * self._held_bytes(choice)
-        if quant == "none" and not self.as_stored and not self._one_dtype:
+        linear, rest = self._mapped_numbers
+        if quant != "none":  # from the cache
+            linear = self.outline.linear_parameters
+        elif not self.as_stored and not self._one_dtype:
             return False
-        return self.as_stored or formed >= MAPPED_SHARE * self.outline.layers * self.block_bytes(choice)
+        mapped = linear * self._held_bytes(choice) + (rest * self.dtype.itemsize if self.as_stored else 0)
+        return mapped >= MAPPED_SHARE * self.outline.layers * self.block_bytes(choice)
 
     @property
     def as_stored(self) -> bool:
         """Whether weights are computed in the dtype in which they are stored, so that they need no copy."""
         return self.stored_dtype == self.dtype
+
+    @cached_property
+    def _mapped_numbers(self) -> tuple[int, int]:
+        return mapped_numbers(self.outline.model, self.outline.folder)
 
     @cached_property
     def _one_dtype(self) -> bool:

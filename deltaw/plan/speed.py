@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from deltaw.base.formed import weight_files
 from deltaw.base.load import most_together
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.devices import CPU_SHARE, GPU_SHARE, Device
@@ -116,7 +117,7 @@ class Clock:
 
 def read_rate(folder: Path) -> float:
     """Bytes a second of a file of weights that the system does not hold, from the first 64 MB of one."""
-    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file = max(weight_files(folder), key=lambda path: path.stat().st_size)
     descriptor = os.open(file, os.O_RDONLY)
     try:
         size = min(_PROBED_BYTES, file.stat().st_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from cases import CASES, Case, output, tokens
 from models import small_model
 
-from deltaw.adapter import Adapter, LoraSpec, inject, read_adapter, write_adapter
+from deltaw.adapter import Adapter, LoraSpec, choose_for, inject, read_adapter, write_adapter
 from deltaw.adapter.files import CONFIG, MANIFEST, WEIGHTS
 from deltaw.adapter.keys import PREFIX
 from deltaw.errors import AdapterError, DiskError
@@ -340,6 +341,7 @@ def test_a_copy_of_a_frozen_weight_is_accepted_when_equal_and_refused_when_diffe
     adapter = read_adapter(folder)
     with inject(model, adapter):
         output(model, tokens())
+    assert len(choose_for(deepcopy(model).to("meta"), adapter)) == len(choose_for(model, adapter))  # of a run's sketch
     model.lm_head.weight.data[0, 0] += 1
     with pytest.raises(AdapterError, match="lm_head: the file's copy of the frozen weight differs"):
         inject(model, adapter)

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from models import flat_row, lively_model, own_losses, small_base, some_documents
+import transformers
+from models import SMALL, flat_row, lively_model, own_losses, small_base, some_documents
 
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
 from deltaw.base import decoder as running
@@ -307,3 +308,16 @@ def test_prefixes_are_shared_only_where_kernels_run_and_angles_do_not_depend_on_
     long = small_base("llama")
     long.model = lively_model("phi3-long")
     assert not long.shares_prefixes
+
+
+def test_dropout_inside_a_part_that_runs_by_itself_is_none_of_the_kernels():
+    """Passes that share a reading compute a block twice, with other random numbers."""
+    config = transformers.LlamaConfig(**SMALL, hidden_act="relu")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    assert forward.prove(model) is None
+    decoder, reason = prove_decoder(model)
+    assert decoder is not None and decoder.blocks[0].other is not None, reason
+    adapter = random_adapter(model, targets=("up_proj", "down_proj"), dropout=0.05)
+    with inject(model, adapter, trainable=True):
+        assert decoder.refusal() == "dropout runs by the model's modules"
+    assert decoder.refusal() is None

@@ -7,9 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from models import GENERAL, MORE, SMALL, VOCABULARY, byte_tokenizer, flat_row, lively_model, own_losses, some_documents
+from models import (
+    GENERAL,
+    MORE,
+    SMALL,
+    VOCABULARY,
+    byte_tokenizer,
+    flat_row,
+    lively_model,
+    own_losses,
+    small_model,
+    some_documents,
+)
 
 from deltaw.base import forward
+from deltaw.base.forward import EAGER, own_attention
 from deltaw.base.load import load
 from deltaw.base.proof import prove
 from deltaw.data.example import Example
@@ -215,3 +227,11 @@ def test_a_base_that_reads_in_both_directions_is_seen(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
     with pytest.raises(ValueError, match="both directions"):
         load(tmp_path)
+
+
+def test_a_soft_cap_is_never_left_to_an_attention_that_knows_none():
+    """Older versions of transformers say that Gemma 2 may use it."""
+    model = small_model("gemma2")
+    model._supports_sdpa = True
+    assert own_attention(model) == EAGER
+    assert own_attention(small_model("llama")) == "sdpa"

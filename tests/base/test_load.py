@@ -17,6 +17,7 @@ from models import byte_tokenizer, save_base, small_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltaw.base import load as load_module
+from deltaw.base.formed import has_one_dtype, stored_bytes, weight_files
 from deltaw.base.gguf import convert_gguf
 from deltaw.base.load import Base, load, public_name, weight_digest
 from deltaw.errors import BaseError, UsageError
@@ -337,3 +338,21 @@ def test_a_base_that_bitsandbytes_stored_is_refused_before_it_is_opened(tmp_path
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
     with pytest.raises(BaseError, match="take the full ones, and --quant nf4 keeps"):
         load(folder)
+
+
+def test_weights_that_lie_there_once_more_under_another_name_count_for_nothing(llama_folder, tmp_path):
+    folder = shutil.copytree(llama_folder, tmp_path / "twice")
+    before = stored_bytes(folder), weight_digest(folder)
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert (stored_bytes(folder), weight_digest(folder)) == before
+    assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
+
+
+def test_a_shard_that_was_cut_is_said_also_where_it_is_not_the_largest(llama_folder, tmp_path):
+    folder = shutil.copytree(llama_folder, tmp_path / "cut")
+    file = folder / "model.safetensors"
+    small = folder / "model-2.safetensors"
+    small.write_bytes(file.read_bytes()[:100])
+    file.rename(folder / "model-1.safetensors")
+    with pytest.raises(BaseError, match="model-2"):
+        has_one_dtype(folder)

@@ -13,6 +13,7 @@ from deltaw.base.load import load
 from deltaw.base.quant import BYTES, quantised_reader
 from deltaw.base.stream import blocks_of
 from deltaw.engine.objective import score_batch
+from deltaw.errors import DiskError
 
 pytest.importorskip("bitsandbytes")
 # Of the weights, as a share of their norm: 4 bits and 8 bits of normally distributed numbers.
@@ -134,3 +135,16 @@ def test_a_weight_is_formed_in_pieces_to_the_bit_and_its_memory_is_lent_again_bu
     assert read().data_ptr() in places - {kept.data_ptr()}
     third, fourth = read(), read()
     assert kept.data_ptr() not in (third.data_ptr(), fourth.data_ptr())
+
+
+def test_a_block_that_is_gone_from_the_cache_is_quantised_again_and_a_cache_that_cannot_be_written_is_said(
+    folder, tmp_path, monkeypatch
+):
+    wanted = list(stored_tensors(load(folder, quant="nf4").model))
+    next(tmp_path.glob("quantised/*/block-0001.safetensors")).unlink()
+    for one, other in zip(wanted, stored_tensors(load(folder, quant="nf4").model), strict=True):
+        assert torch.equal(one, other)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DELTAW_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DiskError, match="file"):
+        load(folder, quant="nf4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -362,3 +363,28 @@ def test_the_pager_turns_at_both_ends_and_holds_two_sections():
         held.append(pager.held)
     pager.close()
     assert held == [{0, 1}, {1, 2}, {2, 3}, {3, 2}, {2, 1}, {1, 0}, {0, 1}, {1, 2}, {3, 2}, {0, 1}]
+
+
+def test_modules_that_run_in_place_of_the_kernels_are_followed_as_long_as_they_do(folders):
+    base = load(folders("llama"), dtype="float32", stream=True)
+    entered = []
+    usual = base.pager.enter
+
+    def enter(number):
+        entered.append(number)
+        usual(number)
+
+    for section in (*blocks_of(base.model), base.model.get_output_embeddings()):
+        for module in section.modules():
+            module.__dict__[ON_READ] = partial(enter, module.__dict__[ON_READ].args[0])
+    try:
+        for options, by_modules in (({"dropout": 0.3}, True), ({}, False)):
+            spec = LoraSpec(rank=2, **options)
+            with inject(base.model, new_adapter(choose(base.model, spec), spec, 0), trainable=True) as injection:
+                injection.train(True)
+                entered.clear()
+                batch_loss(base, some_batch()).backward()
+                assert (base.way == "modules") == by_modules and bool(base._followed) == by_modules
+                assert {0, 1} <= set(entered)
+    finally:
+        base.pager.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +91,28 @@ def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="file"):
         save_checkpoint(tmp_path / "file" / "checkpoints", 1, {"master": torch.zeros(1)}, {}, keep=1)
+
+
+def test_one_that_cannot_be_read_is_no_damaged_one_and_ends_the_search(tmp_path, monkeypatch):
+    """It may be good: going on from an older one would remove it."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"master": torch.zeros(1)}, {"step": step}, keep=9)
+    usual = Path.open
+
+    def failing(path, *given, **more):
+        if path.name == "step-00000002.ckpt":
+            raise OSError(errno.EIO, "Input/output error")
+        return usual(path, *given, **more)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(DiskError, match="step-00000002"):
+        newest_checkpoint(tmp_path)
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_what_was_read_stays_when_the_file_is_gone(tmp_path):
+    tensors = {"none": torch.zeros(0, 3), "one": torch.tensor(2.5), "many": torch.randn(64, 3)}
+    path = save_checkpoint(tmp_path, 1, tensors, {"step": 1}, keep=1)
+    read, _ = read_checkpoint(path)
+    path.unlink()
+    assert all(torch.equal(read[name], tensor) and read[name].shape == tensor.shape for name, tensor in tensors.items())

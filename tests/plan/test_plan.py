@@ -567,3 +567,20 @@ def test_a_refusal_needs_no_timing_because_the_way_is_read_from_the_parts(kind, 
     with pytest.raises(DoesNotFitError, match="at least"):
         api.plan(model=save_base(tmp_path / kind, kind), data=[chats], steps=3, memory="1MB")
     assert seen == [way]
+
+
+def test_a_base_whose_weights_do_not_stand_in_its_files_as_they_are_used_is_not_planned_to_be_streamed(
+    demand, tmp_path
+):
+    assert demand().may_stream("none") and demand().may_stream("nf4")
+    apart = demand(model=str(save_base(tmp_path / "experts", "qwen3_moe")))
+    assert apart.as_stored and not apart.may_stream("none") and not apart.may_stream("nf4")
+    assert not any(choice.stream for choice in _choices(apart))
+
+
+def test_documents_longer_than_a_base_has_positions_are_refused(tmp_path):
+    folder, data = save_base(tmp_path / "gpt2", "gpt2"), tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{n} one two" * (5 + 40 * (n == 3))}) + "\n" for n in range(12)))
+    with pytest.raises(UsageError, match=r"knows 256 positions\. Give --max-length 256"):
+        api.plan(model=folder, data=data, max_length=600, steps=1)
+    assert api.plan(model=folder, data=data, max_length=256, steps=1).steps == 1
