@@ -2,12 +2,13 @@
 
     python benchmarks/nested.py [--tasks sentiment phonemes] [--seeds 2]
 
-A nested run draws a rank for each step, the full one half of the time and else 1, 2, 4 or 8, and trains the first rows
-of A and columns of B alone: as many passes as a plain run, and one adapter whose first k directions are meant to serve
-as an adapter of rank k (Matryoshka training, after DyLoRA, arXiv 2210.07558). Plain runs are cut by the SVD of each
-layer's ΔW, nested ones by position and by the SVD, and all are measured on the test documents that
-benchmarks/rank_calibration.py sets apart, against the plain run of the same seed. Intervals are paired bootstraps over
-documents. Rows go to results/nested.jsonl as they are measured; what has its row is not run again.
+A nested run draws a rank for each step, the full one half of the time and else 1, 2, 4 or 8, and gives gradients to the
+first rows of A and columns of B alone (AdamW's momentum moves the others a little all the same): as many passes as a
+plain run, and one adapter whose first k directions are meant to serve as an adapter of rank k (Matryoshka training,
+after DyLoRA, arXiv 2210.07558). Plain runs are cut by the SVD of each layer's ΔW, nested ones by position and by the
+SVD, and all are measured on the test documents that benchmarks/rank_calibration.py sets apart, against the plain run of
+the same seed. Intervals are paired bootstraps over documents. Rows go to results/nested.jsonl as they are measured;
+what has its row is not run again.
 """
 
 from __future__ import annotations

@@ -475,18 +475,22 @@ TASKS = (
 
 def tasks(rows: Rows) -> None:
     """All cells of seed 0, then of the next; the reference adapter and what it tells come first."""
-    from deltaw import hardware
-
-    emulated = hardware.emulates_bf16(hardware.look())
-    possible = [task for task in TASKS if task.dtype == "float32" or not emulated]
     for seed in range(TASK_SEEDS):
-        for task in possible:
+        for task in _possible_tasks():
             rows.once(f"tasks/{task.name}/base", lambda t=task: _base_row(t))
             for rank, factor in _cells(task):
                 name = f"tasks/{task.name}/r{rank} x{factor:g} s{seed}"
                 rows.once(name, lambda c=(task, rank, factor, seed): _cell(*c))
                 if (rank, factor) == (REFERENCE, MIDDLE):
                     rows.once(f"tasks/{task.name}/told s{seed}", lambda c=(task, seed): _told(*c))
+
+
+def _possible_tasks() -> list[Task]:
+    """Those whose dtype this processor does not emulate."""
+    from deltaw import hardware
+
+    emulated = hardware.emulates_bf16(hardware.look())
+    return [task for task in TASKS if task.dtype == "float32" or not emulated]
 
 
 def _cells(task: Task) -> list[tuple[int, float]]:
@@ -650,7 +654,7 @@ def smoke() -> None:
     global WORK
     with tempfile.TemporaryDirectory() as work:
         WORK = Path(work)
-        for task in TASKS:
+        for task in _possible_tasks():
             files = task_files(task.name)
             for name, count in (("train", 60), ("validation", 12), ("test", 12)):
                 lines = Path(files[name]).read_text().splitlines()[:count]
@@ -726,23 +730,25 @@ def _cost_summary(rows: list[Row]) -> dict[str, Any]:
 def judge(base: Row, cells: list[Row], told: list[Row], task: Task) -> dict[str, Any]:
     """Which rank each way to choose takes, and what its choice costs in loss beside the best of the sweep.
 
-    A rank's loss is that at the best of its rates, over the seeds whose cells are all there (else over seed 0's). The
-    sweep takes the smallest rank that is not surely worse than the best, by the paired interval over documents.
+    A rank's loss is that at the best of its rates by validation, over the seeds whose cells are all there (else over
+    seed 0's). The sweep takes the smallest rank that is not surely worse than the best, by the paired interval over
+    documents.
     """
     from deltaw.analysis.curve import mean_interval
 
     seeds = {cell["seed"] for cell in cells}
     whole = {s for s in seeds if {(c["rank"], c["factor"]) for c in cells if c["seed"] == s} >= set(_cells(task))}
     used = whole or {0}
-    tokens_D, curves = unpacked(base["tokens"]), {}
+    tokens_D, curves, validation = unpacked(base["tokens"]), {}, {}
     for rank in sorted({cell["rank"] for cell in cells}):
         for factor in sorted({cell["factor"] for cell in cells}):
             some = [c for c in cells if (c["rank"], c["factor"]) == (rank, factor) and c["seed"] in used]
             if some:
                 curves[rank, factor] = np.mean([unpacked(cell["sums"]) for cell in some], 0)
-    best_of = {}
-    for (rank, factor), sums_D in curves.items():
-        if rank not in best_of or sums_D.sum() < curves[rank, best_of[rank]].sum():
+                validation[rank, factor] = float(np.mean([cell["best_eval_loss"] for cell in some]))
+    best_of: dict[int, float] = {}
+    for (rank, factor), loss in validation.items():  # the test documents judge, and choose nothing
+        if rank not in best_of or loss < validation[rank, best_of[rank]]:
             best_of[rank] = factor
     losses = {rank: curves[rank, factor] for rank, factor in best_of.items()}
     best = min(losses, key=lambda rank: losses[rank].sum())

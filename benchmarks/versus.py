@@ -38,7 +38,10 @@ CHART = ROOT / "docs" / "speed.svg"
 TOOLS = ("deltaw", "trl", "unsloth")
 FIRST_STEPS, CURVES = ("short", "docstrings", "dense"), ("docstrings",)  # what the gates look at, without --workload
 COLD_STEPS = 32  # of 16 short chats
-KEPT_OF_SWEEP = ("tool", "workload", "setting", "versions", "tokens_per_second", "peak_bytes", "steps", "error")
+KEPT_OF_SWEEP = (
+    *("tool", "workload", "setting", "examples_per_step", "versions", "tokens_per_second", "peak_bytes", "steps"),
+    "error",
+)
 
 
 def main() -> int:
@@ -141,7 +144,7 @@ def sweep(bench: Bench, workloads: list[str], seconds: float) -> None:
         wanted = [
             (tool, setting)
             for tool, setting in settings.sweep(workload)
-            if not any((r["tool"], r["workload"], r["setting"]) == (tool, workload, setting) for r in rows)
+            if not any((r["tool"], r["setting"]) == (tool, setting) for r in settings.swept(rows, workload))
         ]
         reference = wanted and launch(bench, bench.job("reference", workload, {}, task="loss"))["loss"]
         for tool, setting in wanted:
@@ -218,7 +221,8 @@ def set_up(asked: argparse.Namespace) -> Bench:
     if not asked.table and asked.only != "deltaw":
         environments.make(envs)
     bench = Bench(envs, file, str(locate(BASE)), usable_cores())
-    encode_workloads(envs / "data")
+    if not (asked.table and (envs / "data" / "workloads.json").is_file()):
+        encode_workloads(envs / "data")
     bench.open()
     bench.deadline = time.time() + 60 * asked.minutes
     return bench
@@ -226,7 +230,8 @@ def set_up(asked: argparse.Namespace) -> Bench:
 
 def encode_workloads(folder: Path) -> None:
     """The rows that every tool reads, made anew where what makes them has changed."""
-    digest = hashlib.sha256((HERE / "workloads.py").read_bytes() + repr(WORKLOADS).encode())
+    recipe = [HERE / "workloads.py", *sorted((ROOT / "deltaw" / "data").rglob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in recipe) + repr(WORKLOADS).encode())
     made = folder / "made_by.sha256"
     if made.is_file() and made.read_text("utf-8") == digest.hexdigest():
         return

@@ -117,6 +117,7 @@ def compress(
         "parameters_before": adapter.parameters,
         "bytes": (Path(out) / WEIGHTS).stat().st_size,
         "discarded_energy": discarded_energy(known, ranks),
+        "chosen_by_gain": keep is not None,
         **measured,
     }
 
@@ -192,14 +193,16 @@ def _curve(held_out: HeldOut, before: np.ndarray, losses: np.ndarray) -> Curve:
 
 
 def _before_and_after(held_out: HeldOut, before: np.ndarray, made: Adapter) -> dict[str, Any]:
+    """Held-out losses, and what is kept of the gain: None where there is surely none, as `verdict` says then."""
     curve = _curve(held_out, before, held_out.losses(made))
     kept, whole = curve.points
     return {
         "loss_base": curve.base_loss,
         "loss_before": whole.loss,
         "loss_after": kept.loss,
-        "retained_gain": kept.gain,
-        "retained_gain_interval": [kept.low, kept.high],
+        "retained_gain": kept.gain if curve.improves else None,
+        "retained_gain_interval": [kept.low, kept.high] if curve.improves else None,
+        "verdict": None if curve.improves else curve.verdict(),
         "documents": held_out.documents,
     }
 
@@ -283,7 +286,7 @@ def _measured(run: Run, watcher: Watcher) -> dict[str, Any]:
     need = next(need for need in found["needed"] if need["share"] == MEASURED_SHARE)
     made = None
     settings = run.settings()
-    if need["determined"] and need["high"] < found["rank"] and not compressed.exists():
+    if need["determined"] and need["high"] < found["points"][-1]["rank"] and not compressed.exists():
         steps = max(1, round(HEALED_SHARE * int(run.read_summary()["steps"])))
         made = compress(
             run.folder, compressed, rank=need["high"], heal=steps, train_data=settings.data,

@@ -383,10 +383,11 @@ def tune_gpu() -> None:
 
 
 @contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """While inside, a GPU gives the same bits each time, where torch has a kernel that does; a processor always does.
+def repeatable(device: torch.device, *, strict: bool) -> Iterator[None]:
+    """While inside, a GPU gives the same bits each time; a processor does anyway. Only `strict` binds the attention.
 
-    The fused attention adds up its gradients in whatever order blocks end, unless it is told not to.
+    Fused attention adds up its gradients in whatever order blocks end, unless torch is told to refuse what has no
+    repeatable form. So that is for the kernels of deltaw, whose parts all have one; a model's own modules may have not.
     """
     if device.type != "cuda":
         yield
@@ -394,7 +395,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
     usual = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     search: Any = torch.utils.deterministic
     filled, search.fill_uninitialized_memory = search.fill_uninitialized_memory, False  # it costs time
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ import numpy as np
 from deltaw.adapter import Adapter, read_adapter
 from deltaw.analysis.curve import Curve, Needed, half_of, retained_gain
 from deltaw.analysis.spectrum import ranks_of, spectra
-from deltaw.analysis.truncate import Spectra, component_numbers, ranks_within, truncate
+from deltaw.analysis.truncate import Spectra, ranks_within, truncate
 from deltaw.api import EVALUATION_TOKENS, Model, open_adapter
 from deltaw.config import AUTO
 from deltaw.data.formats import parse_sources
@@ -76,7 +76,13 @@ def rank(
         cuts = [cut(adapter, known, size) for size in ladder]
         losses_KD = held_out.curve_losses([None, *cuts], progress)
         curve = retained_gain(losses_KD[0], losses_KD[1:], held_out.tokens_D, ladder)
-        result = {**_as_dict(curve, cuts), **_facts(adapter, known, held_out, ordering)}
+        result = {**_as_dict(curve, cuts), **_facts(known, held_out, ordering)}
+        least, most = result["ranks"].values()
+        if least != most and curve.improves:
+            result["verdict"] = (
+                f"Undetermined: layers have ranks from {least} to {most}, and half of {most} cuts larger ones alone. "
+                "The curve says what each cut keeps."
+            )
         if orders:
             result["orders"] = _compare_orders(held_out, adapter, known, ladder, losses_KD, ordering, progress)
         return {**result, "seconds": time.monotonic() - since}
@@ -158,6 +164,7 @@ def _as_dict(curve: Curve, cuts: Sequence[Adapter]) -> dict[str, Any]:
         "points": points,
         "base_loss": curve.base_loss,
         "improvement": dict(zip(("nats", "low", "high"), curve.improvement, strict=True)),
+        "improves": curve.improves,
         "needed": [_needed(curve.needed(share)) for share in SHARES],
         "verdict": curve.verdict(),
     }
@@ -167,14 +174,16 @@ def _needed(found: Needed) -> dict[str, Any]:
     return {**found._asdict(), "determined": found.determined}
 
 
-def _facts(adapter: Adapter, known: Spectra, held_out: HeldOut, ordering: int) -> dict[str, Any]:
+def _facts(known: Spectra, held_out: HeldOut, ordering: int) -> dict[str, Any]:
     """What the curve stands on, and for comparison what the spectra alone would say."""
     found = [ranks_of(each.sigma_K) for each in known.values()]
     means = {name: float(np.mean([getattr(ranks, name) for ranks in found])) for name in found[0].__dict__}
+    ranks = [each.sigma_K.shape[-1] for each in known.values()]
     return {
-        "rank": adapter.spec.rank,
+        "rank": max(ranks),
+        "ranks": {"least": min(ranks), "most": max(ranks)},
         "documents": held_out.documents,
-        "documents_given": len(held_out.store),
+        "documents_given": held_out.given,
         "documents_for_ordering": ordering,
         "tokens": int(held_out.tokens_D.sum()),
         "spectra": means,
@@ -186,10 +195,10 @@ def _facts(adapter: Adapter, known: Spectra, held_out: HeldOut, ordering: int) -
 
 def _set_apart(held_out: HeldOut) -> int:
     """Keeps the last documents of the sample for ordering; how many."""
-    count = min(MOST_ORDERING, int(ORDERING_SHARE * len(held_out.store)))
+    count = min(MOST_ORDERING, int(ORDERING_SHARE * held_out.given))
     if not count:
-        raise UsageError(f"--orders needs more documents than {len(held_out.store)}: some order, others judge.")
-    held_out.documents = len(held_out.store) - count
+        raise UsageError(f"--orders needs more documents than {held_out.given}: some order, others judge.")
+    held_out.documents = held_out.given - count
     return count
 
 
@@ -198,17 +207,17 @@ def _compare_orders(
     progress: Progress | None,
 ) -> dict[str, list[dict[str, float]]]:  # fmt: skip
     """Retained gain by rank for each order; of those that choose ranks layer by layer, at as many numbers."""
-    total = len(held_out.store)
+    total = held_out.given
     batches = held_out.batches(total - ordering, total)
     by_input = by_activations(held_out.base, adapter, batches)
     by_gate, worth = by_loss(held_out.base, adapter, known, batches)
-    each = sum(component_numbers(adapter, name) for name in adapter.factors)
+    numbers = {size: cut(adapter, known, size).parameters for size in ladder}  # of the first order, and so of all
     whole, shown = losses_KD[-1:], {}
     for title, made in (
         ("plain σ, the same rank everywhere", None),
-        ("plain σ over all layers", lambda size: truncate(adapter, ranks_within(adapter, known, size * each), known)),
+        ("plain σ over all layers", lambda size: truncate(adapter, ranks_within(adapter, known, numbers[size]), known)),
         ("activation-weighted σ", lambda size: cut(adapter, by_input, size)),
-        ("loss sensitivity", lambda size: truncate(adapter, ranks_within(adapter, worth, size * each), by_gate)),
+        ("loss sensitivity", lambda size: truncate(adapter, ranks_within(adapter, worth, numbers[size]), by_gate)),
     ):
         if made is None:
             found = losses_KD[1:]

@@ -115,8 +115,8 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
         together.injection.eject()
         result = {
             "folder": str(folder),
-            "cells": _compared(together),
-            "documents": 0 if together.ready.held_out is None else len(together.ready.held_out.store),
+            **_compared(together),
+            "documents": 0 if together.ready.held_out is None else len(together.ready.held_out.row_shares),
             "seconds": together.progress.seconds,  # of all steps, whatever was stopped between
             "steps": together.progress.step,
             "peak_bytes": peak_bytes(),
@@ -144,10 +144,11 @@ def _summary(index: int, together: Together) -> dict[str, Any]:
     }
 
 
-def _compared(together: Together) -> list[dict[str, Any]]:
-    """Every cell's best adapter on all held-out documents: loss, and its distance from the best cell, paired.
+def _compared(together: Together) -> dict[str, list[dict[str, Any]]]:
+    """`cells`: each one's best adapter on all held-out documents, its loss, and how far it is behind the best, paired.
 
-    A cell that diverged has a `fault`, and no loss.
+    A cell that diverged has a `fault`, and no loss. `groups`: the same of each rank and rate, losses of documents
+    averaged over seeds, so that no lucky seed speaks for its rank.
     """
     rows = [
         {
@@ -165,23 +166,37 @@ def _compared(together: Together) -> list[dict[str, Any]]:
     ]
     data = together.ready.held_out
     if data is None:
-        return rows
+        return {"cells": rows, "groups": []}
     held_out = HeldOut(together.ready.base, data.store, EVALUATION_TOKENS)
     whole = [index for index, row in enumerate(rows) if row["fault"] is None]
     if not whole:
-        return rows
+        return {"cells": rows, "groups": []}
     losses_CD = held_out.curve_losses([read_adapter(together.cells[index].run.adapter) for index in whole])
     tokens_D = held_out.tokens_D
-    best = int(np.argmin(losses_CD.sum(1)))
     measured = [rows[index] for index in whole]
-    for row, losses_D in zip(measured, losses_CD, strict=True):
+    _measure(measured, losses_CD, tokens_D)
+    for row in measured:
+        row["pareto"] = not any(_dominates(other, row) for other in measured)
+    alike: dict[tuple[int, float], list[int]] = {}
+    for number in range(len(measured)):
+        cell = together.cells[whole[number]].settings
+        alike.setdefault((int(cell.rank), float(cell.lr)), []).append(number)
+    groups = [
+        {"rank": rank, "lr": lr, "seeds": len(numbers), "parameters": measured[numbers[0]]["parameters"]}
+        for (rank, lr), numbers in alike.items()
+    ]
+    _measure(groups, np.stack([losses_CD[numbers].mean(0) for numbers in alike.values()]), tokens_D)
+    return {"cells": rows, "groups": groups}
+
+
+def _measure(rows: list[dict[str, Any]], losses_CD: np.ndarray, tokens_D: np.ndarray) -> None:
+    """Loss and distance from the best, with intervals over documents."""
+    best = int(np.argmin(losses_CD.sum(1)))
+    for row, losses_D in zip(rows, losses_CD, strict=True):
         row["loss"] = float(losses_D.sum() / tokens_D.sum())
         row["loss_low"], row["loss_high"] = mean_interval(losses_D, tokens_D)
         row["behind"] = float((losses_D - losses_CD[best]).sum() / tokens_D.sum())
         row["behind_low"], row["behind_high"] = mean_interval(losses_D - losses_CD[best], tokens_D)
-    for row in measured:
-        row["pareto"] = not any(_dominates(other, row) for other in measured)
-    return rows
 
 
 def _dominates(other: dict[str, Any], row: dict[str, Any]) -> bool:

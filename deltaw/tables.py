@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deltaw.report.adapter_page import compared_notes
+from deltaw.report.quantities import DASH, is_number
 from deltaw.report.sweep_page import HEADINGS, cautions, cell_row
 from deltaw.terminal import WholeTable, human_bytes, human_seconds, pairs, percent
 
@@ -25,8 +27,12 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table
 def rank_page(console: Console, found: dict[str, Any]) -> None:
     """The retained-gain curve, what rank was needed, the verdict, and what they stand on."""
     rows = [("base", "0", f"{found['base_loss']:.4f}", "0 %", "")]
+    shown = found["improves"]  # without a gain there is none to keep
     rows += [
-        (f"rank {p['rank']}", f"{p['numbers']:,}", f"{p['loss']:.4f}", percent(p["gain"]), _interval(p))
+        (
+            *(f"rank {p['rank']}", f"{p['numbers']:,}", f"{p['loss']:.4f}"),
+            *((percent(p["gain"]), _interval(p)) if shown else (DASH, DASH)),
+        )
         for p in found["points"]
     ]
     console.print(plain_table(("", "numbers", "loss", "gain kept", "95 % interval"), rows))
@@ -36,14 +42,18 @@ def rank_page(console: Console, found: dict[str, Any]) -> None:
     console.print()
     spectra = found["spectra"]
     pairs(console, {
-        **{f"rank for {need['share']:.0%} of the gain": _needed(need) for need in found["needed"]},
+        **{f"rank for {need['share']:.0%} of the gain": _needed(need) for need in found["needed"] if shown},
         "verdict": found["verdict"],
         "measured on": f"{found['documents']:,} of {found['documents_given']:,} documents, {found['tokens']:,} "
         f"labelled tokens, in {human_seconds(found['seconds'])}"
-        + ("" if found["documents"] == found["documents_given"] else "; --all takes every one"),
+        + ("" if _all_measured(found) else "; --all takes every one"),
         "spectra alone": f"effective rank {spectra['effective']:.1f}, stable {spectra['stable']:.1f}, "
         f"90 % of the energy in {spectra['energy_90']:.1f}: none of them is what a task needs",
     })  # fmt: skip
+
+
+def _all_measured(found: dict[str, Any]) -> bool:
+    return bool(found["documents"] + found["documents_for_ordering"] >= found["documents_given"])
 
 
 def _interval(point: dict[str, Any]) -> str:
@@ -66,10 +76,15 @@ def compress_page(console: Console, record: dict[str, Any]) -> None:
         "energy left out": f"{record['discarded_energy']:.2%} of ‖ΔW‖²",
     }
     if "loss_after" in record:
-        low, high = record["retained_gain_interval"]
-        kept = f"{percent(record['retained_gain'])} of the gain kept ({percent(low)} – {percent(high)})"
         loss = f"{record['loss_before']:.4f} before, {record['loss_after']:.4f} after (base {record['loss_base']:.4f})"
-        lines["held-out loss"] = f"{loss}: {kept}, {record['documents']:,} documents"
+        lines["held-out loss"] = f"{loss}, {record['documents']:,} documents"
+        if record["retained_gain_interval"] is None:
+            lines["gain kept"] = record["verdict"]
+        else:
+            low, high = record["retained_gain_interval"]
+            lines["gain kept"] = f"{percent(record['retained_gain'])} ({percent(low)} – {percent(high)})"
+            if record["chosen_by_gain"]:
+                lines["gain kept"] += "; these documents chose the ranks, so others may keep a little less"
     pairs(console, lines)
 
 
@@ -106,7 +121,7 @@ def beside_table(console: Console, layers: Sequence[dict[str, Any]]) -> None:
 
 
 def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
-    """Two adapters: over all layers, then one line per layer, each number beside its null."""
+    """Two adapters: over all layers, then one line per layer, each number beside its null where it has one."""
     pairs(console, {
         "compared with": other,
         "cosine": f"{found['cosine']:+.4f} (unrelated updates: about 0)",
@@ -125,12 +140,18 @@ def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
         (
             *(r["name"], f"{r['cosine']:+.3f}", f"{r['sign_conflict']:.1%}", f"{r['interference']:.2f}"),
             *(f"{r[side][key]:.3f}" for side in ("output", "input") for key in ("phi_all", "phi_all_null")),
-            ", ".join(f"{r[side]['shared_directions']:.0f}" for side in ("output", "input")),
+            ", ".join(_count(r[side]["shared_directions"]) for side in ("output", "input")),
         )
         for r in found["layers"]
     ]
     console.print()
     console.print(plain_table(headings, rows))
+    for sentence in compared_notes(found):
+        console.print(sentence)
+
+
+def _count(number: float) -> str:
+    return f"{number:.0f}" if is_number(number) else DASH
 
 
 def sweep_page(console: Console, found: dict[str, Any]) -> None:

@@ -582,7 +582,7 @@ def test_adapters_are_measured_compressed_summed_and_shown_from_the_command_line
     shown = _run("rank", tiny_run.folder, "--data", chats, "--all")
     assert shown.exit_code == 0 and "rank for 99% of the gain" in shown.stdout and "verdict" in shown.stdout
     shown = _run("compress", tiny_run.folder, "--rank", 2, "--out", tmp_path / "small", "--data", chats)
-    assert shown.exit_code == 0 and "50.0%" in shown.stdout and "of the gain kept" in shown.stdout
+    assert shown.exit_code == 0 and "50.0%" in shown.stdout and "gain kept" in shown.stdout
     assert "Give one of" in _run("compress", tiny_run.folder, "--out", tmp_path / "x").stderr
     shown = _run("combine", tiny_run.folder, tmp_path / "small", "--weights", "1,-1", "--out", tmp_path / "rest")
     assert shown.exit_code == 0 and "energy left out" in shown.stdout and (tmp_path / "rest").is_dir()

@@ -104,12 +104,18 @@ def sweep(workload: str) -> Iterator[tuple[str, Setting]]:
             yield "unsloth", {**UNSLOTH, "batch": batch, "group": group, "compile": True}
 
 
+def swept(rows: list[dict[str, Any]], workload: str) -> list[dict[str, Any]]:
+    """What was swept of a workload as it is now; a run that failed has no number of examples."""
+    now = WORKLOADS[workload].examples_per_step
+    return [row for row in rows if row["workload"] == workload and row.get("examples_per_step", now) == now]
+
+
 def best(tool: str, workload: str, stored: Path) -> Setting:
     """The fastest setting of a rival in the stored sweep that passed its parity check; a guess without a sweep."""
     if tool == "deltaw":
         return DELTAW["sharing" if workload == "shared" else "plain"]
     rows = json.loads(stored.read_text("utf-8")) if stored.is_file() else []
-    mine = [row for row in rows if row["tool"] == tool and row["workload"] == workload and row["parity"]]
+    mine = [row for row in swept(rows, workload) if row["tool"] == tool and row["parity"]]
     if mine:
         fastest: Setting = max(mine, key=lambda row: row["tokens_per_second"])["setting"]
         return fastest

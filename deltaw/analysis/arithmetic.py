@@ -8,6 +8,8 @@ Legend: O outputs, I inputs, R the sum of all ranks.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from deltaw.adapter import Adapter
 from deltaw.adapter.math import seed_of
+from deltaw.adapter.value import Factors
 from deltaw.analysis.spectrum import Spectrum, is_stack, matrices, spectrum_of
 from deltaw.analysis.truncate import factors_of, rebuilt
 from deltaw.errors import AdapterError, bullet_list
@@ -164,7 +167,7 @@ def _joined(adapters: Sequence[Adapter]) -> Adapter:
     first = adapters[0]
     held = {name: factors for adapter in reversed(adapters) for name, factors in adapter.factors.items()}
     names = dict.fromkeys(name for adapter in adapters for name in adapter.factors)
-    made = first.with_factors({name: held[name] for name in names})
+    made = first.with_factors({name: _finest(held[name], name, adapters) for name in names})
     # A stack takes no dropout, and nothing is trained here.
     made.spec = first.spec.with_(dropout=min(adapter.spec.dropout for adapter in adapters))
     made.modules = tuple(sorted({module for adapter in adapters for module in adapter.modules}))
@@ -175,7 +178,18 @@ def _joined(adapters: Sequence[Adapter]) -> Adapter:
         for key, value in first.origin.items()
         if all(adapter.origin.get(key) == value for adapter in adapters)
     }
+    if configs := [json.loads(adapter.origin["config"]) for adapter in adapters if "config" in adapter.origin]:
+        common = {key: value for key, value in configs[0].items() if all(c.get(key, ...) == value for c in configs)}
+        if len(configs) == len(adapters):  # above all how data was read: the sum is measured on the same tokens
+            made.origin["config"] = json.dumps(common)
     return made
+
+
+def _finest(factors: Factors, name: str, adapters: Sequence[Adapter]) -> Factors:
+    """The factors in the finest dtype that the layer has in any adapter: a sum does not depend on the order."""
+    dtypes = [adapter.factors[name].A.dtype for adapter in adapters if name in adapter.factors]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    return Factors(**{part: tensor.to(dtype) for part, tensor in factors.tensors()})
 
 
 def _in_one_order(held: Sequence[Sequence[str]]) -> list[str]:

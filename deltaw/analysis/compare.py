@@ -1,13 +1,14 @@
 """Two adapters side by side: which directions they share, whether they point the same way, what a sum would destroy.
 
-Each number has the value that unrelated adapters would give beside it. Everything follows from the factors; only the
-sign conflict needs entries of ΔW, of one layer at a time.
+Each number but the interference has the value that unrelated adapters would give beside it. Everything follows from the
+factors; only the sign conflict needs entries of ΔW, of one layer at a time.
 
 Legend: O outputs, I inputs, R ranks, K singular values; 1 and 2 the two adapters.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter import Adapter
-from deltaw.analysis.spectrum import Spectrum, held, matrices, spectrum
+from deltaw.analysis.spectrum import Spectrum, held, is_stack, matrices, spectrum
 from deltaw.errors import AdapterError
 
 # TIES keeps this share of the entries, the largest ones (arXiv 2306.01708 §4).
@@ -46,15 +47,15 @@ def overlap(first_NK: Tensor, second_NK: Tensor) -> Overlap:
     return Overlap(summed / torch.minimum(i, j), torch.maximum(i, j) / first_NK.shape[0])
 
 
-def shared_directions(first_NK: Tensor, second_NK: Tensor) -> int:
+def shared_directions(first_NK: Tensor, second_NK: Tensor) -> float:
     """How many principal cosines of two subspaces are larger than the largest of random ones, in 99 of 100 cases, is.
 
-    Of two adapters that differ in their seed alone it is how many directions the task decides. 0 where both together
+    Of two adapters that differ in their seed alone it is how many directions the task decides. NaN where both together
     fill all N dimensions, so that nothing could be told.
     """
     dimensions, sizes = len(first_NK), (first_NK.shape[1], second_NK.shape[1])
     if sum(sizes) >= dimensions:
-        return 0
+        return math.nan
     cosines = torch.linalg.svdvals(first_NK.mT @ second_NK)
     return int((cosines > chance_cosine(dimensions, *sizes)).sum())
 
@@ -134,8 +135,9 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
 
     A layer has cosine, sign conflict, interference, and for the sides "output" (U) and "input" (V) φ of the first
     directions, of all of them, its null, the smallest principal angle in degrees, and how many directions are shared;
-    NaN for what has no directions, where an update is zero. `overlap` has φ(i, j) for i and j of 1, 2, 4 …, its mean
-    over the layers, and that of its null.
+    NaN for what has no directions, where an update is zero. Of stacked experts, those of the first (`of_first_expert`).
+    `same_start`: both began with the same A, which shows on the input side whatever they learned. `overlap` has φ(i, j)
+    for i and j of 1, 2, 4 …, its mean over the layers, and that of its null.
     """
     names = [name for name in first.factors if name in second.factors and _same_shape(first, second, name)]
     if not names:
@@ -144,6 +146,8 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
     layers = [_compared(first, second, name, *pairs[name]) for name in names]
     conflicts = [layer["sign_conflict"] for layer in layers if not math.isnan(layer["sign_conflict"])]
     return {
+        "same_start": _start(first) is not None and _start(first) == _start(second),
+        "of_first_expert": [name for name in names if is_stack(first, name)],
         "cosine": cosine(first, second, names),
         "sign_conflict": sum(conflicts) / len(conflicts) if conflicts else math.nan,
         "sign_conflict_null": CONFLICT_NULL,
@@ -152,6 +156,12 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
         "only_first": [name for name in first.factors if name not in names],
         "only_second": [name for name in second.factors if name not in names],
     }
+
+
+def _start(adapter: Adapter) -> tuple[int, int] | None:
+    """(seed, rank), which decide A before training; None where they are not known, or it began with other factors."""
+    known = json.loads(adapter.origin.get("config", "{}"))
+    return (known["seed"], adapter.spec.rank) if "seed" in known and known.get("adapter") is None else None
 
 
 def _same_shape(first: Adapter, second: Adapter, name: str) -> bool:

@@ -99,9 +99,9 @@ def base_path(name: str) -> Path:
         with only_one(cache / f".{name}.lock"):
             if not _is_complete(folder):  # another process may have made it while this one waited
                 _build(BUILTIN[name], cache, folder)
-    except OSError as error:
+    except (OSError, DiskError) as error:
         raise DiskError(
-            f"the model cache {cache} cannot be written: {error.strerror or error}; "
+            f"the model cache {cache} cannot be written: {getattr(error, 'strerror', None) or error}; "
             "free space there, or set DELTAW_CACHE to another folder"
         ) from error
     return folder

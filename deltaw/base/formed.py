@@ -16,9 +16,10 @@ import json
 import math
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -171,23 +172,33 @@ def mapped_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def mapped_numbers(model: Any, folder: Path) -> tuple[int, int]:
-    """How many numbers of the model's blocks stand in its files as they are used: of linear layers, and of the rest.
+class Mapped(NamedTuple):
+    """Numbers of a model's blocks: those that stand in files as they are used, of linear layers and others; and all."""
 
-    What does not has been put together from several weights, as experts are that lie apart. None where the files lie in
-    memory. `model` may be without weights.
+    linear: int
+    others: int
+    all_linear: int
+    all_others: int
+
+
+def mapped_numbers(model: Any, folder: Path) -> Mapped:
+    """What of a model's blocks stands in its files as it is used; nothing where the files lie in memory.
+
+    What does not has been put together from several weights, as experts are that lie apart. `model` may be without
+    weights.
     """
-    if folder.resolve().is_relative_to("/dev"):
-        return 0, 0
-    stored = {_within_block(name): shape for name, shape in mapped_shapes(folder).items()}
-    linear = rest = 0
+    stored = set() if folder.resolve().is_relative_to("/dev") else _stored_in_blocks(folder)
+    found: Counter[tuple[bool, bool]] = Counter()
     for number, block in enumerate(blocks_of(model)):
-        ours = {f"{name}.weight" for name, _ in linear_layers(block)}
+        linear = {f"{name}.weight" for name, _ in linear_layers(block)}
         for name, parameter in block.named_parameters():
-            if stored.get((str(number), name)) == tuple(parameter.shape):
-                linear += parameter.numel() if name in ours else 0
-                rest += 0 if name in ours else parameter.numel()
-    return linear, rest
+            found[name in linear, (str(number), name, tuple(parameter.shape)) in stored] += parameter.numel()
+    mapped = found[True, True], found[False, True]
+    return Mapped(*mapped, mapped[0] + found[True, False], mapped[1] + found[False, False])
+
+
+def _stored_in_blocks(folder: Path) -> set[tuple[str, str, tuple[int, ...]]]:
+    return {(*_within_block(name), shape) for name, shape in mapped_shapes(folder).items()}
 
 
 def _within_block(name: str) -> tuple[str, str]:

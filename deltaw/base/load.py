@@ -236,8 +236,6 @@ def load(
         set_threads(threads)
     tune_memory()
     where, chosen = place(device, dtype)
-    if where.type == "cuda":
-        tune_gpu()
     streamed = stream is True
     if streamed and not may_stream(where):
         raise UsageError(f"--stream needs Linux and a CPU; this would run on {where} and {sys.platform}.")
@@ -311,6 +309,8 @@ def most_together() -> int:
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where a base computes, and in what. Raises UsageError."""
     where = choose_device(device)
+    if where.type == "cuda":
+        tune_gpu()
     return where, _dtype(dtype, where)
 
 

@@ -18,9 +18,10 @@ from deltaw.errors import BaseError
 
 _HUB_LEFT = ["*/*", "consolidated*"]  # the same weights once more, in other formats
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes several
 _TOKENIZER_FILES = (
     *("token*", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab*", "merges.txt", "*.tiktoken", "spiece.model"),
+    *("vocab*", "merges.txt", "*.tiktoken", "spiece.model", f"{_MORE_TEMPLATES}/*"),
 )
 
 
@@ -90,7 +91,11 @@ def tokenizer_digest(folder: Path) -> str:
 
 def template_prints_the_day(folder: Path) -> bool:
     """Whether a chat template in the folder asks for the day."""
-    files = [file for pattern in ("chat_template*", "tokenizer_config.json") for file in folder.glob(pattern)]
+    files = [
+        file
+        for pattern in ("chat_template*", "tokenizer_config.json", f"{_MORE_TEMPLATES}/*")
+        for file in folder.glob(pattern)
+    ]
     return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())
 
 

@@ -187,6 +187,10 @@ def inspect(
         beside_table(console, facts["beside"])
     if against is not None:
         compare_page(console, facts["against"], str(against))
+    if facts["variant"] == "DoRA" and (by_layer or with_base or against is not None):
+        from deltaw.report.adapter_page import LOW_RANK_ALONE
+
+        console.print(LOW_RANK_ALONE)
 
 
 @main.command()
@@ -258,9 +262,7 @@ def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--weights", metavar="X,X", default="", help="A weight for each, such as 0.7,0.3 or 1,-1.  [default: the mean]"
 )
-@click.option(
-    "--rank", type=click.IntRange(1), metavar="N", help="Rank of the result.  [default: one that loses nothing]"
-)
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Rank of the result.  [default: the sum of all]")
 @click.option(
     "--method", type=click.Choice(("sum", "ties", "dare")), default="sum", show_default=True, help="How to add."
 )

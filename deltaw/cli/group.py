@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -56,13 +56,13 @@ class _Group(click.Group):
             ctx.exit(known.exit_code)
         except click.UsageError as error:  # click itself tells of it, on stderr
             if ctx.meta[_JSON_GIVEN]:
-                click.echo(json.dumps({"ok": False, "error": error.format_message()}, indent=2))
+                _echo(json.dumps({"ok": False, "error": error.format_message()}, indent=2))
             raise
         except KeyboardInterrupt:
-            click.echo("Stopped.", err=True)
+            _echo("Stopped.", err=True)
             ctx.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:  # whoever read our output has enough, as in `deltaw inspect RUN | head`
-            _forget_readers()
+            _forget(sys.stdout, sys.stderr)
             ctx.exit(EXIT_BROKEN_PIPE)
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
@@ -72,12 +72,17 @@ class _Group(click.Group):
 def _tell(ctx: click.Context, error: BaseException) -> None:
     """On stderr; and, where JSON was asked for and it is no stop, on stdout too. The exit code says it in any case."""
     stop = isinstance(error, Interrupted)
+    if ctx.meta.get(AS_JSON) and not stop:
+        _echo(json.dumps({"ok": False, "error": str(error)}, indent=2))
+    _echo(str(error) if stop else f"Error: {error}", err=True)
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    """On stdout or stderr, where somebody reads it."""
     try:
-        if ctx.meta.get(AS_JSON) and not stop:
-            click.echo(json.dumps({"ok": False, "error": str(error)}, indent=2))
-        click.echo(str(error) if stop else f"Error: {error}", err=True)
+        click.echo(text, err=err)
     except BrokenPipeError:
-        _forget_readers()
+        _forget(sys.stderr if err else sys.stdout)
 
 
 @contextlib.contextmanager
@@ -97,9 +102,9 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _forget_readers() -> None:
+def _forget(*streams: TextIO) -> None:
     """Leaves nothing to flush into a broken pipe when Python exits, which it would complain about."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -8,8 +8,10 @@ the print is the answer. Where a template marks generations, its marks must name
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +20,10 @@ from jinja2 import TemplateError
 from deltaw.data.template import Renderer, Span
 
 Code = tuple[str, str]
-# Two words that begin and end differently: one of them shares neither end with any given text.
-_SUBSTITUTES = ("qxjqxjqx", "0vkz0vkz0")
+# Words of which no two begin or end alike: one of three shares neither end with any given text.
+_SUBSTITUTES = ("qxjqxjqx", "0vkz0vkz0", "wjkwjkwj")
 _THOUGHT_END = "</think>"
+_REASONING = ("reasoning_content", "thinking")
 
 
 @dataclass
@@ -45,10 +48,11 @@ class Locator:
     ) -> None:
         self.renderer, self.messages, self.tools, self.control = renderer, list(messages), tools, control
         self.whole = renderer.text(self.messages, tools)
+        self.last = max(position for position, message in enumerate(self.messages) if message["role"] == "assistant")
 
     def locate(self) -> Located:
         """Every answer of the conversation, in order."""
-        located = Located(self.whole)
+        located = Located(self.whole, notes=list(self.unprinted()))
         for position, message in enumerate(self.messages):
             if message["role"] == "assistant":
                 self._locate(position, located)
@@ -57,11 +61,12 @@ class Locator:
     def _locate(self, position: int, located: Located) -> None:
         start, exact = self._start(position)
         stop = self._stop(position)
-        if start is None or stop is None or stop <= start:
-            changed = self._by_substitution(position)
-            if changed is not None:
-                start = changed[0] if start is None or start > changed[0] else start
-                stop = self._through_end_of_turn(changed[1])
+        found = start is not None and stop is not None and start < stop
+        # An answer may begin like what the prompt goes on with, as HTML does where that is a tag for thoughts.
+        changed = None if found and exact else self._by_substitution(position)
+        if changed is not None:
+            start = changed[0] if start is None or start > changed[0] else start
+            stop = stop if found else self._through_end_of_turn(changed[1])
         if start is None or stop is None or stop <= start:
             why = f"the template renders message {position + 1} differently in its context"
             why += ", so its tokens cannot be told apart"
@@ -71,6 +76,9 @@ class Locator:
             located.faults[position] = ("answer-missing", what)
         else:
             located.spans[position] = (start, stop)
+            if position == self.last and _loses_a_thought(self.messages[position], self.whole):
+                what = f"the template does not print the thought of message {position + 1}"
+                located.notes.append(("not-printed", what))
             if not exact:
                 what = f"message {position + 1} does not begin where the prompt for it ends"
                 located.notes.append(("generation-prompt", what))
@@ -131,8 +139,17 @@ class Locator:
         message, printed = self.messages[position], self.whole[slice(*span)]
         if str(message.get("content") or "").split(_THOUGHT_END)[-1].strip() not in printed:
             return "the text"
-        names = [call.get("function", call)["name"] for call in message.get("tool_calls") or []]
-        return next((f"the tool call {name!r}" for name in names if name not in printed), None)
+        names = Counter(call.get("function", call)["name"] for call in message.get("tool_calls") or [])
+        return next((f"the tool call {name!r}" for name, count in names.items() if printed.count(name) < count), None)
+
+    def unprinted(self) -> Iterator[Code]:
+        """Messages of others whose text the template leaves out, such as a system message that comes too late."""
+        for position, message in enumerate(self.messages, 1):
+            text = str(message.get("content") or "").strip()
+            # Some templates print what tools return as JSON.
+            spelt = (text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False)))
+            if message["role"] != "assistant" and not any(each in self.whole for each in spelt):
+                yield "not-printed", f"the template does not print message {position} ({message['role']})"
 
 
 def join_marks(located: Located, messages: Sequence[dict[str, Any]], text: str, marks: Sequence[Span]) -> Located:
@@ -184,6 +201,13 @@ def _same_answer(text: str, mark: Span, span: Span, message: dict[str, Any]) -> 
     answer = str(message.get("content") or "").split(_THOUGHT_END)[-1].strip()
     both = text[max(mark[0], span[0]) : min(mark[1], span[1])]
     return answer in both and bool(both.strip())
+
+
+def _loses_a_thought(message: dict[str, Any], whole: str) -> bool:
+    """Whether a thought of the last answer is not printed; those of earlier ones are left out on purpose by many."""
+    content, end, _ = str(message.get("content") or "").partition(_THOUGHT_END)
+    given = [content.replace("<think>", "") if end else "", *(str(message.get(name) or "") for name in _REASONING)]
+    return any(thought.strip() not in whole for thought in given)
 
 
 def _common(left: str, right: str) -> int:

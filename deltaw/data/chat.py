@@ -174,9 +174,16 @@ class Encoder:
             raise _Refused("template-refuses", f"the chat template refuses it ({error}){hint}") from error
         spans = self._weighted(row, located.text, list(located.spans.items()))
         notes = [*_repeated(row), *located.notes]
-        if row.tools and self.render(row.messages) == located.text:
+        if row.tools and not self._prints_tools(row, located.text):
             notes.append(("tools-missing", f"{len(row.tools)} tools are given and none is printed"))
         return _Draft(row, located.text, spans, list(located.spans.values()), notes)
+
+    def _prints_tools(self, row: Row, text: str) -> bool:
+        """Whether the tools change the print. A template that takes no calls without them does print them."""
+        try:
+            return self.render(row.messages) != text
+        except TemplateError:
+            return True
 
     def _refuse_control_tokens(self, row: Row) -> None:
         """A control token spelt out in a text would end or fake a turn."""

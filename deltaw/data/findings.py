@@ -111,6 +111,11 @@ CATALOGUE: dict[str, Kind] = {
         "rows whose answer does not begin where the generation prompt ends",
         "At use the model is asked with a prompt that training never shows; see one with `deltaw data show`.",
     ),
+    "not-printed": Kind(
+        WARNING,
+        "rows of which the template leaves something out",
+        "The model never sees that message or thought; move it to where the template prints it.",
+    ),
     "tools-missing": Kind(
         WARNING,
         "rows whose tools the chat template does not print",

@@ -104,12 +104,14 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
         value = _renamed(record.value, columns)
         value = _plain(value) if record.typed else value
         name = format_of(value)
+        if record.typed:
+            _require_whole(record.value, columns, value)
         if name is None:
             raise _Unusable(
                 f"it has none of {_KNOWN}; its keys are {sorted(value)[:8]}",
                 "unknown-format",
             )
-        parts = _FORMATS[name][1](value)
+        parts = _labelled(value, _with_system(value, name, _FORMATS[name][1](value)))
     except _Unusable as error:
         return Fault(record.file, record.number, str(error), error.code)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -117,6 +119,50 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
             record.file, record.number, f"its {type(error).__name__} cannot be understood: {error}", "wrong-shape"
         )
     return Row(record.file, record.number, format=name, **parts)
+
+
+def _require_whole(given: Mapping[str, Any], columns: Iterable[tuple[str, str]], filled: Mapping[str, Any]) -> None:
+    """Raises where a typed row has some of what the format of its columns needs, and would be taken for another one."""
+    header = _renamed(given, columns)
+    name = format_of(header)
+    if name is None or name == format_of(filled):
+        return
+    needed = _FORMATS[name][0]
+    empty = [column for column in needed if column not in filled]
+    if empty and len(empty) < len(needed):
+        raise _Unusable(f"{' and '.join(empty)} is empty, which {name} needs", "empty-answer")
+
+
+def _with_system(value: Mapping[str, Any], name: str, parts: dict[str, Any]) -> dict[str, Any]:
+    """A system prompt in a column of its own, where the format has no place for it, as the first message."""
+    system = value.get("system")
+    if name in _SYSTEM_INSIDE or "messages" not in parts or system is None or system == "":
+        return parts
+    if not isinstance(system, str):
+        raise _Unusable(f"system must be text, not {type(system).__name__}")
+    first = parts["messages"][0]
+    if first["role"] == "system":
+        if first["content"] == system:
+            return parts
+        raise _Unusable("its system column and its first message say different things")
+    weights, context = parts.get("weights") or (), parts.get("context", 0)
+    return {
+        **parts,
+        "messages": ({"role": "system", "content": system}, *parts["messages"]),
+        "weights": ((0.0 if context else None), *weights) if weights else (),
+        "context": context + 1 if context else 0,
+    }
+
+
+def _labelled(value: Mapping[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """Left out where the whole conversation is labelled as bad."""
+    if parts.get("skip") is not None or "messages" not in parts:
+        return parts
+    if "kto_tag" in value:
+        return {**parts, "skip": _skip(value["kto_tag"])}
+    if "messages" in value and isinstance(value.get("label"), bool):
+        return {**parts, "skip": _skip(value["label"])}
+    return parts
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,23 +215,29 @@ def _chat(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sharegpt(value: Mapping[str, Any]) -> dict[str, Any]:
-    turns = value["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise _Unusable("conversations must be a list that is not empty")
-    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        messages = list(turns)
-    else:
-        messages = [_sharegpt_turn(position, turn) for position, turn in enumerate(turns, 1)]
+    messages = _sharegpt_turns(value["conversations"])
+    if "chosen" in value and "rejected" in value:
+        answers = {key: _sharegpt_answer(value[key]) for key in ("chosen", "rejected")}
+        return _preference({**value, "prompt": messages, **answers})
     if isinstance(value.get("system"), str) and value["system"]:
         messages = [{"role": "system", "content": value["system"]}, *messages]
     checked, weights = _messages(messages)
-    tag = value.get("kto_tag")
-    return {
-        "messages": checked,
-        "weights": weights,
-        "tools": _tools(value),
-        "skip": _skip(tag) if "kto_tag" in value else None,
-    }
+    return {"messages": checked, "weights": weights, "tools": _tools(value)}
+
+
+def _sharegpt_turns(turns: Any) -> list[dict[str, Any]]:
+    if not isinstance(turns, list) or not turns:
+        raise _Unusable("conversations must be a list that is not empty")
+    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return list(turns)
+    return [_sharegpt_turn(position, turn) for position, turn in enumerate(turns, 1)]
+
+
+def _sharegpt_answer(answer: Any) -> list[dict[str, Any]]:
+    """The chosen or the rejected answer of a pair: one turn, several, or its text."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return _sharegpt_turns(answer if isinstance(answer, list) else [answer])
 
 
 def _sharegpt_turn(position: int, turn: Any) -> dict[str, Any]:
@@ -342,6 +394,7 @@ _LISTS = {
     "input_ids",
     "labels",
 }
+_SYSTEM_INSIDE = {"ShareGPT", "Alpaca"}
 _TEXTS_OR_LISTS = {"prompt", "completion", "chosen", "rejected"}
 COLUMNS = tuple(sorted(_REQUIRED | _LISTS | {"input", "system", "attention_mask", "kto_tag"}))
 
@@ -384,7 +437,11 @@ def _message(position: int, message: Any) -> tuple[dict[str, Any], Weight]:
     kept = {key: value for key, value in message.items() if value is not None and key not in _CONTROL_KEYS}
     kept["role"] = role
     where = f"message {position} ({role})"
-    calls = _calls(kept.get("tool_calls"), where) if role == "assistant" else []
+    old = kept.pop("function_call", None) if role == "assistant" else None  # before there were several
+    given = kept.pop("tool_calls", None)  # an empty list says nothing, and templates take it for calls
+    if old is not None and not given:
+        given = [{"type": "function", "function": old}]
+    calls = _calls(given, where) if role == "assistant" else []
     if calls:
         kept["tool_calls"] = calls
     parts: Parts | None = None
@@ -452,6 +509,8 @@ def _tools(value: Mapping[str, Any]) -> tuple[Any, ...]:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise _Unusable(f"tools are not valid JSON ({error})") from error
+    if tools is None and isinstance(value.get("functions"), list):  # as they were called before
+        tools = [{"type": "function", "function": function} for function in value["functions"]]
     if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return tuple(tools or ())
     raise _Unusable("tools must be a list of objects")

@@ -286,10 +286,12 @@ def _read_table(file: Path, delimiter: str) -> Iterator[Record | Fault]:
                 if len(cells) != len(header):
                     yield Fault(file.name, number, f"it has {len(cells)} cells, the header {len(header)}")
                 else:
-                    filled = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
-                    yield Record(file.name, number, filled, typed=True)
-    except (UnicodeDecodeError, csv.Error) as error:
-        yield Fault(file.name, number + 1, f"the table cannot be read from here on ({error})")
+                    value = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+                    yield Record(file.name, number, value, typed=True)
+    except (UnicodeDecodeError, csv.Error) as error:  # where it goes on is not known, so all the rest would be lost
+        raise DataError(
+            f"{file} cannot be read behind row {number}: {error}. Save it as UTF-8, with quotes inside a cell doubled."
+        ) from error
     except _DAMAGE as error:
         raise DataError(f"{file} cannot be read behind row {number}: {error}") from error
 
@@ -301,6 +303,8 @@ def _read_arrow_folder(folder: Path, split: str) -> Iterator[Record | Fault]:
         if split not in splits:
             raise DataError(f"{folder} has no split {split!r}; give {folder}::split=… with one of {', '.join(splits)}.")
         folder = folder / split
+    elif split != ONLY_SPLIT:
+        raise DataError(f"{folder} is one data set and has no split {split!r}: leave out ::split=….")
     try:
         state = json.loads((folder / "state.json").read_text("utf-8"))
         shards = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
@@ -322,7 +326,7 @@ def _read_arrow(shown: Path, shards: list[Path]) -> Iterator[Record | Fault]:
 
 
 def _arrow_batches(arrow: Any, shard: Path) -> Iterator[Any]:
-    if shard.suffix == ".parquet":
+    if shard.suffix.lower() == ".parquet":
         with importlib.import_module("pyarrow.parquet").ParquetFile(shard) as file:
             yield from file.iter_batches(batch_size=1024)
         return

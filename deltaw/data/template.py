@@ -114,8 +114,8 @@ class Renderer:
             environment = _compile_jinja_template(text).environment
             environment.intercepted_binops = frozenset({"*", "**", "%"})
             environment.call_binop = _bounded_operation
-            environment.globals["strftime_now"] = self._strftime
-            self._compiled[text] = environment.from_string(text)
+            # Its own day: transformers hands the same environment to every renderer of this text.
+            self._compiled[text] = environment.from_string(text, globals={"strftime_now": self._strftime})
         return self._compiled[text]
 
     def _strftime(self, pattern: str) -> str:

@@ -24,6 +24,7 @@ from deltaw.engine.objective import accumulate, head_factors
 from deltaw.engine.optim import FlatFactors, OptimSettings
 from deltaw.engine.train import peak_bytes
 
+LEAST_ROW_TOKENS = 1024
 ROW_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}  # fewer leave a GPU waiting for its next call
 # (what it is called, tokens of a document, share of them that is trained)
 WORKLOADS = (("short chats", 64, 0.1), ("chats", 256, 0.5), ("dense rows", 1024, 1.0))
@@ -75,11 +76,11 @@ def _workload(
     length = min(length, base.context_tokens)
     tell(f"{name}: documents of {length} tokens, {share:.0%} of them trained")
     random = np.random.default_rng(0)
-    count = ROW_TOKENS[base.device.type] // length
-    batch = flat_batch([_document(random, base.vocabulary, length, share) for _ in range(count)])
+    documents = [
+        _document(random, base.vocabulary, length, share) for _ in range(ROW_TOKENS[base.device.type] // length)
+    ]
     rates = [_gemm(base)]
-    for _ in range(2):
-        step(batch)
+    batch = _warmed(step, documents, LEAST_ROW_TOKENS // length)
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         times.append(hardware.time_calls(lambda: step(batch), 1, base.device))
@@ -100,6 +101,21 @@ def _workload(
         # Elsewhere the processor only says what is to be done.
         "parts": time_by_part(lambda: step(batch)) if base.device.type == "cpu" else {},
     }
+
+
+def _warmed(step: Callable[[Batch], None], documents: Sequence[Example], least: int) -> Batch:
+    """A batch that two steps were taken with: of all documents, or on a GPU of as many halves of them as fit."""
+    while True:
+        batch = flat_batch(documents)
+        try:
+            for _ in range(2):
+                step(batch)
+            return batch
+        except torch.OutOfMemoryError:
+            if len(documents) <= least:
+                raise
+        documents = documents[: len(documents) // 2]
+        torch.cuda.empty_cache()
 
 
 def _document(random: np.random.Generator, vocabulary: int, length: int, share: float) -> Example:

@@ -93,7 +93,8 @@ def _row(
 
 
 def _documents(base: Base, texts: Sequence[str]) -> list[Tensor]:
-    spread = texts[:: max(1, len(texts) // MOST_DOCUMENTS)][:MOST_DOCUMENTS]
+    count = min(len(texts), MOST_DOCUMENTS)
+    spread = [texts[number * len(texts) // count] for number in range(count)]
     found = []
     for text in spread:
         tokens = base.tokenizer(text[: 16 * LONGEST_TOKENS], add_special_tokens=True)["input_ids"][:LONGEST_TOKENS]

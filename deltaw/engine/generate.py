@@ -62,8 +62,10 @@ def _end_of_turn(base: Base) -> int | None:
     encoded = encoder.encode(Row("", 1, chat))
     if isinstance(encoded, Fault):
         return None
-    last = int(encoded[0].tokens[encoded[0].weights > 0][-1])
-    return last if last in encoder.special else None
+    trained = encoded[0].tokens[encoded[0].weights > 0].tolist()
+    text = next((place for place, token in enumerate(trained) if "b" in base.tokenizer.decode([token])), len(trained))
+    # Of several behind it, as of Phi-3, the first ends the turn.
+    return next((token for token in trained[text + 1 :] if token in encoder.special), None)
 
 
 @torch.no_grad()

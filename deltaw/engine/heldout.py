@@ -24,29 +24,36 @@ Progress = Callable[[int, int], None]
 
 
 class HeldOut:
-    """A sample of a data set over a base that has no adapter. `documents` is how many of them are measured."""
+    """A sample of a data set over a base that has no adapter. `documents` is how many of them are measured.
+
+    A document is a row of the data: the pieces of a long text stay together, as they tell no more than one text does.
+    """
 
     def __init__(self, base: Base, store: TokenStore, batch_tokens: int, seed: int = 0) -> None:
-        order = np.random.default_rng(seed).permutation(len(store))
+        starts, sizes = _pieces(store)
+        drawn = np.random.default_rng(seed).permutation(len(starts))
+        self._stops = np.cumsum(sizes[drawn])  # in the store, of each document
+        order = np.repeat(starts[drawn] - self._stops + sizes[drawn], sizes[drawn]) + np.arange(len(store))
         self._order = order if store.chosen is None else store.chosen[order]
         self.base, self.batch_tokens = base, batch_tokens
         self.store = TokenStore(store.stem, self._order)
-        self.documents = len(store)
+        self.given = self.documents = len(starts)
 
     @property
     def tokens_D(self) -> np.ndarray:
         """How many tokens of each measured document carry loss."""
-        return np.asarray(self.store.trained[: self.documents], dtype=np.float64)
+        return self._by_document(self.store.trained, self.documents)
 
     def fit_into(self, seconds: float, adapter: Adapter, passes: int) -> None:
         """Measures as many documents as `passes` passes take so long for, by the time that a few of them take."""
-        count = min(FIRST_DOCUMENTS, len(self.store))
+        count = min(FIRST_DOCUMENTS, self.given)
         self.losses(adapter, count)  # the first pass pays for what later ones find prepared
         since = time.monotonic()
         self.losses(adapter, count)
-        each = (time.monotonic() - since) / max(1, int(self.store.lengths[:count].sum()))
+        read = self._by_document(self.store.lengths, self.given).cumsum()
+        each = (time.monotonic() - since) / max(1.0, read[count - 1])
         affordable = seconds / max(1, passes) / each
-        self.documents = max(count, int(np.searchsorted(self.store.lengths.cumsum(), affordable, side="right")))
+        self.documents = max(count, int(np.searchsorted(read, affordable, side="right")))
 
     def losses(self, adapter: Adapter | None, documents: int | None = None) -> np.ndarray:
         """The loss summed over each measured document's tokens, [D]. Raises NotFiniteError when one is not finite."""
@@ -67,17 +74,31 @@ class HeldOut:
 
     def batches(self, first: int, stop: int) -> list[Batch]:
         """The documents from `first` to `stop` of the sample's order, in batches."""
-        part = TokenStore(self.store.stem, self._order[first:stop])
+        begin, end = (int(self._stops[number - 1]) if number else 0 for number in (first, stop))
+        part = TokenStore(self.store.stem, self._order[begin:end])
         cut = evaluation_batches(part, self.batch_tokens)
         return [batch_of(part, documents).to(self.base.device) for documents in cut]
 
     def _losses(self, count: int) -> np.ndarray:
-        losses_D = np.zeros(count)
-        for documents in evaluation_batches(self.store, self.batch_tokens, count):
-            batch = batch_of(self.store, documents).to(self.base.device)
+        stored = int(self._stops[count - 1])
+        losses = np.zeros(stored)
+        for pieces in evaluation_batches(self.store, self.batch_tokens, stored):
+            batch = batch_of(self.store, pieces).to(self.base.device)
             scores = score_batch(self.base, batch)
             owner_N = documents_of(scores.places_N, batch.bounds).cpu().numpy()
-            losses_D[documents] = np.bincount(owner_N, scores.losses_N.cpu().double().numpy(), len(documents))
-        if not math.isfinite(losses_D.sum()):
-            raise NotFiniteError(f"The loss over these {count} documents is {losses_D.sum()}: the model is broken.")
-        return losses_D
+            losses[pieces] = np.bincount(owner_N, scores.losses_N.cpu().double().numpy(), len(pieces))
+        if not math.isfinite(losses.sum()):
+            raise NotFiniteError(f"The loss over these {count} documents is {losses.sum()}: the model is broken.")
+        return self._by_document(losses, count)
+
+    def _by_document(self, values: np.ndarray, count: int) -> np.ndarray:
+        """What the pieces of each of the first documents add up to, [D]."""
+        stops = self._stops[:count]
+        return np.add.reduceat(values[: stops[-1]].astype(np.float64), np.append(0, stops[:-1]))
+
+
+def _pieces(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pieces of each row begin in the store, in which they follow each other, and how many there are."""
+    places = [store.place(number) for number in range(len(store))]
+    starts = np.array([n for n, place in enumerate(places) if not n or place != places[n - 1]], np.int64)
+    return starts, np.diff(np.append(starts, len(store)))

@@ -57,7 +57,7 @@ def accumulate(
     Where reading the base costs, one reading serves several passes: to the bit the same.
     """
     losses: list[Tensor] = []
-    with hardware.repeatable(base.device):
+    with hardware.repeatable(base.device, strict=base.way == "kernels"):
         for group in _groups(base, batches):
             if interrupted():
                 return None
@@ -69,7 +69,12 @@ def accumulate(
                 if loss.requires_grad and weight:
                     (loss / weight).backward()
                 losses.append(loss.detach())
-    return sum(float(loss) for loss in losses)  # read at the end, since a GPU is waited for
+    total = 0.0
+    for (
+        loss
+    ) in losses:  # read at the end, since a GPU is waited for; one by one, as `sum` rounds otherwise in Python 3.12
+        total += float(loss)
+    return total
 
 
 def _groups(base: Base, batches: Sequence[Batch]) -> Iterator[list[Batch]]:

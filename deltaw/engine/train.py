@@ -183,8 +183,8 @@ class Trainer:
         """Logs the step, evaluates and saves where it is due; False ends the run early."""
         line = metrics_line(record)
         assert self.metrics is not None
-        self.metrics.write(line)
         self.owed = self._due(self.settings.eval_steps, record) or self._is_last()
+        self.metrics.write(line)
         self.watcher.step(line, progress, self.length)
         self._notice(record)
         late = time.monotonic() - self.saved_at >= self.settings.checkpoint_seconds
@@ -195,7 +195,6 @@ class Trainer:
         last, go_on = self._is_last(), True
         if self.owed:
             go_on = self.evaluate()
-            self.owed = False
         if checkpoint or last or not go_on:
             self.checkpoint()
         self.stopped_early = not go_on and not last
@@ -229,6 +228,7 @@ class Trainer:
     def evaluate(self) -> bool:
         """Measures the held-out loss and keeps the best adapter; False when patience has run out."""
         if self.ready.held_out is None:
+            self.owed = False
             return True
         self.progress.abandonable = True
         loss_sum, tokens, seconds = held_out_loss(
@@ -249,6 +249,7 @@ class Trainer:
             self._write(self.best.copy_(self.flat.master), self.run.adapter)
         else:
             self.bad_evaluations += 1
+        self.owed = False  # also where what follows finds that nobody reads it
         self.watcher.evaluation(line, better)
         return not self._out_of_patience()
 

@@ -145,26 +145,31 @@ def alike_documents(
     grouped = plain and softcap is None and q.dtype != torch.float32 and D <= WIDEST_GROUPED
     if group > 1 and not grouped:
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    if softcap is not None:
-        hidden = _kept_hidden(L, M, window, q.device)
-        out = checkpoint(_capped, q, k, v, hidden, scale, softcap, use_reentrant=False, preserve_rng_state=False)
-    else:
-        mask = None if plain else ~_kept_hidden(L, M, window, q.device)
+    visible = None if plain and softcap is None else _visible(L, M, window, q.device)
+    if softcap is None:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=grouped and group > 1
+            q, k, v, attn_mask=visible, is_causal=plain, scale=scale, enable_gqa=grouped and group > 1
         )
+    else:  # one by one: their scores are all there at once
+        outs = [_capped(*document, visible, scale, softcap) for document in zip(q, k, v, strict=True)]
+        out = torch.stack(outs)
     return out.transpose(1, 2)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float, softcap: float) -> Tensor:
-    scores = softcap * torch.tanh(scale / softcap * (q @ k.transpose(2, 3)).float())
-    return scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype) @ v
+def _capped(*given: Any) -> Tensor:
+    out: Tensor = checkpoint(_capped_products, *given, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
-@lru_cache(maxsize=4)
-def _kept_hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """`_hidden`, once for all layers."""
-    return _hidden(queries, keys, window, device)
+def _capped_products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:
+    scores = softcap * torch.tanh(scale / softcap * (q @ k.transpose(1, 2)).float())
+    return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+@lru_cache(maxsize=2)
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """What `_hidden` leaves, once for all layers."""
+    return ~_hidden(queries, keys, window, device)
 
 
 def _hidden(queries: int, keys: int, window: int | None, device: torch.device | None = None) -> Tensor:

@@ -215,7 +215,8 @@ def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
     if settings.quant == "none" and not (settings.by_rule("quant") and has_bitsandbytes()):  # it was not tried
         how = "" if has_bitsandbytes() else " (pip install 'deltaw[quant]')"
         yield f"--quant nf4{how}", _with_setting(demand, "quant", "nf4")
-    if demand.dtype == torch.float32 and settings.by_rule("dtype") and not hardware.emulates_bf16(hardware.look()):
+    on_cpu = demand.device.type == "cpu" and settings.by_rule("dtype")
+    if on_cpu and demand.dtype == torch.float32 and not hardware.emulates_bf16(hardware.look()):
         yield "--dtype bfloat16", _with_setting(demand, "dtype", "bfloat16")
     rank, starts_anew = int(settings.rank), settings.adapter is None
     if starts_anew and rank > 1:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deltaw.adapter.layer import Target
-from deltaw.base.formed import has_one_dtype, mapped_numbers, may_form_embedding, stored_dtype
+from deltaw.base.formed import Mapped, has_one_dtype, mapped_numbers, may_form_embedding, stored_dtype
 from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline
@@ -161,13 +161,12 @@ class Demand:
         if not may_stream(self.device):
             return False
         choice = Choice(0, stream=True, quant=quant)
-        linear, rest = self._mapped_numbers
-        if quant != "none":  # from the cache
-            linear = self.outline.linear_parameters
-        elif not self.as_stored and not self._one_dtype:
+        if quant == "none" and not self.as_stored and not self._one_dtype:
             return False
-        mapped = linear * self._held_bytes(choice) + (rest * self.dtype.itemsize if self.as_stored else 0)
-        return mapped >= MAPPED_SHARE * self.outline.layers * self.block_bytes(choice)
+        found, held, b = self._mapped_numbers, self._held_bytes(choice), self.dtype.itemsize
+        linear = found.linear if quant == "none" else found.all_linear  # what is quantised lies in the cache
+        mapped = linear * held + (found.others * b if self.as_stored else 0)
+        return mapped >= MAPPED_SHARE * (found.all_linear * held + found.all_others * b)
 
     @property
     def as_stored(self) -> bool:
@@ -175,7 +174,7 @@ class Demand:
         return self.stored_dtype == self.dtype
 
     @cached_property
-    def _mapped_numbers(self) -> tuple[int, int]:
+    def _mapped_numbers(self) -> Mapped:
         return mapped_numbers(self.outline.model, self.outline.folder)
 
     @cached_property

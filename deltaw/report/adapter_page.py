@@ -58,11 +58,16 @@ def write_adapter_page(path: Path, name: str, facts: dict[str, Any], against: st
 
 def _sentence(facts: dict[str, Any], layers: Sequence[Layer]) -> str:
     effective = [layer["effective"] for layer in layers]
-    text = f"{len(layers)} layers of rank {facts['rank']}, {facts['parameters']:,} numbers. "
+    ranks = sorted({len(layer["sigma"]) for layer in layers})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    text = f"{len(layers)} layers of {rank}, {facts['parameters']:,} numbers. "
     text += f"Effective rank {min(effective):.1f} to {max(effective):.1f}. "
+    if facts.get("variant") == "DoRA":
+        text += f"{LOW_RANK_ALONE} "
     return text + "A spectrum says how an update is made, and not what rank a task needs: that is `deltaw rank`."
 
 
+LOW_RANK_ALONE = "Of a DoRA adapter these are figures of the low-rank part alone; its magnitudes change W as well."
 _NUMBER = re.compile(r"(^|\.)(\d+)(\.|$)")  # of a block, in the name of a layer
 
 
@@ -70,17 +75,23 @@ _NUMBER = re.compile(r"(^|\.)(\d+)(\.|$)")  # of a block, in the name of a layer
 
 
 def heat_map(
-    heading: str, caption: str, layers: Sequence[Layer], value: Callable[[Layer], float], show: Show, null: float = 0.0
+    heading: str,
+    caption: str,
+    layers: Sequence[Layer],
+    value: Callable[[Layer], float],
+    show: Show,
+    null: float = 0.0,
+    weight: Callable[[float], float] = float,
 ) -> HeatMap:
-    """Blocks by modules; layers of no block stand in a last row. Colour runs from `null` to the largest number."""
+    """Blocks by modules; layers of no block stand in a last row. Colour runs from `null` to the largest `weight`."""
     places = _places([layer["name"] for layer in layers])
     columns = list(dict.fromkeys(column for _, column in places))
     cells = {place: value(layer) for place, layer in zip(places, layers, strict=True)}
     blocks = sorted({block for block, _ in cells}, key=lambda block: (block is None, block or 0))
-    top = max((number for number in cells.values() if is_number(number)), default=0.0)
+    top = max((weight(number) for number in cells.values() if is_number(number)), default=0.0)
 
     def cell(number: float | None) -> tuple[str, float] | None:
-        return None if number is None else (show(number), _strength(number, null, top))
+        return None if number is None else (show(number), _strength(weight(number), null, top))
 
     rows = [(DASH if b is None else str(b), [cell(cells.get((b, column))) for column in columns]) for b in blocks]
     return HeatMap(heading, caption, columns, rows)
@@ -133,8 +144,8 @@ def _ratio(first: float, second: float) -> float:
 def _compared_maps(found: dict[str, Any]) -> list[HeatMap]:
     layers = found["layers"]
     maps = [_overlap_map(found["overlap"][side], side) for side in ("output", "input")]
-    about = "Of two updates; blank at 0, where unrelated ones lie."
-    maps.append(heat_map("Cosine", about, layers, lambda x: x["cosine"], lambda x: f"{x:+.2f}"))
+    about = "Of two updates; blank at 0, where unrelated ones lie, and as dark at −1 as at 1."
+    maps.append(heat_map("Cosine", about, layers, lambda x: x["cosine"], lambda x: f"{x:+.2f}", weight=abs))
     about = f"Unrelated updates disagree in {percent(found['sign_conflict_null'])}: blank there and below."
     conflict = heat_map(
         "Sign conflict", about, layers, lambda x: x["sign_conflict"], percent, found["sign_conflict_null"]
@@ -164,8 +175,21 @@ def _shared(found: dict[str, Any]) -> str:
     conflict, null = percent(found["sign_conflict"]), percent(found["sign_conflict_null"])
     return (
         f"Cosine {found['cosine']:+.3f} (unrelated: about 0), sign conflict {conflict} (unrelated: {null}). Directions "
-        f"shared beyond the 99 % quantile of chance, median over layers: {' and '.join(said) or DASH}."
-    )
+        f"shared beyond the 99 % quantile of chance, median over layers: {' and '.join(said) or DASH}. "
+        + " ".join(compared_notes(found))
+    ).strip()
+
+
+def compared_notes(found: dict[str, Any]) -> list[str]:
+    """What has to be known to read a comparison."""
+    notes = []
+    if found["same_start"]:
+        notes.append(
+            "Both began with the same A (equal seed and rank), so the input side shares directions by that alone."
+        )
+    if found["of_first_expert"]:
+        notes.append("Of stacked experts φ, shared, angles and interference are those of the first.")
+    return notes
 
 
 def _known(values: Sequence[float]) -> list[float]:
@@ -222,7 +246,8 @@ def _spectrum(name: str, members: Sequence[Layer], rounding: dict[str, float]) -
     longest = max(len(layer["sigma"]) for layer in members)
     middle = [median(layer["sigma"][k] for layer in members if len(layer["sigma"]) > k) for k in range(longest)]
     flat = median(layer["norm"] / len(layer["sigma"]) ** 0.5 for layer in members)
-    floor = median(rounding[layer["name"]] for layer in members) if rounding else None
+    known = [rounding[layer["name"]] for layer in members if layer["name"] in rounding]  # stacks are left out
+    floor = median(known) if known else None
 
     def paint(axes: Axes) -> None:
         places = range(1, longest + 1)

@@ -41,15 +41,17 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     spent = " ".join([spent, *cautions(result)])
     if not cells:
         return spent
-    best = cells[0]
-    alike = [cell for cell in cells if cell["behind_low"] <= 0]
+    groups = sorted(result["groups"], key=lambda group: group["loss"])
+    best = groups[0]
+    alike = [group for group in groups if group["behind_low"] <= 0]
     if result["documents"] < FEWEST:
-        alike = cells
-    smallest = min(alike, key=lambda cell: cell["parameters"])
-    text = f"{spent} Best: rank {best['rank']} at {best['lr']:g}, loss {best['loss']:.4f}."
-    if smallest is not best:
+        alike = groups
+    smallest = min(alike, key=lambda group: group["parameters"])
+    seeds = f", mean of {best['seeds']} seeds" if best["seeds"] > 1 else ""
+    text = f"{spent} Best: rank {best['rank']} at {best['lr']:g}, loss {best['loss']:.4f}{seeds}."
+    if smallest["parameters"] < best["parameters"]:
         text += f" Rank {smallest['rank']} at {smallest['lr']:g} is smaller and not surely worse."
-    return text
+    return f"{text} Intervals are over documents, and know nothing of what another seed would give."
 
 
 def cautions(result: dict[str, Any]) -> list[str]:

@@ -259,7 +259,9 @@ def test_stacks_that_each_adapter_has_a_part_of_nest_as_the_model_holds_them(rev
     torch.testing.assert_close(ours, output(opened_by_peft(model, folder), inputs), atol=LOGITS, rtol=0)
 
 
-def test_the_sum_has_the_dtype_of_the_first_that_has_the_layer():
+def test_the_sum_has_the_finest_dtype_of_those_that_have_the_layer_in_either_order():
     first, second = (linear(LoraSpec(rank=2), seed, a=(5, 6)) for seed in (1, 2))
-    combined = combine([in_dtype(first, torch.bfloat16), in_dtype(second, torch.float32)], (1, 1)).adapter
-    assert {tensor.dtype for _, _, tensor in combined.tensors()} == {torch.bfloat16}
+    given = [in_dtype(first, torch.bfloat16), in_dtype(second, torch.float32)]
+    for adapters in (given, given[::-1]):
+        combined = combine(adapters, (1, 1)).adapter
+        assert {tensor.dtype for _, _, tensor in combined.tensors()} == {torch.float32}

@@ -15,6 +15,7 @@ from deltaw.data.check import check
 from deltaw.data.findings import CATALOGUE
 from deltaw.data.formats import Row, parse_sources
 from deltaw.data.prepare import prepare
+from deltaw.data.source import Fault
 from deltaw.errors import DataError
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -208,6 +209,11 @@ def test_a_container_that_cannot_be_opened_is_an_error_with_its_name(tmp_path, n
         page(tmp_path, tmp_path / name)
 
 
+def notes(one: Encoder, *messages) -> list[tuple[str, str]]:
+    (found,) = one.encode_many([Row("a", 1, messages)])
+    return found.notes
+
+
 def only_note(one: Encoder, *messages) -> tuple[str, str]:
     (found,) = one.encode_many([Row("a", 1, messages)])
     (note,) = found.notes
@@ -296,6 +302,48 @@ def test_a_file_without_rows_or_without_a_usable_one_is_an_error_of_the_set(tmp_
     for name, rows in (("none", ()), ("bad", (b"{",))):
         found = page(tmp_path, write(tmp_path / f"{name}.jsonl", *rows))
         assert codes(found)["no-rows"] == 1 and not found["ok"]
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def test_a_system_message_or_a_thought_that_is_not_printed_is_noticed():
+    """Mistral's template prints what the system says behind the last question alone: in training never."""
+    lost = CHAT_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    system = message("system", "Be terse.")
+    assert only_note(encoder(lost), system, U, A) == ("not-printed", "the template does not print message 1 (system)")
+    mistral = (TEMPLATES / "mistral_v2v3.jinja").read_text()
+    assert "not-printed" in {code for code, _ in notes(encoder(mistral), system, U, A)}
+    thinking = {**A, "reasoning_content": "it may be a"}
+    assert only_note(encoder(), U, thinking) == ("not-printed", "the template does not print the thought of message 2")
+    shown = CHAT_TEMPLATE.replace("m['content']", "(m.get('reasoning_content') or '') + m['content']")
+    assert not notes(encoder(shown), U, thinking)
+
+
+def test_an_answer_whose_ends_are_those_of_two_words_is_found_by_a_third():
+    """Where a turn is printed otherwise once others follow."""
+    late = CHAT_TEMPLATE.replace("m['content'] +", "m['content'] + ('!' if loop.last else '') +")
+    for answer in ("q = 10", "0.5x", "w0"):
+        (found,) = encoder(late).encode(Row("a", 1, (U, message("assistant", answer), U, A)))
+        assert found.weights.any()
+
+
+def test_tools_over_a_template_that_takes_no_calls_without_them_are_printed():
+    calls = CHAT_TEMPLATE.replace("m['content']", "(m['content'] if 'content' in m else m.tool_calls[0].function.name)")
+    with_tools = "{% for t in tools or () %}{{ t.name }}{% endfor %}" + calls
+    plain = CHAT_TEMPLATE.replace("m['content']", "raise_exception('no call') if m.tool_calls else m['content']")
+    one = Encoder(byte_tokenizer({"default": plain, "tool_use": with_tools}), 1000)
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    rows = [Row("a", 1, (U, call, message("tool", "3"), A), tools=({"name": "add"},))]
+    (found,) = one.encode_many(rows)
+    assert not isinstance(found, Fault) and not any(code == "tools-missing" for code, _ in found.notes), found
+
+
+def test_of_two_calls_of_one_tool_both_must_be_printed():
+    first = CHAT_TEMPLATE.replace("m['content']", "(m.tool_calls[0].function.name if m.tool_calls else m['content'])")
+    assert len(encoder(first).encode(Row("a", 1, (U, {"role": "assistant", "tool_calls": [CALL]})))) == 1
+    code, reason = refused(first, U, {"role": "assistant", "tool_calls": [CALL, CALL]})
+    assert code == "answer-missing" and "the tool call 'add'" in reason
 
 
 def test_every_finding_of_the_catalogue_is_shown_here():

@@ -317,3 +317,83 @@ def test_what_needs_an_extra_says_which(tmp_path, monkeypatch):
         list(read_rows([tmp_path / "a.parquet"]))
     with pytest.raises(DataError, match=r"needs datasets: pip install 'deltaw\[hub\]'"):
         list(read_rows(["hub:org/name"]))
+
+
+# -- nothing is lost or taken for something else -----------------------------------------------------------------------
+
+
+def one_row(tmp_path, value, name="a.jsonl"):
+    (row,) = rows_of(tmp_path / name, lines(value) if isinstance(value, dict) else value)
+    return row
+
+
+def test_a_system_column_is_the_first_message_of_every_format(tmp_path):
+    system, pair = {"role": "system", "content": "Be terse."}, {"prompt": "2 + 2?", "completion": "4"}
+    for value in (
+        {"messages": CHAT},
+        pair,
+        {**pair, "label": True},
+        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    ):
+        row = one_row(tmp_path, {"system": "Be terse.", **value})
+        assert row.messages == (system, *CHAT), value
+        assert row.context == (0 if "messages" in value else 2)
+    twice = one_row(tmp_path, {"system": "Be terse.", "messages": [{**system, "content": "Be long."}, *CHAT]})
+    assert "different things" in twice.reason
+    assert one_row(tmp_path, {"system": "Be terse.", "messages": [system, *CHAT]}).messages == (system, *CHAT)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"messages": CHAT, "label": False},
+        {"messages": CHAT, "kto_tag": False},
+        {"instruction": "2 + 2?", "output": "4", "kto_tag": False},
+    ],
+)
+def test_an_answer_that_is_labelled_as_bad_is_left_out_in_every_format(tmp_path, value):
+    assert one_row(tmp_path, value).skip == "its answer is labelled as bad"
+    good = {key: True if isinstance(item, bool) else item for key, item in value.items()}
+    assert one_row(tmp_path, good).skip is None
+
+
+def test_of_a_pair_behind_turns_the_chosen_answer_is_trained(tmp_path):
+    turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}, {"from": "human", "value": "2 + 2?"}]
+    answers = {"chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}}
+    row = one_row(tmp_path, {"conversations": turns, **answers})
+    assert [message["content"] for message in row.messages] == ["1 + 1?", "2", "2 + 2?", "4"] and row.context == 3
+    assert row.rejected == ({"role": "assistant", "content": "5"},)
+
+
+def test_calls_as_they_were_written_before_and_empty_lists_of_calls(tmp_path):
+    function = {"name": "add", "arguments": '{"x": 1}'}
+    old = [CHAT[0], {"role": "assistant", "content": None, "function_call": function}]
+    row = one_row(tmp_path, {"messages": old, "functions": [{"name": "add"}]})
+    assert row.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]
+    assert row.tools == ({"type": "function", "function": {"name": "add"}},) and "function_call" not in row.messages[1]
+    assert one_row(tmp_path, {"messages": [CHAT[0], {**CHAT[1], "tool_calls": []}]}).messages == tuple(CHAT)
+
+
+def test_an_empty_cell_makes_a_row_no_other_format(tmp_path):
+    found = rows_of(tmp_path / "a.csv", "instruction,output,text\nq,a,q a\nq,,q\n,,free\n")
+    assert [type(row) for row in found] == [Row, Fault, Row]
+    assert "output is empty, which Alpaca needs" in found[1].reason and found[2].text == "free"
+    (unlabelled,) = rows_of(tmp_path / "b.csv", "prompt,completion,label\nq,a,\n")
+    assert "label is empty" in unlabelled.reason
+
+
+@pytest.mark.parametrize("row", [b'"He said "hi" there",x\n', "caf\u00e9,x\n".encode("cp1252")])
+def test_a_table_that_breaks_off_is_refused_and_not_read_in_part(tmp_path, row):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\na,b\n" + row + b"c,d\n" * 9)
+    with pytest.raises(DataError, match="cannot be read behind row"):
+        list(read_rows([path]))
+
+
+def test_a_split_of_a_data_set_that_has_none_is_refused_and_endings_may_be_capitals(tmp_path):
+    table = datasets.Dataset.from_list([{"text": "a"}])
+    table.save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="no split 'test'"):
+        list(read_rows([f"{tmp_path / 'saved'}::split=test"]))
+    table.to_parquet(tmp_path / "DATA.PARQUET")
+    assert [row.text for row in read_rows([tmp_path / "DATA.PARQUET"])] == ["a"]
