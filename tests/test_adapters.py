@@ -417,6 +417,13 @@ def test_a_sweep_gives_the_bits_of_separate_runs_and_compares_them(llama_folder,
         assert (tmp_path / "sweep" / cell["name"] / "report.html").is_file()
     best = min(found["cells"], key=lambda cell: cell["loss"])
     assert best["behind"] == 0 and best["pareto"]
+    assert {(each["rank"], each["lr"], each["seeds"]) for each in found["groups"]} == {
+        (rank, lr, 2) for rank in (2, 4) for lr in (1e-2, 3e-2)
+    }
+    for each in found["groups"]:
+        alike = [cell["loss"] for cell in found["cells"] if (cell["rank"], cell["lr"]) == (each["rank"], each["lr"])]
+        assert each["loss"] == pytest.approx(sum(alike) / 2)
+    assert min(each["behind"] for each in found["groups"]) == 0
     assert all(cell["behind_low"] <= cell["behind"] <= cell["behind_high"] for cell in found["cells"])
     page = (tmp_path / "sweep" / "sweep.html").read_text()
     assert all(cell["name"] in page for cell in found["cells"]) and page.count("<svg") == 4
@@ -553,3 +560,44 @@ def test_an_adapter_that_gains_nothing_has_nothing_to_keep(llama_folder, learned
     assert "Undetermined" in found["verdict"] and not found["needed"][0]["determined"]
     with pytest.raises(AdapterError, match="none can be kept"):
         adapters.compress(tmp_path / "idle", tmp_path / "x", keep=0.9, data=[chats], model=str(llama_folder), **HERE)
+    record = adapters.compress(
+        tmp_path / "idle", tmp_path / "small", rank=1, data=[chats], model=str(llama_folder), **HERE
+    )
+    assert record["retained_gain"] is None is record["retained_gain_interval"]
+    assert record["verdict"].startswith("Undetermined") and record["loss_before"] == record["loss_base"]
+
+
+def test_the_pieces_of_a_long_text_are_one_document(learned, tmp_path):
+    texts = [" ".join(f"{n} {k} and so on" for k in range(40 + 60 * n)) for n in range(6)]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held_out = ranks.open_held_out(learned.folder, [data], None, tmp_path / "tokens", **HERE)
+    assert held_out.given == held_out.documents == 6 < len(held_out.store)
+    whole = api.evaluate(learned.folder, [data], **HERE)
+    losses, tokens = held_out.losses(read_adapter(learned.adapter)), held_out.tokens_D
+    assert len(losses) == 6 and losses.sum() / tokens.sum() == pytest.approx(whole["loss"], rel=1e-5)
+    assert sum(batch.tokens for batch in held_out.batches(0, 6)) == held_out.store.tokens
+    found = ranks.rank(learned.folder, [data], everything=True, **HERE)
+    assert found["documents"] == 6 and "too few to tell" in found["verdict"] and not found["improves"]
+
+
+def test_layers_of_unequal_rank_get_a_curve_and_no_verdict(learned, llama_folder, chats, tmp_path):
+    adapters.compress(learned.folder, tmp_path / "uneven", budget="9KB")
+    found = ranks.rank(tmp_path / "uneven", [chats], str(llama_folder), everything=True, **HERE)
+    least, most = found["ranks"].values()
+    assert least < most == found["rank"] == found["points"][-1]["rank"]
+    assert found["verdict"].startswith(f"Undetermined: layers have ranks from {least} to {most}")
+
+
+def test_a_sum_keeps_how_the_data_of_its_parts_was_read(llama_folder, chats, tmp_path):
+    given = {"model": llama_folder, "data": chats, "rank": 2, "train_on": "last", "max_length": 100, **QUICK}
+    runs = [api.train(**given, seed=seed, out=tmp_path / f"run{seed}") for seed in (0, 1)]
+    adapters.combine([run.folder for run in runs], tmp_path / "sum")
+    known = api.settings_of(read_adapter(tmp_path / "sum"))
+    assert (known["train_on"], known["max_length"]) == ("last", 100) and "seed" not in known
+
+
+def test_adapters_of_one_seed_are_said_to_have_begun_alike(learned, tiny_run):
+    assert adapters.compare(learned.folder, learned.folder)["same_start"]
+    made = read_adapter(tiny_run.adapter)
+    assert adapters.compare(learned.folder, tiny_run.folder)["same_start"] == (made.spec.rank == 4)

@@ -221,9 +221,10 @@ class Encoder:
         located = Locator(self.renderer, messages, row.tools, self._control).locate()
         if self.marked:
             located = join_marks(located, messages, *self.renderer.text_and_marks(messages, row.tools))
-        wanted = self._wanted(row)
-        if self.train_on == "all":  # what has a weight of its own must be found, or it would get that of all
-            wanted |= {position for position, weight in enumerate(self._given(row)) if weight is not None}
+        if self.train_on == "all":  # only what has a weight of its own must be found, or it would get that of all
+            wanted = {position for position, weight in enumerate(self._given(row)) if weight is not None}
+        else:
+            wanted = self._wanted(row)
         faults = [fault for position, fault in located.faults.items() if position in wanted]
         if faults:
             raise _Refused(*faults[0])

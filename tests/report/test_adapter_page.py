@@ -90,3 +90,12 @@ def test_layers_that_would_share_a_cell_have_columns_of_their_own():
     shown = [cell[0] for _, cells in found.rows for cell in cells if cell is not None]
     assert sorted(shown, key=float) == [f"{number:g}" for number in range(len(names))]
     assert "model.layers.*.mlp.experts.1.w1" in found.columns and "fc" in found.columns
+
+
+def test_layers_that_no_base_was_put_beside_have_spectra_all_the_same_and_opposed_updates_are_as_dark(facts, tmp_path):
+    opposed = {**facts["against"], "layers": [{**x, "cosine": -1.0} for x in facts["against"]["layers"]]}
+    notes = {"same_start": True, "of_first_expert": ["a"]}
+    some = {**facts, "variant": "DoRA", "beside": facts["beside"][:2], "against": {**opposed, **notes}}
+    page = Page(write_adapter_page(tmp_path / "inspect.html", "mine", some, "other"))
+    assert {strength for strength, _ in cells(page.source, "Cosine")} == {"1.0"}
+    assert "began with the same A" in page.text and "of the first" in page.text and "low-rank part" in page.text
