@@ -226,7 +226,19 @@ def _evenly(cut: Callable[[int], list[list[int]]], most: int) -> list[list[int]]
     return cut(high)
 
 
+def evaluated_documents(store: TokenStore, most_rows: int | None = None) -> np.ndarray:
+    """Which documents are measured: all, or a fair sample of `most_rows`, the same each time, in their order.
+
+    The first ones would be those of the first file, or of one kind where a file is sorted.
+    """
+    count = len(store)
+    if most_rows is None or most_rows >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).permutation(count)[:most_rows])
+
+
 def evaluation_batches(store: TokenStore, batch_tokens: int, most_rows: int | None = None) -> list[list[int]]:
-    """The first `most_rows` documents, shortest first, in batches of at most `batch_tokens` tokens."""
-    order = np.argsort(store.lengths[:most_rows], kind="stable").tolist()
+    """The evaluated documents, shortest first, in batches of at most `batch_tokens` tokens."""
+    documents = evaluated_documents(store, most_rows)
+    order = documents[np.argsort(store.lengths[documents], kind="stable")].tolist()
     return Loader(store, batch_tokens, batch_tokens, 0).cut(order, batch_tokens)

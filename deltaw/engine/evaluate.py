@@ -75,7 +75,7 @@ def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def held_out_loss(base: Base, store: TokenStore, batch_tokens: int, most_rows: int | None) -> tuple[float, int, float]:
-    """(loss sum, trained tokens, seconds) over the first `most_rows` documents, or over all."""
+    """(loss sum, trained tokens, seconds) over a fair sample of `most_rows` documents, or over all."""
     started, loss_sum, tokens = time.monotonic(), 0.0, 0
     for documents in evaluation_batches(store, batch_tokens, most_rows):
         losses_N = score_batch(base, batch_of(store, documents).to(base.device)).losses_N

@@ -81,9 +81,9 @@ class HeldOut:
 
     def _losses(self, count: int) -> np.ndarray:
         stored = int(self._stops[count - 1])
-        losses = np.zeros(stored)
-        for pieces in evaluation_batches(self.store, self.batch_tokens, stored):
-            batch = batch_of(self.store, pieces).to(self.base.device)
+        losses, part = np.zeros(stored), TokenStore(self.store.stem, self._order[:stored])
+        for pieces in evaluation_batches(part, self.batch_tokens):
+            batch = batch_of(part, pieces).to(self.base.device)
             scores = score_batch(self.base, batch)
             owner_N = documents_of(scores.places_N, batch.bounds).cpu().numpy()
             losses[pieces] = np.bincount(owner_N, scores.losses_N.cpu().double().numpy(), len(pieces))

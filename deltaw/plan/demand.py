@@ -17,7 +17,7 @@ from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline
 from deltaw.base.stream import MAPPED_SHARE, may_stream
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings
-from deltaw.data.loader import Loader, heaviest_documents
+from deltaw.data.loader import Loader, evaluated_documents, heaviest_documents
 from deltaw.data.prepare import DataSet
 
 SAMPLED_STEPS = 16
@@ -191,4 +191,5 @@ class Demand:
         """Tokens of one evaluation."""
         if "eval" not in self.data:
             return 0
-        return int(self.data["eval"].store.lengths[: self.settings.eval_rows].sum())
+        store = self.data["eval"].store
+        return int(store.lengths[evaluated_documents(store, self.settings.eval_rows)].sum())
