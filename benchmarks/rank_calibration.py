@@ -731,8 +731,8 @@ def judge(base: Row, cells: list[Row], told: list[Row], task: Task) -> dict[str,
     """Which rank each way to choose takes, and what its choice costs in loss beside the best of the sweep.
 
     A rank's loss is that at the best of its rates by validation, over the seeds whose cells are all there (else over
-    seed 0's). The sweep takes the smallest rank that is not surely worse than the best, by the paired interval over
-    documents.
+    seed 0's) and the rates at which all ranks are. The sweep takes the smallest rank that is not surely worse than the
+    best, by the paired interval over documents.
     """
     from deltaw.analysis.curve import mean_interval
 
@@ -740,8 +740,11 @@ def judge(base: Row, cells: list[Row], told: list[Row], task: Task) -> dict[str,
     whole = {s for s in seeds if {(c["rank"], c["factor"]) for c in cells if c["seed"] == s} >= set(_cells(task))}
     used = whole or {0}
     tokens_D, curves, validation = unpacked(base["tokens"]), {}, {}
-    for rank in sorted({cell["rank"] for cell in cells}):
-        for factor in sorted({cell["factor"] for cell in cells}):
+    ranks, run = {cell["rank"] for cell in cells}, {(c["rank"], c["factor"]) for c in cells if c["seed"] in used}
+    rates = {factor for _, factor in run}
+    whole_rates = {factor for factor in rates if all((rank, factor) in run for rank in task.ranks)}
+    for rank in sorted(ranks):
+        for factor in sorted(whole_rates or rates):
             some = [c for c in cells if (c["rank"], c["factor"]) == (rank, factor) and c["seed"] in used]
             if some:
                 curves[rank, factor] = np.mean([unpacked(cell["sums"]) for cell in some], 0)
@@ -784,6 +787,7 @@ def judge(base: Row, cells: list[Row], told: list[Row], task: Task) -> dict[str,
     }
     return {
         "complete_seeds": len(whole),
+        "rates": sorted(whole_rates or rates),
         "cells": len(cells),
         "base_loss": base["loss"],
         "gain_of_best": gain,

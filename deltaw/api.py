@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from deltaw import hardware
 from deltaw.adapter import Adapter, Injection, inject, read_adapter
 from deltaw.adapter.files import WEIGHTS
 from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN
+from deltaw.base.formed import stored_dtype
 from deltaw.base.forward import plain_attention
 from deltaw.base.save import check_merged, require_new, write_merged
 from deltaw.config import AUTO, DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
@@ -455,22 +455,17 @@ def merge(
         "positions": len(got),
         "positions_with_same_next_token": int(same.sum()),
         "computed_in": str(dtype).removeprefix("torch."),
-        "dtype_of_files": _stored_dtype(Path(out)),
+        "dtype_of_files": str(stored_dtype(Path(out))).removeprefix("torch."),
         "origin": adapter.origin,
     }
     write_text(Path(out) / "merge.json", json.dumps(record, indent=2) + "\n")
-    exact = dtype == torch.float32 and record["dtype_of_files"] == "F32"
+    exact = dtype == torch.float32 and record["dtype_of_files"] == "float32"
     if exact and not record["max_logit_difference"] <= MERGE_TOLERANCE * record["max_logit"]:
         raise AdapterError(
             f"The merged model in {out} does not compute what base and adapter do: its logits differ by "
             f"{record['max_logit_difference']:.2e} of {record['max_logit']:.1f}. Do not use it."
         )
     return {**record, "folder": str(out)}
-
-
-def _stored_dtype(folder: Path) -> str:
-    with safe_open(min(folder.glob("*.safetensors")), "pt") as file:
-        return str(file.get_slice(next(iter(file.keys()))).get_dtype())
 
 
 @torch.no_grad()

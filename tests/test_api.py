@@ -250,7 +250,7 @@ def test_merge_reads_back_what_it_wrote_and_records_the_difference(tiny_run, tmp
     assert record["same_next_tokens"] and record["merged_weights"] == len(read_adapter(tiny_run.adapter).factors)
     stored = json.loads((out / "merge.json").read_text())
     assert stored == {name: value for name, value in record.items() if name != "folder"}
-    assert stored["dtype_of_files"] == "F32" and stored["origin"]["base"] == "tiny-llama"
+    assert stored["dtype_of_files"] == "float32" and stored["origin"]["base"] == "tiny-llama"
     assert str(tmp_path) not in (out / "merge.json").read_text()
     merged, adapted = api.load(out, device="cpu"), api.open_adapter(tiny_run.folder, device="cpu", dtype="float32")
     assert merged.generate("w1 w2", max_new_tokens=8) == adapted.generate("w1 w2", max_new_tokens=8)
@@ -406,6 +406,6 @@ def test_a_merge_into_bf16_files_says_what_rounding_does_beside_what_the_adapter
     small_model("llama").bfloat16().save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     record = api.merge(tiny_run.folder, tmp_path / "merged", model=str(base), device="cpu", dtype="float32")
-    assert record["dtype_of_files"] == "BF16" and record["computed_in"] == "float32"
+    assert record["dtype_of_files"] == "bfloat16" and record["computed_in"] == "float32"
     assert record["merged_weights"] == len(read_adapter(tiny_run.adapter).factors)
     assert 1e-3 * record["max_logit"] < record["max_logit_difference"] < record["max_logit_change_by_adapter"]
