@@ -76,7 +76,7 @@ def rank(
         cuts = [cut(adapter, known, size) for size in ladder]
         losses_KD = held_out.curve_losses([None, *cuts], progress)
         curve = retained_gain(losses_KD[0], losses_KD[1:], held_out.tokens_D, ladder)
-        result = {**_as_dict(curve, cuts), **_facts(known, held_out, ordering)}
+        result = {**_as_dict(curve, cuts), **_facts(adapter, known, held_out, ordering)}
         least, most = result["ranks"].values()
         if least != most and curve.improves:
             result["verdict"] = (
@@ -174,11 +174,11 @@ def _needed(found: Needed) -> dict[str, Any]:
     return {**found._asdict(), "determined": found.determined}
 
 
-def _facts(known: Spectra, held_out: HeldOut, ordering: int) -> dict[str, Any]:
+def _facts(adapter: Adapter, known: Spectra, held_out: HeldOut, ordering: int) -> dict[str, Any]:
     """What the curve stands on, and for comparison what the spectra alone would say."""
     found = [ranks_of(each.sigma_K) for each in known.values()]
     means = {name: float(np.mean([getattr(ranks, name) for ranks in found])) for name in found[0].__dict__}
-    ranks = [each.sigma_K.shape[-1] for each in known.values()]
+    ranks = [adapter.spec.rank_of(adapter.pattern_name(name)) for name in known]
     return {
         "rank": max(ranks),
         "ranks": {"least": min(ranks), "most": max(ranks)},

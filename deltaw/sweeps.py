@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,9 @@ def _compared(together: Together) -> dict[str, list[dict[str, Any]]]:
     for number in range(len(measured)):
         cell = together.cells[whole[number]].settings
         alike.setdefault((int(cell.rank), float(cell.lr)), []).append(number)
+    asked = Counter((int(cell.settings.rank), float(cell.settings.lr)) for cell in together.cells)
+    # One that diverged in some of its seeds is not compared by the others.
+    alike = {key: numbers for key, numbers in alike.items() if len(numbers) == asked[key]} or alike
     groups = [
         {"rank": rank, "lr": lr, "seeds": len(numbers), "parameters": measured[numbers[0]]["parameters"]}
         for (rank, lr), numbers in alike.items()

@@ -136,8 +136,8 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
     A layer has cosine, sign conflict, interference, and for the sides "output" (U) and "input" (V) φ of the first
     directions, of all of them, its null, the smallest principal angle in degrees, and how many directions are shared;
     NaN for what has no directions, where an update is zero. Of stacked experts, those of the first (`of_first_expert`).
-    `same_start`: both began with the same A, which shows on the input side whatever they learned. `overlap` has φ(i, j)
-    for i and j of 1, 2, 4 …, its mean over the layers, and that of its null.
+    `same_seed`: new adapters of one seed begin with the same A, or its first rows, which shows on the input side
+    whatever they learn. `overlap` has φ(i, j) for i and j of 1, 2, 4 …, its mean over the layers, and that of its null.
     """
     names = [name for name in first.factors if name in second.factors and _same_shape(first, second, name)]
     if not names:
@@ -146,7 +146,7 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
     layers = [_compared(first, second, name, *pairs[name]) for name in names]
     conflicts = [layer["sign_conflict"] for layer in layers if not math.isnan(layer["sign_conflict"])]
     return {
-        "same_start": _start(first) is not None and _start(first) == _start(second),
+        "same_seed": _seed(first) is not None and _seed(first) == _seed(second),
         "of_first_expert": [name for name in names if is_stack(first, name)],
         "cosine": cosine(first, second, names),
         "sign_conflict": sum(conflicts) / len(conflicts) if conflicts else math.nan,
@@ -158,10 +158,10 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
     }
 
 
-def _start(adapter: Adapter) -> tuple[int, int] | None:
-    """(seed, rank), which decide A before training; None where they are not known, or it began with other factors."""
-    known = json.loads(adapter.origin.get("config", "{}"))
-    return (known["seed"], adapter.spec.rank) if "seed" in known and known.get("adapter") is None else None
+def _seed(adapter: Adapter) -> int | None:
+    """Of its training, where that is known."""
+    seed: int | None = json.loads(adapter.origin.get("config", "{}")).get("seed")
+    return seed
 
 
 def _same_shape(first: Adapter, second: Adapter, name: str) -> bool:

@@ -17,13 +17,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from deltaw.data.template import Renderer, Span
+from deltaw.data.template import REASONING, Renderer, Span
 
 Code = tuple[str, str]
 # Words of which no two begin or end alike: one of three shares neither end with any given text.
 _SUBSTITUTES = ("qxjqxjqx", "0vkz0vkz0", "wjkwjkwj")
 _THOUGHT_END = "</think>"
-_REASONING = ("reasoning_content", "thinking")
 
 
 @dataclass
@@ -206,8 +205,8 @@ def _same_answer(text: str, mark: Span, span: Span, message: dict[str, Any]) -> 
 def _loses_a_thought(message: dict[str, Any], whole: str) -> bool:
     """Whether a thought of the last answer is not printed; those of earlier ones are left out on purpose by many."""
     content, end, _ = str(message.get("content") or "").partition(_THOUGHT_END)
-    given = [content.replace("<think>", "") if end else "", *(str(message.get(name) or "") for name in _REASONING)]
-    return any(thought.strip() not in whole for thought in given)
+    given = [content.rpartition("<think>")[2] if end else "", *(message.get(name) for name in REASONING)]
+    return any(thought.strip() not in whole for thought in given if isinstance(thought, str))
 
 
 def _common(left: str, right: str) -> int:

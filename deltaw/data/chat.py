@@ -221,11 +221,14 @@ class Encoder:
         located = Locator(self.renderer, messages, row.tools, self._control).locate()
         if self.marked:
             located = join_marks(located, messages, *self.renderer.text_and_marks(messages, row.tools))
-        if self.train_on == "all":  # only what has a weight of its own must be found, or it would get that of all
-            wanted = {position for position, weight in enumerate(self._given(row)) if weight is not None}
-        else:
-            wanted = self._wanted(row)
-        faults = [fault for position, fault in located.faults.items() if position in wanted]
+        wanted, told_apart = self._wanted(row), None
+        if self.train_on == "all":  # of the others it need not be known where they stand, but that they do
+            told_apart = {position for position, weight in enumerate(self._given(row)) if weight is not None}
+        faults = [
+            fault
+            for position, fault in located.faults.items()
+            if position in (wanted if told_apart is None or fault[0] == "answer-missing" else told_apart)
+        ]
         if faults:
             raise _Refused(*faults[0])
         return located

@@ -158,7 +158,7 @@ def _labelled(value: Mapping[str, Any], parts: dict[str, Any]) -> dict[str, Any]
     """Left out where the whole conversation is labelled as bad."""
     if parts.get("skip") is not None or "messages" not in parts:
         return parts
-    if "kto_tag" in value:
+    if value.get("kto_tag") is not None:
         return {**parts, "skip": _skip(value["kto_tag"])}
     if "messages" in value and isinstance(value.get("label"), bool):
         return {**parts, "skip": _skip(value["label"])}
@@ -179,15 +179,23 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
                 if key in _TEXTS_OR_LISTS:
                     continue
                 raise _Unusable(f"{key} is not valid JSON ({error})") from error
-            if key not in _TEXTS_OR_LISTS or _are_messages(opened):
+            turns = "conversations" in filled and _are_turns(opened)  # elsewhere an answer that looks so is one
+            if key not in _TEXTS_OR_LISTS or _are_messages(opened) or turns:
                 filled[key] = opened
-    if isinstance(filled.get("label"), str) and filled["label"].lower() in ("true", "false"):
-        filled["label"] = filled["label"].lower() == "true"
+    for key in ("label", "kto_tag"):
+        if isinstance(filled.get(key), str) and filled[key].lower() in ("true", "false"):
+            filled[key] = filled[key].lower() == "true"
     return filled
 
 
 def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
+
+
+def _are_turns(value: Any) -> bool:
+    """Of ShareGPT; one may stand alone."""
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -216,11 +224,11 @@ def _chat(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sharegpt(value: Mapping[str, Any]) -> dict[str, Any]:
     messages = _sharegpt_turns(value["conversations"])
-    if "chosen" in value and "rejected" in value:
-        answers = {key: _sharegpt_answer(value[key]) for key in ("chosen", "rejected")}
-        return _preference({**value, "prompt": messages, **answers})
     if isinstance(value.get("system"), str) and value["system"]:
         messages = [{"role": "system", "content": value["system"]}, *messages]
+    if value.get("chosen") is not None and value.get("rejected") is not None:
+        answers = {key: _sharegpt_answer(value[key]) for key in ("chosen", "rejected")}
+        return _preference({**value, "prompt": messages, **answers})
     checked, weights = _messages(messages)
     return {"messages": checked, "weights": weights, "tools": _tools(value)}
 
@@ -439,7 +447,7 @@ def _message(position: int, message: Any) -> tuple[dict[str, Any], Weight]:
     where = f"message {position} ({role})"
     old = kept.pop("function_call", None) if role == "assistant" else None  # before there were several
     given = kept.pop("tool_calls", None)  # an empty list says nothing, and templates take it for calls
-    if old is not None and not given:
+    if old and not given:
         given = [{"type": "function", "function": old}]
     calls = _calls(given, where) if role == "assistant" else []
     if calls:
@@ -509,8 +517,9 @@ def _tools(value: Mapping[str, Any]) -> tuple[Any, ...]:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise _Unusable(f"tools are not valid JSON ({error})") from error
-    if tools is None and isinstance(value.get("functions"), list):  # as they were called before
-        tools = [{"type": "function", "function": function} for function in value["functions"]]
+    functions = value.get("functions")  # as they were called before
+    if tools is None and isinstance(functions, list) and all(isinstance(function, dict) for function in functions):
+        tools = [{"type": "function", "function": function} for function in functions]
     if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return tuple(tools or ())
     raise _Unusable("tools must be a list of objects")

@@ -31,7 +31,7 @@ MAX_ADDED_BYTES = 128 << 20
 MAX_PRODUCT = 1 << 16
 MOST_IN_A_ROW = 2
 Span = tuple[int, int]
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class OutOfBounds(TemplateError):
@@ -124,7 +124,7 @@ class Renderer:
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """Thoughts under each of the names that templates read; transformers does the same."""
-    thoughts = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    thoughts = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return dict(message) if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 

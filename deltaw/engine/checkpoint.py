@@ -50,7 +50,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first, good or not."""
-    found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
+    with disk_errors("read", folder):
+        found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name) and not path.is_dir()]
     return sorted(found, reverse=True)
 
 

@@ -58,7 +58,7 @@ def write_adapter_page(path: Path, name: str, facts: dict[str, Any], against: st
 
 def _sentence(facts: dict[str, Any], layers: Sequence[Layer]) -> str:
     effective = [layer["effective"] for layer in layers]
-    ranks = sorted({len(layer["sigma"]) for layer in layers})
+    ranks = sorted({kind["rank"] for kind in facts.get("layers", [facts])})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     text = f"{len(layers)} layers of {rank}, {facts['parameters']:,} numbers. "
     text += f"Effective rank {min(effective):.1f} to {max(effective):.1f}. "
@@ -183,10 +183,8 @@ def _shared(found: dict[str, Any]) -> str:
 def compared_notes(found: dict[str, Any]) -> list[str]:
     """What has to be known to read a comparison."""
     notes = []
-    if found["same_start"]:
-        notes.append(
-            "Both began with the same A (equal seed and rank), so the input side shares directions by that alone."
-        )
+    if found["same_seed"]:
+        notes.append("Both have one seed: if both were new, A began alike, and the input side agrees by that alone.")
     if found["of_first_expert"]:
         notes.append("Of stacked experts φ, shared, angles and interference are those of the first.")
     return notes

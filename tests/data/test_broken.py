@@ -318,6 +318,15 @@ def test_a_system_message_or_a_thought_that_is_not_printed_is_noticed():
     assert only_note(encoder(), U, thinking) == ("not-printed", "the template does not print the thought of message 2")
     shown = CHAT_TEMPLATE.replace("m['content']", "(m.get('reasoning_content') or '') + m['content']")
     assert not notes(encoder(shown), U, thinking)
+    assert not notes(encoder(), U, message("assistant", "Sure. <think>hm</think> 4"))
+    assert not notes(encoder(), U, {**A, "thinking": True})
+    assert only_note(encoder(), U, {**A, "reasoning": "hm"})[0] == "not-printed"
+
+
+def test_an_answer_that_is_not_printed_is_refused_also_where_all_is_trained():
+    one = Encoder(byte_tokenizer(), 200, "all")
+    (found,) = one.encode_many([Row("a", 1, (U, message("assistant", "", tool_calls=[CALL]), message("tool", "3"), A))])
+    assert found.code == "answer-missing"
 
 
 def test_an_answer_whose_ends_are_those_of_two_words_is_found_by_a_third():

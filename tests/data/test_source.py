@@ -338,6 +338,12 @@ def test_a_system_column_is_the_first_message_of_every_format(tmp_path):
         row = one_row(tmp_path, {"system": "Be terse.", **value})
         assert row.messages == (system, *CHAT), value
         assert row.context == (0 if "messages" in value else 2)
+    turns = {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}
+    assert one_row(tmp_path, {"system": "Be terse.", **turns}).messages == (system, *CHAT)
+    pairs = {"chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}}
+    asked = {"system": "Be terse.", "conversations": turns["conversations"][:1]}
+    assert one_row(tmp_path, {**asked, **pairs}).messages == (system, *CHAT)
+    assert one_row(tmp_path, {**turns, "chosen": None, "rejected": None}).messages == tuple(CHAT)
     twice = one_row(tmp_path, {"system": "Be terse.", "messages": [{**system, "content": "Be long."}, *CHAT]})
     assert "different things" in twice.reason
     assert one_row(tmp_path, {"system": "Be terse.", "messages": [system, *CHAT]}).messages == (system, *CHAT)
@@ -355,6 +361,9 @@ def test_an_answer_that_is_labelled_as_bad_is_left_out_in_every_format(tmp_path,
     assert one_row(tmp_path, value).skip == "its answer is labelled as bad"
     good = {key: True if isinstance(item, bool) else item for key, item in value.items()}
     assert one_row(tmp_path, good).skip is None
+    bad, fine = rows_of(tmp_path / "a.csv", "instruction,output,kto_tag\nq,a,false\nq,a,True\n")
+    assert (bad.skip is None, fine.skip is None) == (False, True)
+    assert one_row(tmp_path, {"messages": CHAT, "kto_tag": None}).skip is None
 
 
 def test_of_a_pair_behind_turns_the_chosen_answer_is_trained(tmp_path):
@@ -371,7 +380,8 @@ def test_calls_as_they_were_written_before_and_empty_lists_of_calls(tmp_path):
     row = one_row(tmp_path, {"messages": old, "functions": [{"name": "add"}]})
     assert row.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]
     assert row.tools == ({"type": "function", "function": {"name": "add"}},) and "function_call" not in row.messages[1]
-    assert one_row(tmp_path, {"messages": [CHAT[0], {**CHAT[1], "tool_calls": []}]}).messages == tuple(CHAT)
+    for nothing in ({"tool_calls": []}, {"function_call": {}}, {"function_call": None}):
+        assert one_row(tmp_path, {"messages": [CHAT[0], {**CHAT[1], **nothing}]}).messages == tuple(CHAT)
 
 
 def test_an_empty_cell_makes_a_row_no_other_format(tmp_path):

@@ -94,8 +94,8 @@ def test_layers_that_would_share_a_cell_have_columns_of_their_own():
 
 def test_layers_that_no_base_was_put_beside_have_spectra_all_the_same_and_opposed_updates_are_as_dark(facts, tmp_path):
     opposed = {**facts["against"], "layers": [{**x, "cosine": -1.0} for x in facts["against"]["layers"]]}
-    notes = {"same_start": True, "of_first_expert": ["a"]}
+    notes = {"same_seed": True, "of_first_expert": ["a"]}
     some = {**facts, "variant": "DoRA", "beside": facts["beside"][:2], "against": {**opposed, **notes}}
     page = Page(write_adapter_page(tmp_path / "inspect.html", "mine", some, "other"))
     assert {strength for strength, _ in cells(page.source, "Cosine")} == {"1.0"}
-    assert "began with the same A" in page.text and "of the first" in page.text and "low-rank part" in page.text
+    assert "A began alike" in page.text and "of the first" in page.text and "low-rank part" in page.text
