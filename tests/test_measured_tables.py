@@ -6,6 +6,8 @@ import importlib
 import json
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -42,10 +44,9 @@ def test_what_is_said_of_plans_is_what_the_grid_measured(monkeypatch):
     assert plan_accuracy.sentence(in_fp32["errors"]["all"]) in " ".join(guide.split())
 
 
-def test_the_table_of_the_phonemes_sweep_is_that_of_the_measured_figures():
-    ranks = json.loads((ROOT / "benchmarks" / "results" / "rank_calibration.json").read_text())["tasks"]["phonemes"][
-        "ranks"
-    ]
+@pytest.mark.parametrize("task", ["phonemes", "sentiment"])
+def test_the_tables_of_sweeps_are_those_of_the_measured_figures(task):
+    ranks = json.loads((ROOT / "benchmarks" / "results" / "rank_calibration.json").read_text())["tasks"][task]["ranks"]
     guide = (ROOT / "docs" / "guides" / "measuring-rank.md").read_text().replace("−", "-")
     for rank, found in ranks.items():
         behind = "{nats:.3f} ({low:.3f} to {high:.3f}) ".format(**found["behind"]) if found["behind"]["nats"] else ""
