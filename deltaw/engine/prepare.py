@@ -280,14 +280,20 @@ def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
     return said
 
 
+def _say_if_slow(device: torch.device, watcher: Watcher) -> None:
+    machine = hardware.look()
+    if hardware.compute_dtype(device, machine) == torch.bfloat16:
+        return
+    if device.type == "cpu" and not hardware.emulates_bf16(machine):
+        watcher.say("This processor multiplies in bfloat16 half as fast as in float32; what it saves is memory.")
+    else:
+        watcher.say(f"bfloat16 is emulated on this {device.type}: float32 would be many times as fast.")
+
+
 def _resolve_rules(settings: Settings, known: Outline, train: DataSet, watcher: Watcher) -> None:
     device, dtype = place(settings.device, settings.dtype)
-    machine = hardware.look()
-    if dtype == torch.bfloat16 != hardware.compute_dtype(device, machine):
-        if device.type == "cpu" and not hardware.emulates_bf16(machine):
-            watcher.say("This processor multiplies in bfloat16 half as fast as in float32; what it saves is memory.")
-        else:
-            watcher.say(f"bfloat16 is emulated on this {device.type}: float32 would be many times as fast.")
+    if dtype == torch.bfloat16:
+        _say_if_slow(device, watcher)
     if settings.lr == AUTO:
         settings.put("lr", *default_rate(known.hidden, str(known.config.model_type)))
     if settings.batch_tokens == AUTO:
