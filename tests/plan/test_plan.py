@@ -312,14 +312,17 @@ def test_a_base_that_cannot_be_streamed_is_refused_before_it_is_opened(demand, t
         (torch.float32, False, "in bfloat16 half as fast as in float32"),
     ],
 )
-def test_a_dtype_that_is_slow_here_is_said(fast, emulated, said, monkeypatch, llama_folder, chats):
+def test_a_dtype_that_is_slow_here_is_said(fast, emulated, said, monkeypatch, tmp_path, llama_folder, chats):
     heard = []
     watcher = Watcher()
     watcher.say = heard.append
     monkeypatch.setattr(hardware, "compute_dtype", lambda *_: fast)
     monkeypatch.setattr(hardware, "emulates_bf16", lambda _: emulated)
-    api.plan(watcher=watcher, model=llama_folder, data=chats, dtype="bfloat16", device="cpu", steps=1)
-    assert len(heard) == bool(said) and said in "".join(heard)
+    given = {"model": str(llama_folder), "data": [str(chats)], "dtype": "bfloat16", "device": "cpu", "steps": 1}
+    settings = make_settings({**given, "out": str(tmp_path / "run")})
+    sketch_run(create_run(settings), settings, watcher)
+    about = [text for text in heard if "bfloat16" in text]
+    assert len(about) == bool(said) and said in "".join(about)
 
 
 def test_no_more_memory_is_offered_than_the_machine_could_give(demand):
