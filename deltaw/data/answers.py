@@ -47,14 +47,16 @@ class Locator:
     ) -> None:
         self.renderer, self.messages, self.tools, self.control = renderer, list(messages), tools, control
         self.whole = renderer.text(self.messages, tools)
-        self.last = max(position for position, message in enumerate(self.messages) if message["role"] == "assistant")
 
     def locate(self) -> Located:
         """Every answer of the conversation, in order."""
         located = Located(self.whole, notes=list(self.unprinted()))
-        for position, message in enumerate(self.messages):
-            if message["role"] == "assistant":
-                self._locate(position, located)
+        answers = [position for position, message in enumerate(self.messages) if message["role"] == "assistant"]
+        for position in answers:
+            self._locate(position, located)
+        if _loses_a_thought(self.messages[answers[-1]], self.whole):
+            what = f"the template does not print the thought of message {answers[-1] + 1}"
+            located.notes.append(("not-printed", what))
         return located
 
     def _locate(self, position: int, located: Located) -> None:
@@ -75,9 +77,6 @@ class Locator:
             located.faults[position] = ("answer-missing", what)
         else:
             located.spans[position] = (start, stop)
-            if position == self.last and _loses_a_thought(self.messages[position], self.whole):
-                what = f"the template does not print the thought of message {position + 1}"
-                located.notes.append(("not-printed", what))
             if not exact:
                 what = f"message {position + 1} does not begin where the prompt for it ends"
                 located.notes.append(("generation-prompt", what))
@@ -145,10 +144,12 @@ class Locator:
         """Messages of others whose text the template leaves out, such as a system message that comes too late."""
         for position, message in enumerate(self.messages, 1):
             text = str(message.get("content") or "").strip()
-            # Some templates print what tools return as JSON.
-            spelt = (text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (True, False)))
-            if message["role"] != "assistant" and not any(each in self.whole for each in spelt):
+            if message["role"] != "assistant" and text not in self.whole and not self._prints_as_json(text):
                 yield "not-printed", f"the template does not print message {position} ({message['role']})"
+
+    def _prints_as_json(self, text: str) -> bool:
+        """As some templates print what tools return."""
+        return any(json.dumps(text, ensure_ascii=ascii)[1:-1] in self.whole for ascii in (True, False))
 
 
 def join_marks(located: Located, messages: Sequence[dict[str, Any]], text: str, marks: Sequence[Span]) -> Located:

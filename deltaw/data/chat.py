@@ -221,13 +221,13 @@ class Encoder:
         located = Locator(self.renderer, messages, row.tools, self._control).locate()
         if self.marked:
             located = join_marks(located, messages, *self.renderer.text_and_marks(messages, row.tools))
-        wanted, told_apart = self._wanted(row), None
+        wanted = told_apart = self._wanted(row)
         if self.train_on == "all":  # of the others it need not be known where they stand, but that they do
             told_apart = {position for position, weight in enumerate(self._given(row)) if weight is not None}
         faults = [
             fault
             for position, fault in located.faults.items()
-            if position in (wanted if told_apart is None or fault[0] == "answer-missing" else told_apart)
+            if position in told_apart or (position in wanted and fault[0] == "answer-missing")
         ]
         if faults:
             raise _Refused(*faults[0])

@@ -101,17 +101,17 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
     if isinstance(record, Fault):
         return record
     try:
-        value = _renamed(record.value, columns)
-        value = _plain(value) if record.typed else value
+        given = _renamed(record.value, columns)
+        value = _plain(given) if record.typed else given
         name = format_of(value)
         if record.typed:
-            _require_whole(record.value, columns, value)
+            _require_whole(format_of(given), name, value)
         if name is None:
             raise _Unusable(
                 f"it has none of {_KNOWN}; its keys are {sorted(value)[:8]}",
                 "unknown-format",
             )
-        parts = _labelled(value, _with_system(value, name, _FORMATS[name][1](value)))
+        parts = _labelled(value, _with_system(value, _FORMATS[name][1](value)))
     except _Unusable as error:
         return Fault(record.file, record.number, str(error), error.code)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -121,22 +121,20 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
     return Row(record.file, record.number, format=name, **parts)
 
 
-def _require_whole(given: Mapping[str, Any], columns: Iterable[tuple[str, str]], filled: Mapping[str, Any]) -> None:
+def _require_whole(of_columns: str | None, of_cells: str | None, filled: Mapping[str, Any]) -> None:
     """Raises where a typed row has some of what the format of its columns needs, and would be taken for another one."""
-    header = _renamed(given, columns)
-    name = format_of(header)
-    if name is None or name == format_of(filled):
+    if of_columns is None or of_columns == of_cells:
         return
-    needed = _FORMATS[name][0]
+    needed = _FORMATS[of_columns][0]
     empty = [column for column in needed if column not in filled]
     if empty and len(empty) < len(needed):
-        raise _Unusable(f"{' and '.join(empty)} is empty, which {name} needs", "empty-answer")
+        raise _Unusable(f"{' and '.join(empty)} is empty, which {of_columns} needs", "empty-answer")
 
 
-def _with_system(value: Mapping[str, Any], name: str, parts: dict[str, Any]) -> dict[str, Any]:
-    """A system prompt in a column of its own, where the format has no place for it, as the first message."""
+def _with_system(value: Mapping[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """A system prompt in a column of its own as the first message."""
     system = value.get("system")
-    if name in _SYSTEM_INSIDE or "messages" not in parts or system is None or system == "":
+    if "messages" not in parts or not system:
         return parts
     if not isinstance(system, str):
         raise _Unusable(f"system must be text, not {type(system).__name__}")
@@ -224,8 +222,6 @@ def _chat(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sharegpt(value: Mapping[str, Any]) -> dict[str, Any]:
     messages = _sharegpt_turns(value["conversations"])
-    if isinstance(value.get("system"), str) and value["system"]:
-        messages = [{"role": "system", "content": value["system"]}, *messages]
     if value.get("chosen") is not None and value.get("rejected") is not None:
         answers = {key: _sharegpt_answer(value[key]) for key in ("chosen", "rejected")}
         return _preference({**value, "prompt": messages, **answers})
@@ -268,8 +264,6 @@ def _sharegpt_turn(position: int, turn: Any) -> dict[str, Any]:
 def _alpaca(value: Mapping[str, Any]) -> dict[str, Any]:
     _require_texts(value, "instruction", "output")
     messages = []
-    if value.get("system"):
-        messages.append({"role": "system", "content": value["system"]})
     for pair in value.get("history") or []:
         if not (isinstance(pair, list | tuple) and len(pair) == 2):
             raise _Unusable("history must be a list of [question, answer]")
@@ -402,7 +396,6 @@ _LISTS = {
     "input_ids",
     "labels",
 }
-_SYSTEM_INSIDE = {"ShareGPT", "Alpaca"}
 _TEXTS_OR_LISTS = {"prompt", "completion", "chosen", "rejected"}
 COLUMNS = tuple(sorted(_REQUIRED | _LISTS | {"input", "system", "attention_mask", "kto_tag"}))
 
