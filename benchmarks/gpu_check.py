@@ -41,8 +41,9 @@ from deltaw.base.load import Base  # noqa: E402
 from deltaw.base.proof import PROOF_TOLERANCE, prove_decoder  # noqa: E402
 from deltaw.data.example import Example  # noqa: E402
 from deltaw.data.pack import Batch, flat_batch, shared_batch  # noqa: E402
-from deltaw.engine.bench import ROW_TOKENS, bench  # noqa: E402
+from deltaw.engine.bench import bench  # noqa: E402
 from deltaw.engine.objective import batch_loss  # noqa: E402
+from deltaw.engine.prepare import DEFAULT_MICRO_TOKENS  # noqa: E402
 from deltaw.kernels import Span, document_attention, spans_of  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"
@@ -302,7 +303,7 @@ def by_peft(sizes: dict[str, Any], device: torch.device, seconds: float) -> dict
     reset_peak(device)
     rates = {}
     for length in LENGTHS:
-        rows = ROW_TOKENS[device.type] // length
+        rows = DEFAULT_MICRO_TOKENS[device.type] // length
         tokens = torch.randint(0, sizes["vocab_size"], (rows, length), device=device)
 
         def step(tokens: torch.Tensor = tokens) -> None:

@@ -117,7 +117,6 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
         result = {
             "folder": str(folder),
             **_compared(together),
-            "documents": 0 if together.ready.held_out is None else len(together.ready.held_out.row_shares),
             "seconds": together.progress.seconds,  # of all steps, whatever was stopped between
             "steps": together.progress.step,
             "peak_bytes": peak_bytes(),
@@ -145,11 +144,11 @@ def _summary(index: int, together: Together) -> dict[str, Any]:
     }
 
 
-def _compared(together: Together) -> dict[str, list[dict[str, Any]]]:
+def _compared(together: Together) -> dict[str, Any]:
     """`cells`: each one's best adapter on all held-out documents, its loss, and how far it is behind the best, paired.
 
     A cell that diverged has a `fault`, and no loss. `groups`: the same of each rank and rate, losses of documents
-    averaged over seeds, so that no lucky seed speaks for its rank.
+    averaged over seeds, so that no lucky seed speaks for its rank. `documents`: how many were measured.
     """
     rows = [
         {
@@ -167,30 +166,33 @@ def _compared(together: Together) -> dict[str, list[dict[str, Any]]]:
     ]
     data = together.ready.held_out
     if data is None:
-        return {"cells": rows, "groups": []}
+        return {"cells": rows, "groups": [], "documents": 0}
     held_out = HeldOut(together.ready.base, data.store, EVALUATION_TOKENS)
     whole = [index for index, row in enumerate(rows) if row["fault"] is None]
     if not whole:
-        return {"cells": rows, "groups": []}
+        return {"cells": rows, "groups": [], "documents": held_out.given}
     losses_CD = held_out.curve_losses([read_adapter(together.cells[index].run.adapter) for index in whole])
     tokens_D = held_out.tokens_D
     measured = [rows[index] for index in whole]
     _measure(measured, losses_CD, tokens_D)
     for row in measured:
         row["pareto"] = not any(_dominates(other, row) for other in measured)
-    alike: dict[tuple[int, float], list[int]] = {}
-    for number in range(len(measured)):
-        cell = together.cells[whole[number]].settings
-        alike.setdefault((int(cell.rank), float(cell.lr)), []).append(number)
-    asked = Counter((int(cell.settings.rank), float(cell.settings.lr)) for cell in together.cells)
-    # One that diverged in some of its seeds is not compared by the others.
-    alike = {key: numbers for key, numbers in alike.items() if len(numbers) == asked[key]} or alike
+    alike = _by_rank_and_rate(rows, measured)
     groups = [
-        {"rank": rank, "lr": lr, "seeds": len(numbers), "parameters": measured[numbers[0]]["parameters"]}
-        for (rank, lr), numbers in alike.items()
+        {**{name: measured[numbers[0]][name] for name in ("rank", "lr", "parameters")}, "seeds": len(numbers)}
+        for numbers in alike
     ]
-    _measure(groups, np.stack([losses_CD[numbers].mean(0) for numbers in alike.values()]), tokens_D)
-    return {"cells": rows, "groups": groups}
+    _measure(groups, np.stack([losses_CD[numbers].mean(0) for numbers in alike]), tokens_D)
+    return {"cells": rows, "groups": groups, "documents": held_out.given}
+
+
+def _by_rank_and_rate(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[list[int]]:
+    """The places of measured cells that differ in their seed alone; without those of which a seed diverged, if any."""
+    asked = Counter((row["rank"], row["lr"]) for row in rows)
+    alike: dict[Any, list[int]] = {}
+    for number, row in enumerate(measured):
+        alike.setdefault((row["rank"], row["lr"]), []).append(number)
+    return [numbers for key, numbers in alike.items() if len(numbers) == asked[key]] or list(alike.values())
 
 
 def _measure(rows: list[dict[str, Any]], losses_CD: np.ndarray, tokens_D: np.ndarray) -> None:

@@ -31,6 +31,7 @@ from deltaw.adapter.weight import READER, dense_weight
 from deltaw.base.stream import blocks_of, release
 from deltaw.errors import BaseError
 
+_NUMBER = re.compile(r"\.([0-9]{1,4})\.")  # of a block, in the name of a weight
 ROUNDED = (torch.bfloat16, torch.float16)
 RENEWED = ("embed_scale",)  # numbers that modules work out, and that `_renew_buffers` makes anew: of Gemma's embedding
 _NOT_FORMED = (
@@ -163,12 +164,23 @@ def _opened(file: Path) -> Iterator[Any]:
         raise BaseError(f"The base in {file.parent} cannot be opened: {file.name}: {error}") from error
 
 
-def mapped_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights in a folder by the names that they have there. Raises BaseError."""
-    found: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        with _opened(file) as opened:
-            found.update({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118
+class Stored(NamedTuple):
+    """Where a weight lies, its shape and its dtype."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def stored_weights(folder: Path) -> dict[str, Stored]:
+    """Every weight that transformers would read, by the name that it has in its file. Raises BaseError."""
+    found = {}
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                part = file.get_slice(name)
+                shape = tuple(part.get_shape())
+                found[name] = Stored(path.name, shape, (part[:0] if shape else file.get_tensor(name)).dtype)
     return found
 
 
@@ -187,33 +199,26 @@ def mapped_numbers(model: Any, folder: Path) -> Mapped:
     What does not has been put together from several weights, as experts are that lie apart. `model` may be without
     weights.
     """
-    stored = set() if folder.resolve().is_relative_to("/dev") else _stored_in_blocks(folder)
+    weights = {} if folder.resolve().is_relative_to("/dev") else stored_weights(folder)
+    stored = {(*place[1:], weight.shape) for name, weight in weights.items() if (place := within_block(name))}
     found: Counter[tuple[bool, bool]] = Counter()
     for number, block in enumerate(blocks_of(model)):
         linear = {f"{name}.weight" for name, _ in linear_layers(block)}
         for name, parameter in block.named_parameters():
-            found[name in linear, (str(number), name, tuple(parameter.shape)) in stored] += parameter.numel()
+            found[name in linear, (number, name, tuple(parameter.shape)) in stored] += parameter.numel()
     mapped = found[True, True], found[False, True]
     return Mapped(*mapped, mapped[0] + found[True, False], mapped[1] + found[False, False])
 
 
-def _stored_in_blocks(folder: Path) -> set[tuple[str, str, tuple[int, ...]]]:
-    return {(*_within_block(name), shape) for name, shape in mapped_shapes(folder).items()}
-
-
-def _within_block(name: str) -> tuple[str, str]:
-    """("3", "mlp.up_proj.weight") of "model.layers.3.mlp.up_proj.weight"."""
-    found = re.search(r"(?:^|\.)(\d+)\.(.*)", name)
-    return (found[1], found[2]) if found else ("", name)
+def within_block(name: str) -> tuple[str, int, str] | None:
+    """("model.layers", 3, "mlp.up_proj.weight") of "model.layers.3.mlp.up_proj.weight"; None without a block."""
+    before, *numbered = _NUMBER.split(name, maxsplit=1)
+    return (before, int(numbered[0]), numbered[1]) if numbered else None
 
 
 def has_one_dtype(folder: Path) -> bool:
     """Whether all weights in a folder are stored in one dtype, so that opening them in it rounds none."""
-    found = set()
-    for file in weight_files(folder):
-        with _opened(file) as opened:
-            found |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118, no mapping
-    return len({dtype for dtype in found if dtype.startswith(("F", "BF"))}) == 1
+    return len({weight.dtype for weight in stored_weights(folder).values() if weight.dtype.is_floating_point}) == 1
 
 
 def makes_unknown_numbers(model: Any) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from deltaw.base.formed import (
     stored_bytes,
     stored_dtype,
     weight_files,
+    within_block,
 )
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove
@@ -69,7 +69,6 @@ MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
 _COUNTS, MAX_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4096
 MAX_CONTEXT = 1 << 20
 FREE_SHARE = 0.9  # of the free memory, which the weights of a base may take
-_NUMBER = re.compile(r"\.([0-9]{1,4})\.")  # of a block, in the name of a weight
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -424,9 +423,9 @@ def _weights_by_block(names: Iterable[str]) -> dict[int, set[tuple[str, str]]]:
     """{4: {("model.layers", "mlp.up_proj.weight"), …}, …}."""
     found: dict[int, set[tuple[str, str]]] = {}
     for name in names:
-        before, *numbered = _NUMBER.split(name, maxsplit=1)
-        if numbered:
-            found.setdefault(int(numbered[0]), set()).add((before, numbered[1]))
+        if place := within_block(name):
+            before, number, rest = place
+            found.setdefault(number, set()).add((before, rest))
     return found
 
 

@@ -23,21 +23,13 @@ from deltaw.adapter import Adapter, choose_for, merge_
 from deltaw.adapter.files import save_tensors
 from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
-from deltaw.base.formed import INDEX, weight_files
+from deltaw.base.formed import INDEX, Stored, stored_weights
 from deltaw.base.load import Base, open_model
 from deltaw.disk import new_folder, write_text
 from deltaw.errors import AdapterError, UsageError, bullet_list
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 _CONFIG = "config.json"
-
-
-class _Stored(NamedTuple):
-    """Where a tensor of the base lies, its shape and its dtype."""
-
-    shard: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def require_new(out: Path) -> None:
@@ -54,7 +46,7 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
     """
     require_new(out)
     targets = {_weight_name(target): target for target in choose_for(base.model, adapter)}
-    stored = _stored_tensors(base.folder)
+    stored = stored_weights(base.folder)
     parted = _parted_names(base, set(targets))
     same_layout = all(
         name in parted or (name in stored and stored[name].shape == target.shape) for name, target in targets.items()
@@ -76,7 +68,7 @@ def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     An adapted weight must be W + ΔW, formed in fp32, to half a unit in the last place; every other one must have the
     base's bits. Raises AdapterError naming each that does not.
     """
-    written, usual = _stored_tensors(out), _usual_dtype(_stored_tensors(folder))
+    written, usual = stored_weights(out), _usual_dtype(stored_weights(folder))
     base, merged = open_model(folder, usual), open_model(out, usual)
     targets = {_weight_name(target): target for target in choose_for(base, adapter)}
     stored, found = base.state_dict(), merged.state_dict()
@@ -113,20 +105,7 @@ def _weight_name(target: Target) -> str:
     return target.name if target.is_parameter else f"{target.name}.{target.parameter}"
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    """Every tensor that transformers would read."""
-    stored = {}
-    for path in weight_files(folder):
-        shard = path.name
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                part = file.get_slice(name)
-                shape = tuple(part.get_shape())
-                stored[name] = _Stored(shard, shape, (part[:0] if shape else file.get_tensor(name)).dtype)
-    return stored
-
-
-def _usual_dtype(stored: dict[str, _Stored]) -> torch.dtype:
+def _usual_dtype(stored: dict[str, Stored]) -> torch.dtype:
     """The dtype of most of these numbers."""
     numbers: Counter[torch.dtype] = Counter()
     for each in stored.values():
@@ -179,7 +158,7 @@ class _Holder(torch.nn.Module):
         self.register_buffer("stored", stored)
 
 
-def _write_shards(folder: Path, out: Path, stored: dict[str, _Stored], merge: _Merge) -> None:
+def _write_shards(folder: Path, out: Path, stored: dict[str, Stored], merge: _Merge) -> None:
     shared = next((name for name in merge.parted if name in stored), None)
     size_bytes = 0
     for shard in sorted({place.shard for place in stored.values()}):
@@ -216,7 +195,7 @@ def _describe_parting(folder: Path, places: dict[str, str], size_bytes: int) -> 
 
 def _write_whole(folder: Path, out: Path, adapter: Adapter) -> None:
     """Opens the base once more, in the dtype of most of its numbers, merges, and lets transformers write its layout."""
-    model = open_model(folder, _usual_dtype(_stored_tensors(folder)))
+    model = open_model(folder, _usual_dtype(stored_weights(folder)))
     merge_(model, adapter, keep_originals=False)
     try:
         model.save_pretrained(out)

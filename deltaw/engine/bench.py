@@ -22,10 +22,9 @@ from deltaw.data.example import Example
 from deltaw.data.pack import Batch, flat_batch
 from deltaw.engine.objective import accumulate, head_factors
 from deltaw.engine.optim import FlatFactors, OptimSettings
+from deltaw.engine.prepare import DEFAULT_MICRO_TOKENS
 from deltaw.engine.train import peak_bytes
 
-LEAST_ROW_TOKENS = 1024
-ROW_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}  # fewer leave a GPU waiting for its next call
 # (what it is called, tokens of a document, share of them that is trained)
 WORKLOADS = (("short chats", 64, 0.1), ("chats", 256, 0.5), ("dense rows", 1024, 1.0))
 # Time inside these calls, as torch's profiler names them, belongs to a part; what is left is "everything else".
@@ -76,11 +75,10 @@ def _workload(
     length = min(length, base.context_tokens)
     tell(f"{name}: documents of {length} tokens, {share:.0%} of them trained")
     random = np.random.default_rng(0)
-    documents = [
-        _document(random, base.vocabulary, length, share) for _ in range(ROW_TOKENS[base.device.type] // length)
-    ]
+    count = DEFAULT_MICRO_TOKENS[base.device.type] // length
+    documents = [_document(random, base.vocabulary, length, share) for _ in range(count)]
     rates = [_gemm(base)]
-    batch = _warmed(step, documents, LEAST_ROW_TOKENS // length)
+    batch = _warmed(step, documents, DEFAULT_MICRO_TOKENS["cpu"] // length)
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         times.append(hardware.time_calls(lambda: step(batch), 1, base.device))

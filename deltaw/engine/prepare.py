@@ -110,7 +110,7 @@ def _require_positions(known: Outline, data: dict[str, DataSet]) -> None:
     longest = max(int(each.store.lengths.max()) for each in data.values())
     tokens = known.model.get_input_embeddings()
     tables = [part for part in known.model.modules() if isinstance(part, nn.Embedding) and part is not tokens]
-    learned = any(table.num_embeddings <= known.context_tokens + 2 for table in tables)  # some keep two to spare
+    learned = any(0 <= table.num_embeddings - known.context_tokens <= 2 for table in tables)  # some keep two to spare
     if learned and longest > known.context_tokens:
         raise UsageError(
             f"A document has {longest:,} tokens, and {known.name} knows {known.context_tokens:,} positions. Give "

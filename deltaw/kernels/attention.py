@@ -151,17 +151,13 @@ def alike_documents(
             q, k, v, attn_mask=visible, is_causal=plain, scale=scale, enable_gqa=grouped and group > 1
         )
     else:  # one by one: their scores are all there at once
-        outs = [_capped(*document, visible, scale, softcap) for document in zip(q, k, v, strict=True)]
+        rest: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        outs = [checkpoint(_capped, *each, visible, scale, softcap, **rest) for each in zip(q, k, v, strict=True)]
         out = torch.stack(outs)
     return out.transpose(1, 2)
 
 
-def _capped(*given: Any) -> Tensor:
-    out: Tensor = checkpoint(_capped_products, *given, use_reentrant=False, preserve_rng_state=False)
-    return out
-
-
-def _capped_products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:
     scores = softcap * torch.tanh(scale / softcap * (q @ k.transpose(1, 2)).float())
     return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v
 

@@ -228,8 +228,8 @@ class _RotaryAttention(torch.autograd.Function):
         k_TKD = k if heads.k_norm is None else _prepared(k, heads.k_norm, heads, angles)
         d_THD, v_TKD = (x.unflatten(1, (-1, heads.width)) for x in (upstream[0], v_TY))
         dq, dk, dv = attend_backward(d_THD, q_THD, k_TKD, v_TKD, tiles, heads.scale, heads.softcap)
-        dq_TX = _prepared_backward(dq, [q], heads.q_norm, angles)
-        return dq_TX, _prepared_backward(dk, [k], heads.k_norm, angles), dv.flatten(1), None, None, None
+        dq_TX = _prepared_backward(dq, q, heads.q_norm, angles)
+        return dq_TX, _prepared_backward(dk, k, heads.k_norm, angles), dv.flatten(1), None, None, None
 
 
 class _Prepare(torch.autograd.Function):
@@ -237,15 +237,15 @@ class _Prepare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TX: Tensor, norm: Norm | None, heads: Heads, angles: tuple[Tensor, Tensor]) -> Tensor:
-        ctx.save_for_backward(*angles, *(() if norm is None else (x_TX,)))
+        ctx.save_for_backward(None if norm is None else x_TX, *angles)
         ctx.norm = norm
         return _prepared(x_TX, norm, heads, angles)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Gradients:
-        cos_TE, sin_TE, *inputs = ctx.saved_tensors
-        return _prepared_backward(upstream[0], inputs, ctx.norm, (cos_TE, sin_TE)), None, None, None
+        x_TX, *angles = ctx.saved_tensors
+        return _prepared_backward(upstream[0], x_TX, ctx.norm, angles), None, None, None
 
 
 def _prepared(x_TX: Tensor, norm: Norm | None, heads: Heads, angles: Sequence[Tensor]) -> Tensor:
@@ -256,11 +256,11 @@ def _prepared(x_TX: Tensor, norm: Norm | None, heads: Heads, angles: Sequence[Te
     return rotate(x_TX.unflatten(1, (-1, heads.width)), *angles)
 
 
-def _prepared_backward(d_TND: Tensor, inputs: Sequence[Tensor], norm: Norm | None, angles: Sequence[Tensor]) -> Tensor:
-    """The gradient of what `_prepared` was given, which is read from `inputs` only where there is a norm."""
+def _prepared_backward(d_TND: Tensor, x_TX: Tensor, norm: Norm | None, angles: Sequence[Tensor]) -> Tensor:
+    """The gradient of what `_prepared` was given; `x_TX` is read only where there is a norm."""
     cos_TE, sin_TE = angles
     d_TX = rotate(d_TND, cos_TE, -sin_TE).flatten(1)
     if norm is None:
         return d_TX
     rows = (-1, norm.width)
-    return rms_norm_backward(d_TX.unflatten(1, rows), inputs[0].unflatten(1, rows), norm).flatten(1)
+    return rms_norm_backward(d_TX.unflatten(1, rows), x_TX.unflatten(1, rows), norm).flatten(1)
