@@ -37,6 +37,11 @@ def test_what_is_said_of_plans_is_what_the_grid_measured(monkeypatch):
     found = json.loads((plan_accuracy.RESULTS / "plan_accuracy.json").read_text())
     assert found["errors"] == plan_accuracy.errors(found["rows"])
     assert plan_accuracy.sentence(found["errors"]["all"]) in " ".join((ROOT / "README.md").read_text().split())
+    fitted = sum(row["case"]["fitted"] for row in found["rows"])
+    said = f"{fitted} of the {len(found['rows'])} are those by which its constants were chosen"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+    held_out, whole = found["errors"]["held out"], found["errors"]["all"]
+    assert all(held_out[name] <= whole[name] for name in whole if name.startswith(("peak", "time"))), "no worse"
     guide = (ROOT / "docs" / "guides" / "memory.md").read_text()
     assert plan_accuracy.table(found["rows"]) in guide
     in_fp32 = json.loads((plan_accuracy.RESULTS / "plan_accuracy_fp32.json").read_text())
@@ -51,3 +56,17 @@ def test_the_tables_of_sweeps_are_those_of_the_measured_figures(task):
     for rank, found in ranks.items():
         behind = "{nats:.3f} ({low:.3f} to {high:.3f}) ".format(**found["behind"]) if found["behind"]["nats"] else ""
         assert f"| {rank} | {found['loss']:.3f} | {behind}|" in guide
+
+
+def test_what_the_readme_says_of_the_measured_rows_is_what_they_hold():
+    results, readme = ROOT / "benchmarks" / "results", " ".join((ROOT / "README.md").read_text().split())
+    sweep = json.loads((results / "versus_sweep.json").read_text())
+    plain = [
+        row["tokens_per_second"]
+        for row in sweep
+        if (row["tool"], row["workload"], row["setting"]["group"]) == ("trl", "docstrings", "none")
+    ]
+    assert f"its sweep had {max(plain):.0f} without sorting" in readme
+    words = {4: "four", 8: "eight"}
+    (chats,) = {row["examples_per_step"] for row in sweep if row["workload"] == "shared"}
+    assert f"500 tokens of system prompt, {words[chats]} chats a step" in readme
