@@ -78,6 +78,14 @@ def write_adapter(adapter: Adapter, folder: Path | str) -> Path:
     return Path(folder)
 
 
+# As the header of a safetensors file names them.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+}
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
     """Writes a safetensors file. Raises OSError where the disk fails; the library wraps that in an error of its own."""
     try:

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deltaw.adapter.files import DTYPES
 from deltaw.adapter.weight import READER, dense_weight
 from deltaw.base.stream import blocks_of, release
 from deltaw.errors import BaseError
@@ -149,9 +150,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """In what most of the weights in a folder are stored, by the header of its largest file. Raises BaseError."""
     file = max(weight_files(folder), key=lambda path: path.stat().st_size)
     with _opened(file) as opened:
-        key = next(iter(opened.keys()))
-        dtype: torch.dtype = opened.get_slice(key)[:0].dtype
-        return dtype
+        return DTYPES[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
 
 
 @contextlib.contextmanager
@@ -173,14 +172,13 @@ class Stored(NamedTuple):
 
 
 def stored_weights(folder: Path) -> dict[str, Stored]:
-    """Every weight that transformers would read, by the name that it has in its file. Raises BaseError."""
+    """Every weight that transformers would read, by the name that it has in its file; of headers alone. BaseError."""
     found = {}
     for path in weight_files(folder):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
-                shape = tuple(part.get_shape())
-                found[name] = Stored(path.name, shape, (part[:0] if shape else file.get_tensor(name)).dtype)
+                found[name] = Stored(path.name, tuple(part.get_shape()), DTYPES[part.get_dtype()])
     return found
 
 

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaw.adapter.files import save_tensors
+from deltaw.adapter.files import DTYPES, save_tensors
 from deltaw.disk import disk_errors, new_file, sha256_file
 from deltaw.errors import DiskError
 
 _MAGIC = b"deltaw01"
 _PART = 1 << 20
 _END = 32 + len(_MAGIC)  # bytes behind the tensors: their sha256, then this
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 _NAME = re.compile(r"step-(\d{8})\.ckpt")
 
 
@@ -76,8 +75,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _tensor(numbers: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
     begin, end = data_offsets
     if begin == end:
-        return torch.empty(shape, dtype=_DTYPES[dtype])
-    return torch.frombuffer(numbers[begin:end], dtype=_DTYPES[dtype]).view(shape)
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(numbers[begin:end], dtype=DTYPES[dtype]).view(shape)
 
 
 def newest_checkpoint(folder: Path) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
