@@ -50,11 +50,13 @@ bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/gradient_error.py
 	$(BIN)/python benchmarks/memory_growth.py
+	$(BIN)/python benchmarks/versus.py --sweep
 	$(BIN)/python benchmarks/versus.py
 	$(BIN)/python benchmarks/plan_accuracy.py
 	$(BIN)/python benchmarks/big_base.py
 	$(BIN)/python benchmarks/combine_error.py
 	$(BIN)/python benchmarks/rank_calibration.py
+	$(BIN)/python benchmarks/rank_calibration.py tasks plots
 	$(BIN)/python benchmarks/nested.py
 
 gpu-check:  ## compare with the processor and time training, where there is a GPU (PYTHON=… picks the environment)

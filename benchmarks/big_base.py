@@ -46,7 +46,7 @@ from bases import FOLDER, TOKENIZER, base
 from limits import finishes_under, forget
 from plan_accuracy import Case, write_chats
 
-from deltaw import api, base_path, hardware
+from deltaw import base_path, hardware, training
 from deltaw.base.shapes import Outline, outline
 from deltaw.config import make_settings
 from deltaw.demonstration import demo_settings, snippets
@@ -247,7 +247,7 @@ def child(given: dict[str, Any], turns: str | None, micro: int, dtype: str) -> N
     if watcher.turns is not None:
         watcher.turns.take()
     run = create_run(settings)
-    api.train(settings, run, watcher)
+    training.train(settings, run, watcher)
     seconds = None
     if len(times := watcher.quantised) > 1:  # each block says when it begins
         seconds = (times[-1] - times[0]) * len(times) / (len(times) - 1)

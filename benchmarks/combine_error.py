@@ -100,7 +100,7 @@ def drawn(model: Any, given: dict[str, Any], seed: int) -> Adapter:
 
 def update(adapter: Adapter, name: str) -> torch.Tensor:
     A, B = matrices(adapter, name)
-    return adapter.spec.scale_of(adapter.pattern_name(name)) * (B @ A)
+    return adapter.scale_of(name) * (B @ A)
 
 
 def error(got: dict[str, torch.Tensor], wanted: dict[str, Any]) -> float:

@@ -241,9 +241,10 @@ def write_chats(path: Path, case: Case) -> None:
 
 
 def errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Errors over all cases, and apart over those by which nothing was chosen."""
+    """Errors over all cases, and apart over those by which something was chosen and those by which nothing was."""
     found = {}
-    for label, some in (("all", rows), ("held out", [row for row in rows if not row["case"]["fitted"]])):
+    fitted = [row for row in rows if row["case"]["fitted"]]
+    for label, some in (("all", rows), ("fitted", fitted), ("held out", [row for row in rows if row not in fitted])):
         peaks = [abs(row["peak_error"]) for row in some]
         times = [abs(row["time_error"]) for row in some if not row.get("busy")]
         if some:

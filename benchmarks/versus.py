@@ -92,7 +92,9 @@ def verify(bench: Bench, asked: argparse.Namespace) -> list[gates.Gate]:
     """Runs the gates and stores what they found."""
     chosen = asked.workload
     found = gates.verify(bench, chosen or FIRST_STEPS, chosen or CURVES, asked.gate_steps)
-    bench.keep("gates", {"gates": gates.as_dicts(found)})
+    stored = {gate["name"]: gate for gate in bench.rows.get("gates", {}).get("gates", [])}
+    stored |= {gate["name"]: gate for gate in gates.as_dicts(found)}
+    bench.keep("gates", {"gates": list(stored.values())})
     return found
 
 
@@ -100,10 +102,11 @@ def verify(bench: Bench, asked: argparse.Namespace) -> list[gates.Gate]:
 
 
 def rounds(bench: Bench, workloads: list[str], kind: str, count: int, **given: Any) -> None:
-    """Every tool in turn, in fresh processes, `count` times."""
+    """Every tool in turn, in fresh processes, `count` times; each time another one begins, since the machine drifts."""
     for number in range(1, count + 1):
+        first = number % len(TOOLS)
         for workload in workloads:
-            for tool in TOOLS:
+            for tool in (*TOOLS[first:], *TOOLS[:first]):
                 setting = settings.best(tool, workload, SWEEP)
                 bench.once(f"{kind}/{workload}/{tool}/{number}", bench.job(tool, workload, setting, **given))
 

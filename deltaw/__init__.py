@@ -21,7 +21,7 @@ _HOME = {
     "base_path": "deltaw.base.builtin",
     "Model": "deltaw.api",
     "load": "deltaw.api",
-    "train": "deltaw.api",
+    "train": "deltaw.training",
     "evaluate": "deltaw.api",
     "merge": "deltaw.api",
     "inspect": "deltaw.api",

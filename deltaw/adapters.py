@@ -21,7 +21,7 @@ from deltaw.analysis.arithmetic import METHODS
 from deltaw.analysis.arithmetic import combine as combined
 from deltaw.analysis.compare import compare as compared
 from deltaw.analysis.curve import Curve, retained_gain
-from deltaw.analysis.spectrum import is_stack, ranks_of, spectra, spectrum
+from deltaw.analysis.spectrum import ranks_of, spectra, spectrum
 from deltaw.analysis.truncate import (
     Spectra,
     component_numbers,
@@ -32,17 +32,15 @@ from deltaw.analysis.truncate import (
     uniform_ranks,
 )
 from deltaw.analysis.weights import beside
-from deltaw.api import MEASURED, base_of, open_adapter, settings_of, train, train_run
+from deltaw.api import base_of, open_adapter, train_run
 from deltaw.base.formed import stored_dtype
 from deltaw.base.save import require_new
-from deltaw.config import AUTO, Settings, parse_bytes
-from deltaw.disk import write_text
+from deltaw.config import make_settings, parse_bytes
 from deltaw.engine.heldout import HeldOut, Progress
-from deltaw.engine.run import Run, adapter_folder, create_run, run_of
+from deltaw.engine.run import adapter_folder, create_run, run_of
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, Interrupted, UsageError
 from deltaw.ranks import open_held_out
-from deltaw.ranks import rank as rank_of
 
 Say = Callable[[str], None]
 # Sizes that --keep tries, in a search for the smallest: halvings of the range on a logarithmic scale.
@@ -216,7 +214,7 @@ def _healed_alike(path: Path, adapter: Adapter) -> dict[str, Any]:
     """The settings that healing takes from the run that the adapter is of, or from what the adapter says of it."""
     run = run_of(path)
     if run is None:  # nobody knows who chose them
-        known, names = settings_of(adapter), list(HEALED_ALIKE)
+        known, names = adapter.settings, list(HEALED_ALIKE)
     else:
         settings = run.settings()
         known, names = vars(settings), [*HEALED_ALIKE, *filter(settings.asked_for, FITTED)]
@@ -231,10 +229,11 @@ def _healed(
     """The adapter after some steps of training, in the dtype that it had."""
     start = write_adapter(cut, folder / "cut")
     try:
-        run = train(
-            model=model, adapter=str(start), data=[str(each) for each in data], steps=steps,
-            out=str(folder / "healing"), watcher=watcher, **options,
-        )  # fmt: skip
+        settings = make_settings(
+            {"model": model, "adapter": start, "data": data, "steps": steps, "out": folder / "healing", **options}
+        )
+        run = create_run(settings)
+        train_run(run, settings, watcher, "train")
     except Interrupted as stop:
         said = "Healing was stopped, and nothing was written. Begin it again"
         raise Interrupted(stop.exit_code, f"{said}; a run of --rank measure goes on by --resume.") from stop
@@ -245,55 +244,6 @@ def _healed(
             **{part: tensor.to(getattr(like, part).dtype) for part, tensor in factors.tensors()}
         )
     return healed
-
-
-# The gain that a rank must keep to be chosen, and how long what was cut is trained again.
-MEASURED_SHARE, HEALED_SHARE = 0.99, 0.1
-
-
-def train_measured(settings: Settings, watcher: Watcher | None = None) -> dict[str, Any]:
-    """`--rank measure`: trains at the default rank, measures what rank was needed, cuts to it and heals.
-
-    Returns the run (`run`), the measurement (`measured`, also in rank.json) and, where a smaller rank is sure to keep
-    99 % of the gain, what `compress` returns for the adapter in the run's folder `compressed`; else None. Both are None
-    where the data was too little to hold anything out.
-    """
-    watcher = watcher or Watcher()
-    settings.put("rank", AUTO, "measure: the default rank first")
-    run = create_run(settings)
-    train_run(run, settings, watcher, MEASURED)
-    return _measured(run, watcher)
-
-
-def resume_measured(run: Run, watcher: Watcher) -> dict[str, Any]:
-    """Goes on with a run of `train_measured`, whichever part of it was stopped."""
-    if run.read_summary().get("status") not in ("done", "stopped early"):
-        train_run(run, run.settings(), watcher, MEASURED, resume=True)
-    return _measured(run, watcher)
-
-
-def _measured(run: Run, watcher: Watcher) -> dict[str, Any]:
-    """What follows training: the measurement, and what it says to make. Both stay as they are where they are made."""
-    measurement, compressed = run.folder / "rank.json", run.folder / "compressed"
-    if "eval" not in run.read_summary()["data"]:
-        watcher.say("Nothing was held out, so no rank can be measured; give --eval-data.")
-        return {"run": str(run.folder), "measured": None, "compressed": None}
-    if not measurement.is_file():
-        found = rank_of(run.folder, everything=True, say=watcher.say)
-        write_text(measurement, json.dumps(found, indent=2) + "\n")
-    found = json.loads(measurement.read_text("utf-8"))
-    watcher.say(f"{found['verdict']} The curve is in {measurement}.")
-    need = next(need for need in found["needed"] if need["share"] == MEASURED_SHARE)
-    made = None
-    settings = run.settings()
-    if need["determined"] and need["high"] < found["points"][-1]["rank"] and not compressed.exists():
-        steps = max(1, round(HEALED_SHARE * int(run.read_summary()["steps"])))
-        made = compress(
-            run.folder, compressed, rank=need["high"], heal=steps, train_data=settings.data,
-            watcher=watcher, say=watcher.say, device=settings.device,
-        )  # fmt: skip
-        watcher.say(f"The adapter of rank {need['high']} is in {compressed}.")
-    return {"run": str(run.folder), "measured": found, "compressed": made}
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------
@@ -326,7 +276,7 @@ def combine(
     shares = list(weights) or [1 / len(paths)] * len(paths)
     made, discarded = combined(adapters, shares, rank, method, density, seed)
     write_adapter(made, Path(out))
-    ranks = [made.spec.rank_of(made.pattern_name(name)) for name in made.factors]
+    ranks = [made.rank_of(name) for name in made.factors]
     return {
         "folder": str(out),
         "method": method,
@@ -356,7 +306,7 @@ def beside_base(
     for number, target in enumerate(targets):
         if progress is not None:
             progress(number, len(targets))
-        if not is_stack(adapter, target.name):
+        if not adapter.is_stack(target.name):
             found = beside(spectrum(adapter, target.name), target.weight_matrix(), stored)
             rows.append({"name": target.name, **vars(found)})
     return rows

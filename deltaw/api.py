@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import datetime
 import gc
-import importlib
 import json
 import math
 import shutil
@@ -23,22 +22,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 
 from deltaw import hardware
 from deltaw.adapter import Adapter, Injection, inject, read_adapter
 from deltaw.adapter.files import WEIGHTS
+from deltaw.analysis.compare import inner_product
 from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN
 from deltaw.base.formed import stored_dtype
-from deltaw.base.forward import plain_attention
 from deltaw.base.save import check_merged, require_new, write_merged
 from deltaw.config import AUTO, DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
 from deltaw.data.chat import Encoder
-from deltaw.data.example import Example
 from deltaw.data.formats import Row, parse_sources, read_rows
-from deltaw.data.pack import flat_batch
 from deltaw.data.prepare import DataSet, prepare
 from deltaw.data.source import Fault
 from deltaw.disk import disk_errors, write_text
@@ -62,7 +58,6 @@ from deltaw.plan.pace import likely_way, measure_pace
 from deltaw.plan.speed import Clock
 
 EVALUATION_TOKENS = 2048
-MEASURED = "train --rank measure"  # in the summary of a run whose rank is measured when it has ended
 Progress = Callable[[int, int], None]
 
 
@@ -138,12 +133,13 @@ class Model:
         rows = measure_forgetting(self.base, self.injection, neutral_texts(text), strengths)
         if data:
             usual = self.strength
-            with self._encoded(data, allow_lost, columns, allow) as prepared:
-                for row in rows:
-                    self.strength = row["strength"]
-                    loss_sum, tokens, _ = held_out_loss(self.base, prepared.store, EVALUATION_TOKENS, None)
-                    row["data_loss"] = loss_sum / max(1, tokens)
-            self.strength = usual
+            try:
+                with self._encoded(data, allow_lost, columns, allow) as prepared:
+                    for row in rows:
+                        self.strength = row["strength"]
+                        row["data_loss"], _, _ = held_out_loss(self.base, prepared.store, EVALUATION_TOKENS, None)
+            finally:
+                self.strength = usual
         return rows
 
     @contextlib.contextmanager
@@ -152,7 +148,7 @@ class Model:
     ) -> Iterator[DataSet]:
         """Data files as this adapter reads them, for as long as that is needed."""
         with tempfile.TemporaryDirectory() as folder:
-            sources = parse_sources(map(str, data), columns)
+            sources = parse_sources(data, columns)
             yield prepare(sources, self.encoder(allow), Path(folder), refuse_above=allow_lost, keep_rows=True)
 
 
@@ -178,13 +174,7 @@ def load(name: str | Path, adapter: str | Path | None = None, **options: Any) ->
 def _over(base: base_load.Base, adapter: Adapter | None) -> Model:
     if adapter is None:
         return Model(base, None)
-    return Model(base, inject(base.model, adapter, dtype=base.dtype), settings_of(adapter))
-
-
-def settings_of(adapter: Adapter) -> dict[str, Any]:
-    """The settings that an adapter of deltaw was trained with, as plain values; none of others."""
-    known: dict[str, Any] = json.loads(adapter.origin.get("config", "{}"))
-    return known
+    return Model(base, inject(base.model, adapter, dtype=base.dtype), adapter.settings)
 
 
 def open_adapter(
@@ -227,36 +217,51 @@ def plan(
 
     `on` names another machine (deltaw/plan/devices.py). No weight is read. Raises DoesNotFitError with three ways out.
     """
-    settings = settings or make_settings(_listed(given))
+    settings = one_of(settings, given)
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = dataclasses.replace(settings, out=str(Path(folder) / "run"))
+        there = None if on is None else place_on(on, elsewhere)
         run = create_run(elsewhere)
-        return plan_sketch(sketch_run(run, elsewhere, watcher or Watcher()), elsewhere, on)
+        return plan_sketch(sketch_run(run, elsewhere, watcher or Watcher(), there), elsewhere, on)
+
+
+def one_of(settings: Settings | None, given: dict[str, Any]) -> Settings:
+    """The settings, or those made from keywords. UsageError where both are there, and one would have no effect."""
+    if settings is not None and given:
+        raise UsageError(f"Give settings or keywords, not both: {', '.join(given)}.")
+    return settings or make_settings(given)
+
+
+def place_on(machine: str, settings: Settings) -> tuple[torch.device, torch.dtype]:
+    """Where and in what another machine computes, noted in the settings. Raises UsageError when it is not known."""
+    if machine not in DEVICES:
+        raise UsageError(f"No machine {machine!r} is known; choose {', '.join(DEVICES)}.")
+    device = DEVICES[machine]
+    dtype = str(device.dtype).removeprefix("torch.")
+    if settings.dtype not in (AUTO, dtype):
+        raise UsageError(f"The data sheet of {machine} is read for {dtype}; leave out --dtype.")
+    settings.put("device", device.kind, f"--on {machine}")
+    settings.put("dtype", dtype, f"--on {machine}")
+    return torch.device(device.kind), device.dtype
 
 
 def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Plan:
-    """The plan of a sketched run, here or on another machine."""
-    if on is not None and on not in DEVICES:
-        raise UsageError(f"No machine {on!r} is known; choose {', '.join(DEVICES)}.")
+    """The plan of a sketched run, here or on the machine that it was placed on."""
     fixed_bytes, file_bytes = hardware.rss_bytes(), hardware.file_rss_bytes()
-    if on is not None:
-        device = DEVICES[on]
-        dtype = str(device.dtype).removeprefix("torch.")
-        if settings.dtype != dtype and not settings.by_rule("dtype"):
-            raise UsageError(f"The data sheet of {on} is read for {dtype}; leave out --dtype.")
-        settings.put("device", device.kind, f"--on {on}")
-        settings.put("dtype", dtype, f"--on {on}")
-        fixed_bytes = GPU_FIXED_BYTES if device.kind == "cuda" else fixed_bytes
-    demand = Demand(sketch.outline, settings, sketch.targets, sketch.data)
+    device = None if on is None else DEVICES[on]
+    if device is not None and device.kind == "cuda":
+        fixed_bytes = GPU_FIXED_BYTES
+    streams = None if device is None else device.streams
+    demand = Demand(sketch.outline, settings, sketch.targets, sketch.data, streams=streams)
     if settings.stream and not demand.may_stream(settings.quant):
         raise UsageError(
-            f"--stream: the base {sketch.outline.name} cannot be read block by block on this machine. That needs "
-            "Linux, a CPU, and blocks of linear layers or of weights in the dtype that is computed in."
+            f"--stream: the base {sketch.outline.name} cannot be read block by block on {on or 'this machine'}. That "
+            "needs Linux, a CPU, and blocks of linear layers or of weights in the dtype that is computed in."
         )
     room = _room(settings, fixed_bytes, file_bytes, on)
     if on is None:
         require_room(demand, room, likely_way(demand))  # timing needs time and memory, which a refusal can do without
-    clock = Clock(demand, None if on else measure_pace(demand), DEVICES[on] if on else None)
+    clock = Clock(demand, None if device else measure_pace(demand), device)
     return make_plan(demand, room, clock)
 
 
@@ -272,53 +277,10 @@ def _room(settings: Settings, fixed_bytes: int, file_bytes: int, on: str | None)
     # A limit that was asked for is taken at its word, also as much above what is free as processes differ.
     if settings.memory is not None and parse_bytes(settings.memory) <= most:
         limit, source = parse_bytes(settings.memory), "--memory"
-    return Room(limit, source, fixed_bytes, min(fixed_bytes, file_bytes), most)
+    return Room(limit, source, fixed_bytes, min(fixed_bytes, file_bytes), total)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
-
-
-def train(
-    settings: Settings | None = None,
-    run: Run | None = None,
-    watcher: Watcher | None = None,
-    *,
-    resume: str | Path | None = None,
-    **given: Any,
-) -> Run:
-    """Trains an adapter and returns its run folder. Settings as keywords: model, data, rank, steps, lr, …
-
-    `resume` names a run folder to go on with instead. Raises the errors of deltaw.errors; Interrupted after a signal.
-    """
-    watcher = watcher or Watcher()
-    if resume is not None:
-        if given or settings is not None:
-            raise UsageError("A resumed run keeps its own settings; give `resume` alone.")
-        return _resume(open_run(Path(resume)), watcher)
-    settings = settings or make_settings(_listed(given))
-    run = run or create_run(settings)
-    train_run(run, settings, watcher, "train")
-    return run
-
-
-def _resume(run: Run, watcher: Watcher) -> Run:
-    known = run.read_summary()
-    if known.get("verb") == MEASURED:
-        importlib.import_module("deltaw.adapters").resume_measured(run, watcher)
-    elif known.get("status") in ("done", "stopped early"):
-        watcher.say(f"{run.folder} has ended already; nothing is left to do.")
-    elif known.get("verb") == "sweep":
-        raise UsageError(f"{run.folder} is a part of a sweep; go on with: deltaw sweep --resume {run.folder.parent}")
-    elif known.get("verb") == "demo":
-        importlib.import_module("deltaw.demonstration").train_demo(run, run.settings(), watcher, resume=True)
-    else:
-        train_run(run, run.settings(), watcher, "train", resume=True)
-    return run
-
-
-def _listed(given: dict[str, Any]) -> dict[str, Any]:
-    """Keywords with paths as text."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def train_run(
@@ -333,6 +295,7 @@ def train_run(
 ) -> dict[str, Any]:
     """Runs the engine and, whatever happens, leaves a summary and a report."""
     with disk_errors("open", run.folder), run.locked():  # not while another process trains it
+        run.forgetting.unlink(missing_ok=True)  # it tells of factors that will be others
         run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
     try:
         # A run that was stopped before its plan was kept is planned when it goes on.
@@ -378,7 +341,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "best_step": trainer.best_step,
         "best_eval_loss": trainer.best_loss if trainer.best_step else None,
         "train_seconds": trainer.progress.seconds,
-        "peak_bytes": engine.peak_bytes(),
+        "peak_bytes": engine.peak_of(trainer.run),
         "opened_bytes": trainer.opened_bytes,  # the peak until the base was open
         "tokens": track.tokens,
         "trained_tokens": track.trained_tokens,
@@ -471,16 +434,8 @@ def merge(
 @torch.no_grad()
 def _logits(base: base_load.Base) -> torch.Tensor:
     """Logits [T, V] at every position of the merge prompts."""
-    rows = []
-    for prompt in MERGE_PROMPTS:
-        tokens = np.asarray(render_prompt(base, [{"role": "user", "content": prompt}]), np.int32)
-        batch = flat_batch([Example(tokens, np.ones(len(tokens), np.float32))]).to(base.device)
-        if base.plain_reason is None:
-            rows.append(base.logits(base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds)))
-        else:
-            with plain_attention(base.model):
-                rows.append(base.model(input_ids=batch.tokens_T[None]).logits[0])
-    return torch.cat(rows).float()
+    prompts = [render_prompt(base, [{"role": "user", "content": prompt}]) for prompt in MERGE_PROMPTS]
+    return torch.cat([base.document_logits(torch.tensor(ids, device=base.device)) for ids in prompts]).float()
 
 
 def verify(path: str | Path, steps: int = 3, say: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
@@ -507,9 +462,8 @@ def bench(
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """How fast a base trains here: for three kinds of documents tokens/s, share of the multiply rate, time by part."""
-    cores = threads or hardware.usable_cores()
     base = base_load.load(
-        model, device=device, dtype=dtype, threads=cores, revision=revision, quant=quant, stream=stream, tell=say
+        model, device=device, dtype=dtype, threads=threads, revision=revision, quant=quant, stream=stream, tell=say
     )
     try:
         return run_bench(base, rank, seconds, say)
@@ -552,8 +506,7 @@ def _layer_kinds(adapter: Adapter) -> list[dict[str, Any]]:
     """Layers of the same last name, rank, scale and shapes as one line each."""
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name, factors in adapter.factors.items():
-        known = adapter.pattern_name(name)
-        rank, scale = adapter.spec.rank_of(known), adapter.spec.scale_of(known)
+        rank, scale = adapter.rank_of(name), adapter.scale_of(name)
         groups[name.rsplit(".", 1)[-1], rank, scale, tuple(factors.A.shape), tuple(factors.B.shape)].append(name)
     return [
         {
@@ -571,13 +524,8 @@ def _layer_kinds(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def _update_norm(adapter: Adapter, name: str) -> float:
-    """‖s·B·A‖_F from the factors alone: trace((BᵀB)(AAᵀ)), no dense ΔW."""
-    factors, s = adapter.factors[name], adapter.spec.scale_of(adapter.pattern_name(name))
-    stacked = name in adapter.parameter_names and factors.A.ndim == 3
-    A = (factors.A if stacked else factors.A.flatten(1)).double()
-    B = (factors.B if stacked else factors.B.flatten(1)).double()
-    square = ((B.mT @ B) * (A @ A.mT)).sum()
-    return float(s * square.clamp_min(0).sqrt())
+    """‖s·B·A‖_F, of no dense ΔW."""
+    return math.sqrt(max(0.0, inner_product(adapter, adapter, name)))
 
 
 def answers(model: Model, prompt: str | None, data: Sequence[str | Path], **options: Any) -> Iterator[dict[str, Any]]:
@@ -588,7 +536,7 @@ def answers(model: Model, prompt: str | None, data: Sequence[str | Path], **opti
     """
     if prompt is not None:
         yield {"prompt": prompt, "answer": model.generate(prompt, **options)}
-    for row in read_rows(parse_sources(map(str, data))):
+    for row in read_rows(parse_sources(data)):
         where = {"file": row.file, "row": row.number}
         yield {**where, "error": row.reason} if isinstance(row, Fault) else {**where, **_answer(model, row, options)}
 

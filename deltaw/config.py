@@ -12,7 +12,7 @@ import datetime
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from deltaw.errors import UsageError, bullet_list
 
 AUTO = "auto"
 EVALUATIONS_PER_RUN = 6  # where nothing else is said
+LENGTHS = ("steps", "epochs", "minutes")  # of which a run has one
 HUB = "hub:"  # how the name of a data set of the hub begins, where a file might stand
+
+ABOVE_0, FROM_0, SHARE = "must be above 0", "must not be below 0", "must be between 0 and 1"
+_RANGES: dict[str, Callable[[float], bool]] = {
+    ABOVE_0: lambda value: value > 0,
+    FROM_0: lambda value: value >= 0,
+    SHARE: lambda value: 0 <= value <= 1,
+}
 
 
 def setting(
@@ -35,13 +43,14 @@ def setting(
     choices: tuple[str, ...] = (),
     group: str = "",
     path: bool = False,
+    within: str | None = None,
 ) -> Any:
     """A field of Settings: its default, its one line of help, the type of a value, and whether it may be repeated.
 
-    A value that may be repeated may also be a list with commas, unless it is a `path`.
+    A value that may be repeated may also be a list with commas, unless it is a `path`. `within` is one of `_RANGES`.
     """
     metadata = {"help": help_text, "kind": kind, "many": many, "choices": choices, "group": group, "path": path}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "within": within})
 
 
 @dataclass
@@ -72,12 +81,14 @@ class Settings:
         choices=("assistant", "last", "completion", "all"),
         group="data",
     )
-    max_length: int | str = setting(AUTO, "Longest document in tokens, or auto.", kind=int, group="data")
+    max_length: int | str = setting(
+        AUTO, "Longest document in tokens, or auto.", kind=int, within=ABOVE_0, group="data"
+    )
     allow: tuple[str, ...] = setting(
         (), "Findings of `deltaw data check` that shall not stop the run, by name.", many=True, group="data"
     )
     allow_lost: float = setting(
-        0.01, "Share of rows that may be unusable before the run refuses.", kind=float, group="data"
+        0.01, "Share of rows that may be unusable before the run refuses.", kind=float, within=SHARE, group="data"
     )
     date: str = setting(AUTO, "Day that chat templates print which ask for one, as 2026-01-31.", group="data")
 
@@ -86,9 +97,13 @@ class Settings:
     revision: str | None = setting(None, "Revision of a hub base.", group="what")
 
     rank: int | str = setting(
-        AUTO, "Rank r of the update, or auto; for the verb train also measure.", kind=int, group="adapter"
+        AUTO,
+        "Rank r of the update, or auto; for the verb train also measure.",
+        kind=int,
+        within=ABOVE_0,
+        group="adapter",
     )
-    alpha: float = setting(32.0, "Alpha; the update is scaled by alpha/r.", kind=float, group="adapter")
+    alpha: float = setting(32.0, "Alpha; the update is scaled by alpha/r.", kind=float, within=ABOVE_0, group="adapter")
     targets: tuple[str, ...] = setting(
         ("all-linear",),
         "all-linear, or suffixes of module names; comma-separated or repeated.",
@@ -103,56 +118,79 @@ class Settings:
     alpha_pattern: tuple[str, ...] = setting(
         (), "Another alpha for modules by suffix, such as v_proj=16.", many=True, group="adapter"
     )
-    dropout: float = setting(0.0, "Dropout on the input of the low-rank branch.", kind=float, group="adapter")
+    dropout: float = setting(
+        0.0, "Dropout on the input of the low-rank branch.", kind=float, within=SHARE, group="adapter"
+    )
     rslora: bool = setting(False, "Scale by alpha/√r instead of alpha/r.", kind=bool, group="adapter")
     dora: bool = setting(False, "Train magnitudes too (DoRA).", kind=bool, group="adapter")
 
-    steps: int | None = setting(None, "Length as optimiser steps.", kind=int, group="length")
-    epochs: float | None = setting(None, "Length as passes over the data (default: 1).", kind=float, group="length")
+    steps: int | None = setting(None, "Length as optimiser steps.", kind=int, within=ABOVE_0, group="length")
+    epochs: float | None = setting(
+        None, "Length as passes over the data (default: 1).", kind=float, within=ABOVE_0, group="length"
+    )
     minutes: float | None = setting(
-        None, "Length as minutes of training; the rate falls to zero with the budget.", kind=float, group="length"
+        None,
+        "Length as minutes of training; the rate falls to zero with the budget.",
+        kind=float,
+        within=ABOVE_0,
+        group="length",
     )
     batch_tokens: int | str = setting(
-        AUTO, "Tokens per optimiser step, context included, or auto.", kind=int, group="length"
+        AUTO, "Tokens per optimiser step, context included, or auto.", kind=int, within=ABOVE_0, group="length"
     )
     micro_tokens: int | str = setting(
-        AUTO, "Tokens per forward pass, or auto; changes memory, not results.", kind=int, group="length"
+        AUTO, "Tokens per forward pass, or auto; changes memory, not results.", kind=int, within=ABOVE_0, group="length"
     )
     share_prefixes: bool = setting(
         True, "Compute once what documents of a step have in common at their start.", kind=bool, group="length"
     )
 
-    lr: float | str = setting(AUTO, "Peak learning rate, or auto.", kind=float, group="optimiser")
-    lora_plus: float = setting(1.0, "Rate of B divided by rate of A (LoRA+).", kind=float, group="optimiser")
+    lr: float | str = setting(AUTO, "Peak learning rate, or auto.", kind=float, within=ABOVE_0, group="optimiser")
+    lora_plus: float = setting(
+        1.0, "Rate of B divided by rate of A (LoRA+).", kind=float, within=ABOVE_0, group="optimiser"
+    )
     schedule: str = setting(
         "linear", "How the rate falls to zero.", choices=("linear", "cosine", "constant"), group="optimiser"
     )
-    warmup: float = setting(0.03, "Share of the run over which the rate rises.", kind=float, group="optimiser")
-    clip: float = setting(
-        1.0, "Largest gradient norm of an adapter; 0 switches clipping off.", kind=float, group="optimiser"
+    warmup: float = setting(
+        0.03, "Share of the run over which the rate rises.", kind=float, within=SHARE, group="optimiser"
     )
-    weight_decay: float = setting(0.0, "AdamW weight decay.", kind=float, group="optimiser")
-    seed: int = setting(0, "Seed of the start, the order of the data and dropout.", kind=int, group="optimiser")
+    clip: float = setting(
+        1.0,
+        "Largest gradient norm of an adapter; 0 switches clipping off.",
+        kind=float,
+        within=FROM_0,
+        group="optimiser",
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay.", kind=float, within=FROM_0, group="optimiser")
+    seed: int = setting(
+        0, "Seed of the start, the order of the data and dropout.", kind=int, within=FROM_0, group="optimiser"
+    )
 
     eval_steps: int | str = setting(
-        AUTO, "Steps between evaluations, or auto (6 in a run).", kind=int, group="watching"
+        AUTO, "Steps between evaluations, or auto (6 in a run).", kind=int, within=ABOVE_0, group="watching"
     )
     eval_rows: int = setting(
         500,
         "Rows of the validation data measured during the run; all of them would only cost time.",
         kind=int,
+        within=ABOVE_0,
         group="watching",
     )
     patience: int = setting(
-        0, "Stop after this many evaluations without a better one; 0 never.", kind=int, group="watching"
+        0, "Stop after this many evaluations without a better one; 0 never.", kind=int, within=FROM_0, group="watching"
     )
     checkpoint_steps: int | str = setting(
-        AUTO, "Steps between checkpoints, or auto (as often as evaluations).", kind=int, group="watching"
+        AUTO,
+        "Steps between checkpoints, or auto (as often as evaluations).",
+        kind=int,
+        within=ABOVE_0,
+        group="watching",
     )
     checkpoint_seconds: float = setting(
-        300.0, "A checkpoint too after this many seconds without one.", kind=float, group="watching"
+        300.0, "A checkpoint too after this many seconds without one.", kind=float, within=ABOVE_0, group="watching"
     )
-    keep_checkpoints: int = setting(2, "Checkpoints kept.", kind=int, group="watching")
+    keep_checkpoints: int = setting(2, "Checkpoints kept.", kind=int, within=ABOVE_0, group="watching")
     track: tuple[str, ...] = setting(
         (),
         "Also log to tensorboard, wandb or trackio.",
@@ -163,14 +201,18 @@ class Settings:
 
     device: str = setting(AUTO, "auto, cpu, cuda or mps.", choices=("auto", "cpu", "cuda", "mps"), group="machine")
     dtype: str = setting(AUTO, "auto, float32 or bfloat16.", choices=("auto", "float32", "bfloat16"), group="machine")
-    threads: int | None = setting(None, "CPU threads.", kind=int, group="machine")
+    threads: int | None = setting(None, "CPU threads.", kind=int, within=ABOVE_0, group="machine")
     memory: str | None = setting(
         None,
         "Memory that the run may take, such as 4GB or 900MiB; what does not fit is refused before it starts.",
         group="machine",
     )
     recompute: int | str = setting(
-        AUTO, "Blocks that are computed twice instead of kept for backward, or auto.", kind=int, group="machine"
+        AUTO,
+        "Blocks that are computed twice instead of kept for backward, or auto.",
+        kind=int,
+        within=FROM_0,
+        group="machine",
     )
     stream: bool | str = setting(
         AUTO, "Read blocks of the base from disk when they are needed, or auto.", kind=bool, group="machine"
@@ -228,6 +270,8 @@ def make_settings(given: Mapping[str, Any], recipe: Mapping[str, Any] | None = N
     """Settings from what the caller gave, over a recipe, over the defaults. Raises UsageError listing every fault."""
     settings, faults = Settings(), []
     fields = {field.name: field for field in settings_fields()}
+    if any(given.get(name) is not None for name in LENGTHS):  # one length wins over another, as over itself
+        recipe = {name: value for name, value in (recipe or {}).items() if name not in LENGTHS}
     for source, values in (("recipe", recipe or {}), ("given", given)):
         for raw_name, raw in values.items():
             name = str(raw_name).replace("-", "_")
@@ -314,65 +358,27 @@ def _choice(value: Any, choices: tuple[str, ...]) -> Any:
     return value
 
 
-_POSITIVE = (
-    "steps",
-    "epochs",
-    "minutes",
-    "batch_tokens",
-    "micro_tokens",
-    "max_length",
-    "lr",
-    "lora_plus",
-    "rank",
-    "threads",
-    "eval_steps",
-    "eval_rows",
-    "checkpoint_steps",
-    "checkpoint_seconds",
-    "keep_checkpoints",
-    "alpha",
-)
-
-
 def _contradictions(settings: Settings) -> list[str]:
+    """Every value that has no meaning, alone or beside another."""
     faults = []
-    lengths = [name for name in ("steps", "epochs", "minutes") if getattr(settings, name) is not None]
+    lengths = [name for name in LENGTHS if getattr(settings, name) is not None]
     if len(lengths) > 1:
         faults.append(f"{' and '.join(lengths)} are given; the length of a run is one of steps, epochs, minutes")
-    for name in _POSITIVE:
+    for field in settings_fields():
+        value, within = getattr(settings, field.name), field.metadata["within"]
+        if within is not None and isinstance(value, int | float) and not _RANGES[within](value):
+            faults.append(f"{field.name} = {value}: {within}")
+    for name, parse in _PARSED.items():
         value = getattr(settings, name)
-        if isinstance(value, int | float) and value <= 0:
-            faults.append(f"{name} = {value}: must be above 0")
-    for name in ("clip", "weight_decay", "patience", "seed", "recompute"):
-        if getattr(settings, name) != AUTO and getattr(settings, name) < 0:
-            faults.append(f"{name} = {getattr(settings, name)}: must not be below 0")
-    for name in ("dropout", "warmup", "allow_lost"):
-        if not 0 <= getattr(settings, name) <= 1:
-            faults.append(f"{name} = {getattr(settings, name)}: must be between 0 and 1")
-    for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         try:
-            parse_pattern(getattr(settings, name), kind)
+            if value not in (None, AUTO):
+                parse(value)
         except ValueError as error:
-            faults.append(f"{name} = {', '.join(getattr(settings, name))}: {error}")
-    if settings.memory is not None:
-        try:
-            parse_bytes(settings.memory)
-        except ValueError as error:
-            faults.append(f"memory = {settings.memory!r}: {error}")
-    if settings.date != AUTO:
-        try:
-            datetime.date.fromisoformat(settings.date)
-        except ValueError:
-            faults.append(f"date = {settings.date!r}: must look like 2026-01-31")
+            faults.append(f"{name} = {', '.join(value) if isinstance(value, tuple) else repr(value)}: {error}")
     if settings.dropout == 1:
         faults.append("dropout = 1: would drop everything")
     if settings.max_length == 1:
         faults.append("max_length = 1: a document of one token predicts nothing")
-    if settings.layers is not None:
-        try:
-            parse_layers(settings.layers)
-        except ValueError as error:
-            faults.append(f"layers = {settings.layers!r}: {error}")
     return faults
 
 
@@ -418,14 +424,42 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
+def parse_date(text: str) -> datetime.date:
+    """The day of "2026-01-31"; ValueError when it is none."""
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ValueError("must look like 2026-01-31") from None
+
+
+# Settings whose text must be one that can be read, and what reads it.
+_PARSED: dict[str, Callable[[Any], Any]] = {
+    "rank_pattern": lambda entries: parse_pattern(entries, int),
+    "alpha_pattern": lambda entries: parse_pattern(entries, float),
+    "layers": parse_layers,
+    "memory": parse_bytes,
+    "date": parse_date,
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses what a YAML reader usually drops: the first of two values of a key."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value).replace("-", "_") for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({name for name in names if names.count(name) > 1 and name != "<<"}):
+            raise yaml.YAMLError(f"{', '.join(twice)} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises UsageError when it is no such file.
 
     Paths of what exists (data, adapters, a model folder) are relative to the file; `out` is relative to where one is.
     """
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.load(path.read_text("utf-8"), _Loader) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a day that never was
         raise UsageError(f"{path} cannot be read as a YAML recipe: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold settings as `name: value`, not {type(values).__name__}.")
@@ -478,6 +512,11 @@ def default_rate(hidden: int, model_type: str) -> tuple[float, str]:
         return 3e-4, "rule: 3e-4 for architectures without a fitted formula"
     rate = 5e-4 * (2000 / hidden) ** power
     return float(f"{rate:.3g}"), f"rule: 5e-4·(2000/{hidden})^{power} for {model_type}"
+
+
+def steps_between(steps: int) -> int:
+    """How many steps of a run lie between evaluations, where nothing else is said."""
+    return max(1, math.ceil(steps / EVALUATIONS_PER_RUN))
 
 
 def default_batch_tokens(mean_tokens: float) -> tuple[int, str]:

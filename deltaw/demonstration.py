@@ -52,13 +52,8 @@ def train_demo(run: Run, settings: Settings, watcher: Watcher, *, resume: bool =
 
 def demo_settings(given: dict[str, Any]) -> Settings:
     """The demo's settings, with what the caller gave on top."""
-    length = (
-        {} if any(given.get(name) for name in ("steps", "minutes", "epochs")) else {"steps": DEMO_SETTINGS["steps"]}
-    )
-    chosen = {name: value for name, value in given.items() if value is not None}
-    fixed = {name: value for name, value in DEMO_SETTINGS.items() if name != "steps"}
     data = {"data": [str(snippets("train"))], "eval_data": [str(snippets("validation"))]}
-    return make_settings(chosen, {**fixed, **length, **data})
+    return make_settings(given, {**DEMO_SETTINGS, **data})
 
 
 def _measure_demo(trainer: Trainer, watcher: Watcher, *, adapted: bool) -> dict[str, Any]:

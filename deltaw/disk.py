@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deltaw.errors import DiskError
@@ -84,7 +85,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         try:
             yield temporary
-            for file in temporary.rglob("*"):
+            for file in (*temporary.rglob("*"), temporary):
                 fsync_path(file)
             _take_place(temporary, path)
         finally:
@@ -103,6 +104,34 @@ def _take_place(temporary: Path, path: Path) -> None:
         raise
     fsync_path(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Only one process at a time is inside; the system frees the lock if that process dies."""
+    with disk_errors("lock", path):
+        file = path.open("a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make_once(path: Path, is_there: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Has one process make what is not there yet; others wait meanwhile, and find it made. Raises DiskError."""
+    if is_there():
+        return
+    with disk_errors("make", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(path.with_name(f".{path.name}.lock")):
+        if not is_there():  # another process may have made it while this one waited
+            make()
+
+
+def keep_note(path: Path, text: str) -> None:
+    """Writes a small file into a cache; where that cannot be written, finding out anew only costs time."""
+    with contextlib.suppress(OSError, DiskError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
 
 
 def sha256_file(path: Path) -> str:
@@ -126,7 +155,5 @@ def remembered_digest(path: Path, memory: Path | None = None) -> str:
         if key not in _KNOWN:
             _KNOWN[key] = sha256_file(path)
             if kept is not None:
-                with contextlib.suppress(OSError, DiskError):  # a memory that cannot be written only costs time
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(kept, _KNOWN[key])
+                keep_note(kept, _KNOWN[key])
     return _KNOWN[key]

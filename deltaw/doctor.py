@@ -8,11 +8,13 @@ import torch
 
 from deltaw import hardware
 from deltaw.base.builtin import cache_folder
+from deltaw.base.stream import may_stream
 
 
 def doctor() -> dict[str, Any]:
     """The machine as deltaw sees it (`machine`), and what it means for training (`advice`, sentences)."""
     seen = hardware.look()
+    hardware.set_threads(None)
     # Emulated, one product of the usual shape would take two seconds.
     size = (EMULATED_SIZE,) * 3 if hardware.emulates_bf16(seen) else ()
     rates = {
@@ -58,10 +60,13 @@ def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, ra
             if not hardware.emulates_bf16(seen):
                 share = rates[str(torch.bfloat16)] / rate
                 advice.append(f"`--dtype bfloat16` takes half the memory, at {share:.0%} of the multiply rate.")
-    largest = 0.6 * seen.memory_limit_bytes / (4 if dtype == torch.float32 else 2)
+    gpu = seen.gpu if device.type == "cuda" else None
+    room = seen.memory_limit_bytes if gpu is None else gpu.total_bytes
+    largest = 0.6 * room / (4 if dtype == torch.float32 else 2)
+    ways = [*(["streamed"] if may_stream(device) else []), *(["in 4 bits"] if device.type in ("cpu", "cuda") else [])]
     advice.append(
-        f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train. `deltaw plan` says "
-        "how a larger one would be fitted: streamed, or in 4 bits."
+        f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train."
+        + (f" `deltaw plan` says how a larger one would be fitted: {', or '.join(ways)}." if ways else "")
     )
     return advice
 

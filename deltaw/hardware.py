@@ -1,6 +1,7 @@
 """What is here: cores, what they compute fast, how much memory this process may use, the GPU, and the measured rates.
 
-It looks and measures; it does not choose a plan (`deltaw.plan` does) and changes nothing but the number of threads.
+It looks and measures, and sets up this process for it: threads, allocators, bits that repeat. It does not choose a
+plan (`deltaw.plan` does).
 Linux and macOS; Windows through WSL. The idea that keeps it short: whatever may bound memory, be it the RAM, a cgroup
 or a ulimit, is one `_Bound` of (source, bytes, used bytes), and the answers are minima over the list of them.
 """
@@ -335,11 +336,11 @@ def one_thread() -> Iterator[None]:
 
 
 def set_threads(num_threads: int | None) -> int:
-    """Let torch compute with `num_threads`, or with all usable cores if None; returns the number.
+    """Let torch compute with so many threads; None: with those it has, at most the usable cores. Returns the number.
 
     torch itself counts the machine's cores and knows no cgroup quota. Raises UsageError below 1.
     """
-    chosen = usable_cores() if num_threads is None else num_threads
+    chosen = min(torch.get_num_threads(), usable_cores()) if num_threads is None else num_threads
     if chosen < 1:
         raise UsageError(f"threads must be at least 1, not {chosen}")
     torch.set_num_threads(chosen)

@@ -24,8 +24,8 @@ from deltaw.data.formats import parse_sources
 from deltaw.data.prepare import prepare
 from deltaw.engine.heldout import HeldOut, Progress
 from deltaw.engine.orders import by_activations, by_loss, require_plain
-from deltaw.engine.prepare import prepare_run, sketch_run
-from deltaw.engine.run import adapter_folder, run_of
+from deltaw.engine.prepare import Sketch, prepare_run, sketch_run
+from deltaw.engine.run import Run, adapter_folder, run_of
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import UsageError
 
@@ -109,7 +109,7 @@ def open_held_out(
     assert opened.injection is not None
     opened.injection.eject()
     encoder = opened.encoder(allow)
-    prepared = prepare(parse_sources(map(str, data), columns), encoder, folder, refuse_above=allow_lost)
+    prepared = prepare(parse_sources(data, columns), encoder, folder, refuse_above=allow_lost)
     return HeldOut(opened.base, prepared.store, EVALUATION_TOKENS)
 
 
@@ -127,13 +127,21 @@ def _of_run(path: Path, say: Callable[[str], None], options: dict[str, Any]) -> 
     sketch = sketch_run(run, settings, Watcher())
     if "eval" not in sketch.data:
         raise UsageError(f"The run {path} held nothing out; give --data FILE.")
-    known = run.read_summary().get("data", {}).get("eval", {}).get("digest")
-    if known not in (None, sketch.data["eval"].report.digest):
+    if _is_other_data(run, sketch):
         raise UsageError(f"What {path} held out would be other rows now; give ones it has not seen with --data FILE.")
     say("Measuring on what the run held out for validation.")
     if by_memory:
         settings.put("stream", AUTO, "rule: where the memory does not suffice")
     return HeldOut(prepare_run(sketch, settings, Watcher()).base, sketch.data["eval"].store, EVALUATION_TOKENS)
+
+
+def _is_other_data(run: Run, sketch: Sketch) -> bool:
+    """Whether what is held out now may be other rows: by the summary, or by what the adapter was trained on."""
+    known = run.read_summary().get("data", {}).get("eval", {}).get("digest")
+    if known is not None or run.settings().eval_data:
+        return known not in (None, sketch.data["eval"].report.digest)
+    trained_on = read_adapter(run.adapter).origin.get("data_digest")
+    return trained_on not in (None, sketch.data["train"].report.digest)
 
 
 def allowed_seconds(path: Path) -> float:
@@ -178,7 +186,7 @@ def _facts(adapter: Adapter, known: Spectra, held_out: HeldOut, ordering: int) -
     """What the curve stands on, and for comparison what the spectra alone would say."""
     found = [ranks_of(each.sigma_K) for each in known.values()]
     means = {name: float(np.mean([getattr(ranks, name) for ranks in found])) for name in found[0].__dict__}
-    ranks = [adapter.spec.rank_of(adapter.pattern_name(name)) for name in known]
+    ranks = [adapter.rank_of(name) for name in known]
     return {
         "rank": max(ranks),
         "ranks": {"least": min(ranks), "most": max(ranks)},
@@ -222,7 +230,8 @@ def _compare_orders(
         if made is None:
             found = losses_KD[1:]
         else:
-            found = np.concatenate([held_out.curve_losses([made(size) for size in ladder[:-1]], progress), whole])
+            cuts = [made(size) for size in ladder[:-1]]
+            found = np.concatenate([held_out.curve_losses(cuts, progress), whole]) if cuts else whole
         curve = retained_gain(losses_KD[0], found, held_out.tokens_D, ladder)
         shown[title] = [dict(point._asdict()) for point in curve.points]
     return shown

@@ -24,13 +24,15 @@ from deltaw.api import EVALUATION_TOKENS
 from deltaw.config import AUTO, Settings, make_settings
 from deltaw.disk import disk_errors, write_text
 from deltaw.engine.heldout import HeldOut
+from deltaw.engine.log import read_metrics
 from deltaw.engine.prepare import prepare_run, sketch_run
 from deltaw.engine.run import Run, create_run
 from deltaw.engine.together import Cell, Together
-from deltaw.engine.train import peak_bytes
+from deltaw.engine.train import peak_of
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DeltawError, UsageError
 from deltaw.report import write_report
+from deltaw.report.sweep_page import FILE_NAME as SWEEP_PAGE
 from deltaw.report.sweep_page import write_sweep_page
 
 PLAN_FILE, RESULT_FILE, VERB = "sweep.json", "result.json", "sweep"
@@ -59,6 +61,8 @@ def sweep(
     if unsuited := [name for name in NOT_SWEPT if getattr(settings, name) not in (None, 0, ())]:
         listed = ", ".join(f"--{name}" for name in unsuited)
         raise UsageError(f"A sweep trains new adapters to their ends and knows no {listed}; leave it out.")
+    if any(len(values) > 1 and AUTO in values for values in (ranks, rates)):
+        raise UsageError("Of several ranks or rates none may be auto: which one a rule chooses is not known before.")
     for rank, rate in itertools.product(ranks, rates):
         make_settings({"rank": rank, "lr": rate})  # raises UsageError
     folder = Path(out or settings.out or time.strftime("runs/sweep-%Y-%m-%d-%H%M%S"))
@@ -87,6 +91,9 @@ def resume_sweep(folder: Path, watcher: Watcher | None = None) -> dict[str, Any]
     """Goes on with an interrupted sweep from its newest good checkpoint; a finished one is read."""
     if (folder / RESULT_FILE).is_file():
         found: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text("utf-8"))
+        found["folder"] = str(folder)  # as it is found from here, and where it was moved to
+        if not (folder / SWEEP_PAGE).is_file():
+            write_sweep_page(folder, found)
         return found
     if not (folder / PLAN_FILE).is_file():
         raise UsageError(f"{folder} is no sweep: it has no {PLAN_FILE}.")
@@ -119,7 +126,7 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
             **_compared(together),
             "seconds": together.progress.seconds,  # of all steps, whatever was stopped between
             "steps": together.progress.step,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": max(peak_of(cell.run) for cell in together.cells),
         }
     for index, cell in enumerate(together.cells):
         cell.run.write_summary(_summary(index, together))
@@ -139,8 +146,9 @@ def _summary(index: int, together: Together) -> dict[str, Any]:
         "steps": together.progress.tracks[index].last_step,
         "best_step": cell.best_step,
         "best_eval_loss": cell.best_loss if cell.best_step else None,
-        "train_seconds": together.progress.seconds / len(together.cells),
-        "peak_bytes": peak_bytes(),
+        "train_seconds": sum(line.get("seconds", 0.0) for line in read_metrics(cell.run.metrics)),
+        "peak_bytes": peak_of(cell.run),
+        "data": {name: part.as_dict() for name, part in together.ready.data.items()},
     }
 
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from deltaw.analysis.curve import FEWEST
 from deltaw.report.adapter_page import compared_notes
 from deltaw.report.quantities import DASH, is_number
 from deltaw.report.sweep_page import HEADINGS, cautions, cell_row
-from deltaw.terminal import WholeTable, human_bytes, human_seconds, pairs, percent
-
-
-def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table without lines, its first column to the left and the others to the right."""
-    table = WholeTable(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+from deltaw.terminal import human_bytes, human_seconds, pairs, percent, plain_table
 
 
 def rank_page(console: Console, found: dict[str, Any]) -> None:
@@ -36,7 +26,7 @@ def rank_page(console: Console, found: dict[str, Any]) -> None:
         for p in found["points"]
     ]
     console.print(plain_table(("", "numbers", "loss", "gain kept", "95 % interval"), rows))
-    for title, points in found.get("orders", {}).items():
+    for title, points in found.get("orders", {}).items() if shown else ():
         kept = "  ".join(f"{p['rank']}: {percent(p['gain'])}" for p in points[:-1])
         console.print(f"{title:<36}{kept}", highlight=False, soft_wrap=True)
     console.print()
@@ -125,12 +115,15 @@ def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
     pairs(console, {
         "compared with": other,
         "cosine": f"{found['cosine']:+.4f} (unrelated updates: about 0)",
-        "sign conflict": f"{found['sign_conflict']:.1%} (unrelated updates: {found['sign_conflict_null']:.0%})",
+        "sign conflict": f"{_share(found['sign_conflict'])} (unrelated updates: {found['sign_conflict_null']:.0%})",
         "layers": f"{len(found['layers'])} in both, {len(found['only_first'])} and {len(found['only_second'])} in one",
     })  # fmt: skip
     for side, means in found["overlap"].items():
         lines = [
-            (f"{i}", *(f"{phi:.2f} ({null:.2f})" for phi, null in zip(phis, nulls, strict=True)))
+            (
+                f"{i}",
+                *(f"{_number(phi, '.2f')} ({_number(null, '.2f')})" for phi, null in zip(phis, nulls, strict=True)),
+            )
             for i, phis, nulls in zip(means["first"], means["phi"], means["null"], strict=True)
         ]
         console.print()
@@ -138,8 +131,8 @@ def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
     headings = ("layer", "cosine", "sign conflict", "interference", "φ output", "null", "φ input", "null", "shared")
     rows = [
         (
-            *(r["name"], f"{r['cosine']:+.3f}", f"{r['sign_conflict']:.1%}", f"{r['interference']:.2f}"),
-            *(f"{r[side][key]:.3f}" for side in ("output", "input") for key in ("phi_all", "phi_all_null")),
+            *(r["name"], f"{r['cosine']:+.3f}", _share(r["sign_conflict"]), _number(r["interference"], ".2f")),
+            *(_number(r[side][key], ".3f") for side in ("output", "input") for key in ("phi_all", "phi_all_null")),
             ", ".join(_count(r[side]["shared_directions"]) for side in ("output", "input")),
         )
         for r in found["layers"]
@@ -150,8 +143,20 @@ def compare_page(console: Console, found: dict[str, Any], other: str) -> None:
         console.print(sentence)
 
 
+def _number(number: float | None, form: str) -> str:
+    return format(number, form) if is_number(number) else DASH
+
+
+def _signed(number: float | None) -> str:
+    return _number(number, "+.4f")
+
+
+def _share(number: float) -> str:
+    return _number(number, ".1%")
+
+
 def _count(number: float) -> str:
-    return f"{number:.0f}" if is_number(number) else DASH
+    return _number(number, ".0f")
 
 
 def sweep_page(console: Console, found: dict[str, Any]) -> None:
@@ -164,7 +169,8 @@ def sweep_page(console: Console, found: dict[str, Any]) -> None:
     for sentence in cautions(found):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     pairs(console, {
-        "time of the steps": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of {found['steps']} steps",
+        "time of the steps": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of at most "
+        f"{found['steps']} steps",
         "peak memory": human_bytes(found["peak_bytes"]),
         "page": f"{found['folder']}/sweep.html",
     })  # fmt: skip
@@ -175,7 +181,7 @@ def forgetting_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     lines = [
         (
             *(f"{r['strength']:g}", f"{r['data_loss']:.4f}", f"{r['loss']:.4f}"),
-            f"{r['change']:+.4f} ({r['change_low']:+.4f} to {r['change_high']:+.4f})",
+            f"{r['change']:+.4f} ({_signed(r['change_low'])} to {_signed(r['change_high'])})",
             f"{r['kl']:.4f}",
         )
         for r in rows
@@ -184,5 +190,7 @@ def forgetting_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     console.print(plain_table(("strength", "loss on the data", "on neutral text", "change", "KL to the base"), lines))
     first = rows[0]
     console.print(
-        f"Neutral text: {first['documents']} documents, {first['tokens']:,} tokens; nats per token.", style="dim"
+        f"Neutral text: {first['documents']} documents, {first['tokens']:,} tokens; nats per token."
+        + ("" if first["documents"] >= FEWEST else " Too few for intervals to mean anything."),
+        style="dim",
     )

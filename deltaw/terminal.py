@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -53,6 +53,16 @@ class WholeTable(Table):
     """A table of numbers, none of which may be cut."""
 
 
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without lines, its first column to the left and the others to the right."""
+    table = WholeTable(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def make_console(stderr: bool = False) -> Console:
     """The console for results (stdout) or for talk (stderr), plain unless it is a terminal that may have colour."""
     stream = sys.stderr if stderr else sys.stdout
@@ -62,7 +72,7 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def human_bytes(number: float) -> str:
-    """1.23 GB with GB = 10⁹."""
+    """1.2 GB with GB = 10⁹; 512 MB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:.{0 if number >= 100 * size else 1}f} {unit}"
@@ -213,16 +223,17 @@ def percent(value: float) -> str:
 
 def results_table(console: Console, results: list[dict[str, Any]]) -> None:
     """Accuracy with its interval, loss and rows, one line per model."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("", "accuracy", "95 % interval", "loss", "rows"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in results:
-        interval = f"{percent(row['low'])} – {percent(row['high'])}" if "low" in row else ""
-        accuracy = percent(row["accuracy"]) if "accuracy" in row else ""
-        table.add_row(
-            row["label"], accuracy, interval, f"{row['loss']:.3f}" if "loss" in row else "", f"{row['rows']:,}"
+    rows = [
+        (
+            row["label"],
+            percent(row["accuracy"]) if "accuracy" in row else "",
+            f"{percent(row['low'])} – {percent(row['high'])}" if "low" in row else "",
+            f"{row['loss']:.3f}" if "loss" in row else "",
+            f"{row['rows']:,}",
         )
-    console.print(table)
+        for row in results
+    ]
+    console.print(plain_table(("", "accuracy", "95 % interval", "loss", "rows"), rows))
 
 
 def samples_table(console: Console, samples: list[dict[str, Any]]) -> None:
@@ -264,22 +275,16 @@ def inspect_page(console: Console, facts: dict[str, Any]) -> None:
 
 def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
     """One line per kind of adapted layer."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("layer", "count", "rank", "scale", "A", "B", "parameters", "mean ‖s·B·A‖"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
-    for row in layers:
-        shapes = ("×".join(map(str, row[part])) for part in ("A", "B"))
-        norm = f"{row['update_norm']:.4g}"
-        table.add_row(
-            row["name"],
-            str(row["count"]),
-            str(row["rank"]),
-            f"{row['scale']:g}",
-            *shapes,
-            f"{row['parameters']:,}",
-            norm,
+    headings = ("layer", "count", "rank", "scale", "A", "B", "parameters", "mean ‖s·B·A‖")
+    rows = [
+        (
+            *(row["name"], str(row["count"]), str(row["rank"]), f"{row['scale']:g}"),
+            *("×".join(map(str, row[part])) for part in ("A", "B")),
+            *(f"{row['parameters']:,}", f"{row['update_norm']:.4g}"),
         )
-    console.print(table)
+        for row in layers
+    ]
+    console.print(plain_table(headings, rows))
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -356,27 +361,21 @@ def bench_tables(console: Console, found: dict[str, Any]) -> None:
         "base": f"{found['base']}, {found['dtype']}, rank {found['rank']}, {found['threads']} threads",
         "computed by": found["way"] + reason,
     })  # fmt: skip
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("documents", "tokens/s", "ms a step", "useful GFLOP/s", "multiply rate", "share", "peak memory"):
-        table.add_column(heading, justify="left" if heading == "documents" else "right")
-    for row in found["workloads"]:
-        table.add_row(
+    headings = ("documents", "tokens/s", "ms a step", "useful GFLOP/s", "multiply rate", "share", "peak memory")
+    workloads = found["workloads"]
+    rows = [
+        (
             f"{row['workload']} ({row['document_tokens']} tokens, {row['trained_share']:.0%} trained)",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{1000 * row['step_seconds']:,.0f}",
-            f"{row['useful_gflops']:,.0f}",
-            f"{row['gemm_gflops']:,.0f}",
-            f"{row['share_of_gemm']:.0%}",
-            human_bytes(row["peak_bytes"]),
+            *(f"{row['tokens_per_second']:,.0f}", f"{1000 * row['step_seconds']:,.0f}"),
+            *(f"{row['useful_gflops']:,.0f}", f"{row['gemm_gflops']:,.0f}"),
+            *(f"{row['share_of_gemm']:.0%}", human_bytes(row["peak_bytes"])),
         )
-    console.print(table)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("time of a step by part")
-    for row in found["workloads"]:
-        table.add_column(row["workload"], justify="right")
-    for part in dict.fromkeys(part for row in found["workloads"] for part in row["parts"]):
-        table.add_row(part, *(f"{row['parts'].get(part, 0):.0%}" for row in found["workloads"]))
-    console.print(table)
+        for row in workloads
+    ]
+    console.print(plain_table(headings, rows))
+    parts = dict.fromkeys(part for row in workloads for part in row["parts"])
+    shares = [(part, *(f"{row['parts'].get(part, 0):.0%}" for row in workloads)) for part in parts]
+    console.print(plain_table(("time of a step by part", *(row["workload"] for row in workloads)), shares))
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

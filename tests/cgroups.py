@@ -13,6 +13,13 @@ def own_cgroup(controller):
     return next(folder for folder in hardware._cgroup_folders(controller) if (folder / "cgroup.procs").exists())
 
 
+def _hand_down(folder, controller):
+    """In version 2 a group's children have a controller only when it says so, and it may while no process is in it."""
+    handed_down = folder / "cgroup.subtree_control"
+    if handed_down.exists() and controller not in handed_down.read_text().split():
+        handed_down.write_text(f"+{controller}")
+
+
 @contextlib.contextmanager
 def new_cgroup(controller, *levels):
     """The innermost of new cgroups below our own, one in the other, each with its {(name in either version): value}.
@@ -23,7 +30,9 @@ def new_cgroup(controller, *levels):
     try:
         try:
             for values in levels:
-                made.append((made[-1] if made else own_cgroup(controller)) / f"deltaw_test_{os.getpid()}")
+                parent = made[-1] if made else own_cgroup(controller)
+                _hand_down(parent, controller)
+                made.append(parent / f"deltaw_test_{os.getpid()}")
                 made[-1].mkdir()
                 for names, value in values.items():
                     next(made[-1] / name for name in names if (made[-1] / name).exists()).write_text(value)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from models import save_base
 
-from deltaw import api
+from deltaw import training
 
 
 def pytest_collection_modifyitems(items):
@@ -66,4 +66,4 @@ def chats(tmp_path_factory) -> Path:
 def tiny_run(tmp_path_factory, llama_folder, chats):
     """A finished run of a few steps on the small base; only for reading."""
     settings = {"rank": 4, "steps": 4, "batch_tokens": 256, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
-    return api.train(model=llama_folder, data=chats, out=tmp_path_factory.mktemp("runs") / "tiny", **settings)
+    return training.train(model=llama_folder, data=chats, out=tmp_path_factory.mktemp("runs") / "tiny", **settings)

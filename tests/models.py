@@ -130,6 +130,16 @@ MORE = {
     "mamba": lambda: transformers.MambaConfig(**GENERAL, state_size=4),
     "bloom": lambda: transformers.BloomConfig(**GENERAL),
     "rwkv": lambda: transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        **SMALL,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+    ),
     "falcon_mamba": lambda: transformers.FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
 }
 

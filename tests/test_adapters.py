@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw import adapters, api, ranks, sweeps
+from deltaw import adapters, api, ranks, sweeps, training
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 from deltaw.analysis.spectrum import matrices, spectra
 from deltaw.analysis.truncate import truncate
 from deltaw.base.forward import plain_attention
 from deltaw.config import make_settings
 from deltaw.engine.heldout import HeldOut
+from deltaw.engine.log import read_metrics
 from deltaw.engine.orders import by_activations, by_loss
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, NotFiniteError, UsageError
@@ -30,14 +31,14 @@ QUICK = {"steps": 4, "batch_tokens": 256, **HERE}
 
 def dense(adapter, name):
     A, B = matrices(adapter, name)
-    return adapter.spec.scale_of(adapter.pattern_name(name)) * (B @ A)
+    return adapter.scale_of(name) * (B @ A)
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, llama_folder, chats):
     """A run long enough that the adapter is surely better than its base."""
     out = tmp_path_factory.mktemp("runs") / "learned"
-    return api.train(model=llama_folder, data=chats, out=out, rank=4, lr=3e-2, **{**QUICK, "steps": 40})
+    return training.train(model=llama_folder, data=chats, out=out, rank=4, lr=3e-2, **{**QUICK, "steps": 40})
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_what_cannot_be_meant_is_refused_and_leaves_nothing(learned, tmp_path, g
 def test_a_measured_rank_is_trained_measured_cut_and_healed(llama_folder, chats, tmp_path):
     given = {"model": str(llama_folder), "data": [str(chats)], "eval_data": [str(chats)], "lr": 3e-2}
     settings = make_settings({**given, **QUICK, "steps": 40, "out": str(tmp_path / "run")})
-    found = adapters.train_measured(settings)
+    found = training.train_measured(settings)
     measured = found["measured"]
     assert json.loads((tmp_path / "run" / "rank.json").read_text()) == measured
     need = measured["needed"][1]
@@ -212,7 +213,7 @@ def test_a_task_of_one_direction_is_cut_to_few_and_healed(llama_folder, tmp_path
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"model": str(llama_folder), "data": [str(data)], "eval_data": [str(data)], "lr": 1e-2}
     settings = make_settings({**given, **QUICK, "steps": 60, "out": str(tmp_path / "run")})
-    found = adapters.train_measured(settings)
+    found = training.train_measured(settings)
     made, reference = found["compressed"], found["measured"]["rank"]
     small = read_adapter(tmp_path / "run" / "compressed")
     assert made["ranks"]["most"] == small.spec.rank <= reference // 2
@@ -229,13 +230,13 @@ def test_a_measured_rank_that_was_stopped_goes_on_to_its_end(llama_folder, chats
 
     given = {"model": str(llama_folder), "data": [str(chats)], "eval_data": [str(chats)], "lr": 3e-2, **QUICK}
     with pytest.raises(Interrupted):
-        adapters.train_measured(make_settings({**given, "out": str(tmp_path / "run")}), Stopping())
+        training.train_measured(make_settings({**given, "out": str(tmp_path / "run")}), Stopping())
     assert not (tmp_path / "run" / "rank.json").exists()
-    run = api.train(resume=tmp_path / "run")
+    run = training.train(resume=tmp_path / "run")
     measured = json.loads((tmp_path / "run" / "rank.json").read_text())
     assert run.read_summary()["status"] == "done" and measured["documents"] == 60
     (tmp_path / "run" / "rank.json").unlink()  # as when the measurement was stopped
-    api.train(resume=tmp_path / "run")
+    training.train(resume=tmp_path / "run")
     again = json.loads((tmp_path / "run" / "rank.json").read_text())
     assert again["points"] == measured["points"]
 
@@ -243,7 +244,7 @@ def test_a_measured_rank_that_was_stopped_goes_on_to_its_end(llama_folder, chats
 def test_healing_reads_its_data_as_the_run_did(llama_folder, chats, tmp_path):
     data = tmp_path / "some.jsonl"
     data.write_text(chats.read_text() + '{"prompt": "no answer"}\n' * 10)
-    run = api.train(model=llama_folder, data=data, out=tmp_path / "run", rank=2, allow_lost=0.5, **QUICK)
+    run = training.train(model=llama_folder, data=data, out=tmp_path / "run", rank=2, allow_lost=0.5, **QUICK)
     healed = adapters.compress(run.folder, tmp_path / "out", rank=1, heal=2, train_data=[data], **HERE)
     assert healed["ranks"]["most"] == 1
     alone = write_adapter(read_adapter(run.adapter), tmp_path / "alone")
@@ -264,7 +265,9 @@ def test_a_few_documents_are_no_evidence(learned, chats, llama_folder, tmp_path)
 
 
 def test_half_of_any_rank_is_measured_so_that_there_is_a_verdict(llama_folder, chats, tmp_path):
-    run = api.train(model=llama_folder, data=chats, out=tmp_path / "run", rank=6, lr=3e-2, **{**QUICK, "steps": 30})
+    run = training.train(
+        model=llama_folder, data=chats, out=tmp_path / "run", rank=6, lr=3e-2, **{**QUICK, "steps": 30}
+    )
     found = ranks.rank(run.folder, [chats], everything=True, **HERE)
     assert [point["rank"] for point in found["points"]] == [1, 2, 3, 4, 6]
     assert found["verdict"].split(":")[0] in ("Halve it", "Enough", "Too small") and "half the rank" in found["verdict"]
@@ -276,7 +279,7 @@ def test_what_a_run_held_out_is_measured_where_it_is_told_to_and_only_while_its_
     data, moved = tmp_path / "data.jsonl", tmp_path / "moved"
     data.write_text(chats.read_text())
     base = shutil.copytree(llama_folder, tmp_path / "base")
-    run = api.train(model=base, data=data, out=tmp_path / "run", rank=2, **QUICK)
+    run = training.train(model=base, data=data, out=tmp_path / "run", rank=2, **QUICK)
     base.rename(moved)
     found = ranks.rank(run.folder, everything=True, model=str(moved), dtype="float32")
     assert found["documents"] == run.read_summary()["data"]["eval"]["used"]
@@ -401,7 +404,7 @@ def test_a_sweep_gives_the_bits_of_separate_runs_and_compares_them(llama_folder,
     )
     assert len(found["cells"]) == 8 and (tmp_path / "sweep" / "sweep.html").is_file()
     for cell in found["cells"][::3]:
-        alone = api.train(
+        alone = training.train(
             settings_of(
                 llama_folder, chats, tmp_path / f"alone-{cell['name']}",
                 rank=cell["rank"], lr=cell["lr"], seed=cell["seed"],
@@ -435,7 +438,7 @@ def test_cells_of_epochs_end_with_their_own_data_as_separate_runs_do(llama_folde
     found = sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "sweep", **given), rates=[1e-2], seeds=4)
     counts = {}
     for cell in found["cells"]:
-        alone = api.train(
+        alone = training.train(
             settings_of(
                 llama_folder, chats, tmp_path / f"alone-{cell['name']}", lr=cell["lr"], seed=cell["seed"], **given
             )
@@ -524,7 +527,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_
     with pytest.raises(Interrupted, match="sweep --resume"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "cut", steps=6), ranks=[2, 4], watcher=Stopping())
     with pytest.raises(UsageError, match="part of a sweep"):
-        api.train(resume=tmp_path / "cut" / whole["cells"][0]["name"])
+        training.train(resume=tmp_path / "cut" / whole["cells"][0]["name"])
     again = sweeps.resume_sweep(tmp_path / "cut")
     for cell in whole["cells"]:
         one, other = (read_adapter(tmp_path / run / cell["name"] / "last") for run in ("whole", "cut"))
@@ -535,11 +538,67 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_
     assert sweeps.resume_sweep(tmp_path / "cut") == again
 
 
+def test_a_sweep_does_not_wait_for_evaluations_and_makes_up_for_them(llama_folder, chats, tmp_path):
+    class Stopping(Watcher):
+        def step(self, line, progress, length):
+            if line["step"] == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    given = {"steps": 6, "eval_steps": 2}
+    sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "whole", **given), ranks=[2, 4])
+    with pytest.raises(Interrupted):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "cut", **given), ranks=[2, 4], watcher=Stopping())
+    cells = sorted(path.parent for path in (tmp_path / "cut").glob("*/metrics.jsonl"))
+    assert [read_metrics(cell / "metrics.jsonl")[-1]["step"] for cell in cells] == [4, 4]
+    assert not any("eval_loss" in read_metrics(cell / "metrics.jsonl")[-1] for cell in cells)
+    sweeps.resume_sweep(tmp_path / "cut")
+    for cell in cells:
+        logs = (read_metrics(run / cell.name / "metrics.jsonl") for run in (tmp_path / "whole", tmp_path / "cut"))
+        measured = [[(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line] for log in logs]
+        assert measured[0] == measured[1] and [step for step, _ in measured[0]] == [2, 4, 6]
+
+
+def test_a_sweep_that_was_moved_says_where_its_page_is_and_makes_it_anew(llama_folder, chats, tmp_path):
+    given = settings_of(llama_folder, chats, tmp_path / "sweep", steps=2)
+    found = sweeps.sweep(given, ranks=[2, 4])
+    moved = tmp_path / "moved"
+    (tmp_path / "sweep").rename(moved)
+    page = moved / "sweep.html"
+    text = page.read_text()
+    page.unlink()
+    assert sweeps.resume_sweep(moved) == {**found, "folder": str(moved)}
+    assert page.read_text() == text.replace("<h1>sweep", "<h1>moved").replace("<title>sweep", "<title>moved")
+
+
+def test_a_cell_of_a_sweep_is_not_measured_on_rows_that_it_was_trained_on(llama_folder, chats, tmp_path):
+    data = tmp_path / "chats.jsonl"
+    lines = chats.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines))
+    sweeps.sweep(settings_of(llama_folder, data, tmp_path / "sweep", steps=2), ranks=[2, 4])
+    cell = next(path for path in sorted((tmp_path / "sweep").iterdir()) if path.is_dir() and (path / "last").is_dir())
+    summary = json.loads((cell / "summary.json").read_text())
+    logged = [line["seconds"] for line in read_metrics(cell / "metrics.jsonl") if "seconds" in line]
+    assert summary["train_seconds"] == pytest.approx(sum(logged)) and "eval" in summary["data"]
+    data.write_text("".join(lines[: len(lines) // 2]))
+    for known in (summary, {"status": "interrupted", "verb": "sweep"}):  # of a stopped run nothing is summed up
+        (cell / "summary.json").write_text(json.dumps(known))
+        with pytest.raises(UsageError, match="would be other rows now"):
+            ranks.rank(cell)
+
+
+def test_orders_of_an_adapter_of_rank_1_have_one_point(llama_folder, chats, tmp_path):
+    run = training.train(model=llama_folder, data=chats, out=tmp_path / "run", rank=1, lr=3e-2, **QUICK)
+    found = ranks.rank(run.folder, [chats], orders=True, everything=True)
+    assert {title: len(points) for title, points in found["orders"].items()} == dict.fromkeys(found["orders"], 1)
+
+
 def test_a_sweep_of_one_cell_or_into_what_exists_is_refused(llama_folder, chats, tmp_path):
     with pytest.raises(UsageError, match="several --rank"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), ranks=[4])
     with pytest.raises(UsageError, match="knows no --memory, --patience"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one", memory="4GB", patience=2), ranks=[2, 4])
+    with pytest.raises(UsageError, match="none may be auto"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), ranks=[4, "auto"])
     with pytest.raises(UsageError, match="lr"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), rates=[1e-3, -1e-3])
     with pytest.raises(DeltawError):
@@ -591,14 +650,14 @@ def test_layers_of_unequal_rank_get_a_curve_and_no_verdict(learned, llama_folder
 
 def test_a_sum_keeps_how_the_data_of_its_parts_was_read(llama_folder, chats, tmp_path):
     given = {"model": llama_folder, "data": chats, "rank": 2, "train_on": "last", "max_length": 100, **QUICK}
-    runs = [api.train(**given, seed=seed, out=tmp_path / f"run{seed}") for seed in (0, 1)]
+    runs = [training.train(**given, seed=seed, out=tmp_path / f"run{seed}") for seed in (0, 1)]
     adapters.combine([run.folder for run in runs], tmp_path / "sum")
-    known = api.settings_of(read_adapter(tmp_path / "sum"))
+    known = read_adapter(tmp_path / "sum").settings
     assert (known["train_on"], known["max_length"]) == ("last", 100) and "seed" not in known
 
 
 def test_adapters_of_one_seed_are_said_to_have_it(learned, llama_folder, chats, tmp_path):
     for seed, same in ((0, True), (1, False)):
         out = tmp_path / f"run{seed}"
-        other = api.train(model=llama_folder, data=chats, rank=2, seed=seed, out=out, **QUICK)  # of another rank
+        other = training.train(model=llama_folder, data=chats, rank=2, seed=seed, out=out, **QUICK)  # of another rank
         assert adapters.compare(learned.folder, other.folder)["same_seed"] == same

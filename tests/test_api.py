@@ -16,12 +16,12 @@ import yaml
 from models import byte_tokenizer, lively_model, save_base, small_model
 
 import deltaw
-from deltaw import api, demonstration, doctor, hardware, ranks
+from deltaw import api, demonstration, doctor, hardware, ranks, training
 from deltaw.adapter import read_adapter
 from deltaw.cli.runs import _show_demo
 from deltaw.config import make_settings
 from deltaw.engine.train import Watcher
-from deltaw.errors import AdapterError, BaseError, DataError, Interrupted, UsageError
+from deltaw.errors import AdapterError, BaseError, DataError, DiskError, Interrupted, UsageError
 
 QUICK = {"rank": 4, "steps": 2, "batch_tokens": 256, "lr": 1e-2, "device": "cpu", "dtype": "float32"}
 
@@ -57,7 +57,7 @@ def test_a_run_leaves_everything_that_it_promises(tiny_run):
 def test_models_that_do_not_attend_as_others_are_planned_and_trained(kind, exclude, tmp_path, chats):
     lively_model(kind).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    run = api.train(model=tmp_path / "base", data=chats, out=tmp_path / "run", exclude=exclude, **QUICK)
+    run = training.train(model=tmp_path / "base", data=chats, out=tmp_path / "run", exclude=exclude, **QUICK)
     summary = run.read_summary()
     assert summary["status"] == "done" and summary["plain_reason"] and summary["plan"]["way"] == "plain"
 
@@ -67,8 +67,8 @@ def test_what_training_put_up_with_in_the_data_is_put_up_with_in_evaluation(tmp_
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("'<|im_end|>' + ", ""))
     with pytest.raises(DataError, match="--allow end-of-turn"):
-        api.train(model=base, data=chats, out=tmp_path / "run", **QUICK)
-    run = api.train(model=base, data=chats, out=tmp_path / "run", allow=("end-of-turn",), **QUICK)
+        training.train(model=base, data=chats, out=tmp_path / "run", **QUICK)
+    run = training.train(model=base, data=chats, out=tmp_path / "run", allow=("end-of-turn",), **QUICK)
     assert api.evaluate(run.folder, [chats], str(base))["rows"] == 60
     assert ranks.rank(run.folder, [chats], str(base), everything=True)["documents"] == 60
     with pytest.raises(DataError, match="--allow end-of-turn"):
@@ -82,7 +82,7 @@ def test_an_adapter_is_evaluated_on_documents_as_long_and_with_the_day_as_in_its
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps({"prompt": "q" * 700, "completion": f"a{n}"}) + "\n" for n in range(30)))
     given = {"model": llama_folder, "data": data, "out": tmp_path / "run", "max_length": 1000, "date": "2026-01-31"}
-    run = api.train(**given, **QUICK)
+    run = training.train(**given, **QUICK)
     opened = api.open_adapter(run.folder)
     assert opened.encoder().max_length == 1000 and str(opened.encoder().today) == "2026-01-31"
     assert api.evaluate(run.folder, [data])["rows"] == 30
@@ -93,7 +93,7 @@ def test_where_every_token_is_trained_no_accuracy_of_labels_is_made_up(tmp_path,
     data = tmp_path / "labels.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for train_on in ("assistant", "all"):
-        run = api.train(model=llama_folder, data=data, out=tmp_path / train_on, train_on=train_on, **QUICK)
+        run = training.train(model=llama_folder, data=data, out=tmp_path / train_on, train_on=train_on, **QUICK)
         assert ("accuracy" in api.evaluate(run.folder, [data])) == (train_on == "assistant")
 
 
@@ -182,7 +182,7 @@ def test_another_base_of_the_same_shape_is_said(tiny_run, tmp_path):
 
 def test_training_goes_on_from_an_adapter(tiny_run, llama_folder, chats, tmp_path):
     given = {name: value for name, value in QUICK.items() if name != "rank"}
-    run = api.train(model=llama_folder, data=chats, out=tmp_path / "more", adapter=tiny_run.folder, **given)
+    run = training.train(model=llama_folder, data=chats, out=tmp_path / "more", adapter=tiny_run.folder, **given)
     losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines() if '"loss"' in line]
     start = [json.loads(line)["loss"] for line in tiny_run.metrics.read_text().splitlines() if '"loss"' in line]
     assert losses[0] < start[0] - 0.01
@@ -199,7 +199,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny_run, chats, tmp_path):
     with pytest.raises(
         AdapterError, match=r"does not fit the model(.|\n)*has shape \[4, 32\], the model needs \[4, 64\]"
     ):
-        api.train(model=tmp_path / "wide", data=chats, out=tmp_path / "run", adapter=tiny_run.adapter, **given)
+        training.train(model=tmp_path / "wide", data=chats, out=tmp_path / "run", adapter=tiny_run.adapter, **given)
     assert not (tmp_path / "run").exists()  # nothing was trained, and the corrected command may use the name
 
 
@@ -288,26 +288,26 @@ def test_answers_leave_the_last_answer_out_and_name_rows_that_cannot_be_used(tin
 
 def test_a_finished_run_has_nothing_left_to_do(tiny_run):
     listener, before = Listener(), tiny_run.metrics.read_bytes()
-    assert api.train(resume=tiny_run.folder, watcher=listener).folder == tiny_run.folder
+    assert training.train(resume=tiny_run.folder, watcher=listener).folder == tiny_run.folder
     assert listener.said == [f"{tiny_run.folder} has ended already; nothing is left to do."]
     assert tiny_run.metrics.read_bytes() == before
 
 
 def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path, llama_folder, chats, tiny_run):
     with pytest.raises(DataError, match=r"No such data file: absent\.jsonl"):
-        api.train(model=llama_folder, data="absent.jsonl", out=tmp_path / "run")
+        training.train(model=llama_folder, data="absent.jsonl", out=tmp_path / "run")
     with pytest.raises(UsageError, match="No training data"):
-        api.train(model=llama_folder, out=tmp_path / "run")
+        training.train(model=llama_folder, out=tmp_path / "run")
     with pytest.raises(UsageError, match="one of steps, epochs, minutes"):
-        api.train(model=llama_folder, data=chats, out=tmp_path / "run", steps=1, epochs=1)
+        training.train(model=llama_folder, data=chats, out=tmp_path / "run", steps=1, epochs=1)
     with pytest.raises(UsageError, match=r"never overwritten\. Go on with it by --resume"):
-        api.train(model=llama_folder, data=chats, out=tiny_run.folder)
+        training.train(model=llama_folder, data=chats, out=tiny_run.folder)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_base_that_is_not_there_leaves_the_name_of_the_run_free(tmp_path, chats):
     with pytest.raises(BaseError, match="There is no base"):
-        api.train(model="./absent", data=chats, out=tmp_path / "run")
+        training.train(model="./absent", data=chats, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -343,7 +343,7 @@ def test_the_demo_measures_before_and_after_also_when_it_was_interrupted(
     assert straight["verb"] == "demo" and straight["results"][0]["labels"] == ["Positive", "negative", "neutral"]
     with pytest.raises(Interrupted):
         demonstration.demo(Stopping(), out=str(tmp_path / "stopped"), **given)
-    resumed = api.train(resume=tmp_path / "stopped").read_summary()
+    resumed = training.train(resume=tmp_path / "stopped").read_summary()
     for before, after in zip(straight["results"], resumed["results"], strict=True):
         assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}
     assert resumed["samples"] == straight["samples"]
@@ -374,8 +374,8 @@ def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goe
 
     given = {name: value for name, value in QUICK.items() if name != "steps"}
     with pytest.raises(Interrupted):
-        api.train(model=llama_folder, data=chats, out=tmp_path / "run", minutes=0.05, watcher=Stop(), **given)
-    run = api.train(resume=tmp_path / "run")
+        training.train(model=llama_folder, data=chats, out=tmp_path / "run", minutes=0.05, watcher=Stop(), **given)
+    run = training.train(resume=tmp_path / "run")
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     steps, evaluations = [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
@@ -392,13 +392,43 @@ def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goe
 
 def test_a_missing_adapter_or_one_of_a_stopped_run_is_named_and_no_folder_is_made(tmp_path, llama_folder, chats):
     with pytest.raises(AdapterError, match=r"--adapter nope: there is no adapter in nope"):
-        api.train(model=llama_folder, data=chats, out=tmp_path / "run", adapter="nope", steps=1)
+        training.train(model=llama_folder, data=chats, out=tmp_path / "run", adapter="nope", steps=1)
     assert not (tmp_path / "run").exists()
     given = {name: value for name, value in QUICK.items() if name != "steps"}
     with pytest.raises(Interrupted):
-        api.train(model=llama_folder, data=chats, out=tmp_path / "stopped", steps=50, watcher=Stopping(), **given)
+        training.train(model=llama_folder, data=chats, out=tmp_path / "stopped", steps=50, watcher=Stopping(), **given)
     with pytest.raises(AdapterError, match=r"has no adapter yet: it was stopped.*--resume"):
         api.inspect(tmp_path / "stopped")
+
+
+def test_one_file_is_given_as_it_is_and_nothing_that_is_given_is_dropped(tiny_run, llama_folder, chats, tmp_path):
+    model = api.open_adapter(tiny_run.folder)
+    assert model.evaluate(str(chats)) == {**model.evaluate([chats]), "seconds": pytest.approx(0, abs=1e3)}
+    settings = make_settings({"model": llama_folder, "data": chats, "steps": 1})
+    for call in (api.plan, training.train):
+        with pytest.raises(UsageError, match="not both: rank"):
+            call(settings, rank=8)
+    for given in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}):
+        with pytest.raises(UsageError, match=next(iter(given))):
+            model.generate("one", **given)
+
+
+def test_a_run_folder_that_could_not_be_filled_does_not_stay(tiny_run, llama_folder, chats, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deltaw.engine.run.shutil.copytree", full)
+    with pytest.raises(DiskError, match="No space left"):
+        training.train(model=llama_folder, data=chats, out=tmp_path / "run", adapter=tiny_run.folder, steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_documents_of_two_tokens_are_trained(llama_folder, tmp_path):
+    """Their one prediction is made by a token that sees itself alone, so queries and keys have no gradient."""
+    data = tmp_path / "short.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("yes", "no", "maybe", "well")))
+    run = training.train(model=llama_folder, data=data, out=tmp_path / "run", max_length=2, allow_lost=1.0, **QUICK)
+    assert run.read_summary()["status"] == "done"
 
 
 def test_a_merge_into_bf16_files_says_what_rounding_does_beside_what_the_adapter_does(tmp_path, tiny_run):

@@ -181,9 +181,30 @@ def test_a_value_without_meaning_is_refused_by_name(name, value, says):
     assert name in message and says in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("data: a.jsonl\ndata: b.jsonl\n", "data stands there twice"),
+        ("batch-tokens: 512\nbatch_tokens: 1024\n", "batch_tokens stands there twice"),
+        ("date: 2026-02-30\n", "cannot be read as a YAML recipe"),
+    ],
+)
+def test_a_recipe_that_says_two_things_or_names_no_day_is_refused(tmp_path, text, says):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=says):
+        read_recipe(path)
+
+
 def test_a_run_has_one_length():
-    assert "steps and epochs are given" in faults_of({"steps": 5}, {"epochs": 2})
+    assert "steps and epochs are given" in faults_of({"steps": 5, "epochs": 2})
+    assert "steps and epochs are given" in faults_of({}, {"steps": 5, "epochs": 2})
     assert "steps and epochs and minutes" in faults_of({"steps": 5, "epochs": 2, "minutes": 1})
+
+
+def test_a_length_that_is_given_wins_over_any_of_the_recipe():
+    settings = make_settings({"steps": 5, "minutes": None}, {"epochs": 2, "rank": 8})
+    assert (settings.steps, settings.epochs, settings.rank) == (5, None, 8)
 
 
 def test_arguments_are_left_unchanged():

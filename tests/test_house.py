@@ -26,6 +26,7 @@ LAYERS = [
     {"api", "datasets", "doctor"},
     {"demonstration", "ranks"},
     {"adapters", "sweeps"},
+    {"training"},
     {"terminal"},
     {"tables"},
     {"cli"},

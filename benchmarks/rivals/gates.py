@@ -115,10 +115,15 @@ def _distances(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, fl
     return {
         "loss": abs(found["loss"] / reference["loss"] - 1),
         "median 1-cosine": statistics.median(cosines),
-        "worst 1-cosine": max(cosines),
+        "worst 1-cosine": worst(cosines),
         "median norm": statistics.median(ratios),
-        "worst norm": max(ratios),
+        "worst norm": worst(ratios),
     }
+
+
+def worst(distances: Sequence[float]) -> float:
+    """The largest, and NaN where one is, which `max` loses."""
+    return float(np.max(distances))
 
 
 # -- many steps -------------------------------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def _logits(bench: Bench, workload: str, adapter: str) -> float:
         _sound(bench.once(key, job))
         found.append(np.load(out))
     pairs = [(found[0][name], found[1][name]) for name in found[1]]
-    return max(float(np.abs(a - b).max()) for a, b in pairs) / max(float(np.abs(b).max()) for _, b in pairs)
+    return worst([np.abs(a - b).max() for a, b in pairs]) / worst([np.abs(b).max() for _, b in pairs])
 
 
 def _sound(row: Row) -> Row:

@@ -10,7 +10,7 @@ tokenised and in a fixed order, and the factors begin as everybody's. A setting 
     checkpointing  recompute activations in the backward pass (the default of both)
     group          rows of like length into one micro-batch: "none", "step", "pool" (see job.arranged)
     padding_free   TRL: the micro-batch as one row, documents told apart by their positions
-    compile        Unsloth: every decoder layer through torch.compile
+    compile        Unsloth: every decoder layer through torch.compile; TRL: the whole model, by the trainer's own switch
 """
 
 from __future__ import annotations
@@ -159,6 +159,7 @@ def arguments(job: Job) -> Any:
         bf16=setting["autocast"],
         max_length=None,
         padding_free=setting.get("padding_free", False),
+        torch_compile=job.tool == "trl" and setting.get("compile", False),
         **fixed,
         **quiet,
     )

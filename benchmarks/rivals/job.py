@@ -6,7 +6,6 @@ Every tool's runner uses this file and nothing else of the project, so it import
 from __future__ import annotations
 
 import json
-import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+GOLDEN = (5**0.5 - 1) / 2
 POOL_STEPS = 50  # how far rows may move when a rival groups by length: transformers' own number
 
 
@@ -83,21 +83,27 @@ def arranged(lengths: np.ndarray, examples: int, batch: int, group: str) -> list
     """The order of the rows: as they are ("none"), or with rows of like length in one micro-batch.
 
     "step" moves rows within an optimiser step only, so that nothing but padding changes. "pool" sorts rows over 50
-    steps, as transformers does, and shuffles the micro-batches, so that a short run sees long and short ones alike.
+    steps, as transformers does, and spreads the micro-batches, so that the few steps of a run see long and short alike.
     """
     order = list(range(len(lengths)))
     if group == "none":
         return order
     pool = examples * (POOL_STEPS if group == "pool" else 1)
-    dice = random.Random(0)
     result: list[int] = []
     for start in range(0, len(order), pool):
         rows = sorted(order[start : start + pool], key=lambda row: -int(lengths[row]))
         batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         if group == "pool":
-            dice.shuffle(batches)
+            batches = spread(batches)
         result += [row for rows in batches for row in rows]
     return result
+
+
+def spread(batches: list[list[int]]) -> list[list[int]]:
+    """Sorted micro-batches so that any few in a row are evenly spaced in length: golden-ratio steps through them."""
+    turns = sorted(range(len(batches)), key=lambda turn: turn * GOLDEN % 1)
+    place = {turn: i for i, turn in enumerate(turns)}
+    return [batches[place[turn]] for turn in range(len(batches))]
 
 
 @dataclass

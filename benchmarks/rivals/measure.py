@@ -80,12 +80,19 @@ class Bench:
 
         Raises OutOfTimeError rather than begin a run late.
         """
-        if key not in self.rows or self.rows[key].get("setting", job.setting) != job.setting:
+        if not self._has(key, job):
             if time.time() > self.deadline:
                 raise OutOfTimeError
             tell(key)
             self.keep(key, launch(self, job, fresh_compiler))
         return self.rows[key]
+
+    def _has(self, key: str, job: Job) -> bool:
+        """Whether a row was measured under this key in the same way."""
+        row = self.rows.get(key)
+        if row is None or row.get("setting", job.setting) != job.setting:
+            return False
+        return row.get("seconds_asked", job.seconds) == job.seconds and row.get("steps_asked", job.steps) == job.steps
 
     def keep(self, key: str, row: Row) -> None:
         """Stores a row under a key."""
@@ -126,6 +133,7 @@ def launch(bench: Bench, job: Job, fresh_compiler: bool = False) -> Row:
             peak = _watch(process)
         row = _answer(out) if process.returncode == 0 else {"error": _last_error(err)}
         row |= {"tool": job.tool, "workload": job.workload, "setting": job.setting, "task": job.task}
+        row |= {"seconds_asked": job.seconds, "steps_asked": job.steps}
         steal = _steal()
         share = (steal[0] - before[0]) / max(1, steal[1] - before[1])
         return {**row, "pss_peak_bytes": peak, "wall_seconds": round(time.time() - started, 2), "steal_share": share}

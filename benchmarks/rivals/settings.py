@@ -95,6 +95,7 @@ def sweep(workload: str) -> Iterator[tuple[str, Setting]]:
             yield "unsloth", {**UNSLOTH, "batch": batch, "compile": compiled}
     middle = batches[len(batches) // 2]
     yield "trl", {**TRL, "batch": middle, "autocast": True}
+    yield "trl", {**TRL, "batch": middle, "adapters": "bfloat16", "compile": True}
     yield "unsloth", {**UNSLOTH, "batch": middle, "autocast": False}
     if batches[-1] > 1 and workload != "dense":
         yield "trl", {**TRL, "batch": batches[-1], "adapters": "bfloat16", "padding_free": True}

@@ -182,6 +182,42 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines + _notes(found))
 
 
+SHOWN = {
+    "short": "short chats",
+    "docstrings": "docstring chats",
+    "dense": "rows of 1,024 trained tokens",
+    "shared": "500 tokens of system prompt, {count} chats a step",
+}
+COUNTS = {4: "four", 8: "eight", 16: "sixteen"}
+
+
+def readme_table(found: dict[str, Any]) -> str:
+    """The README's table of tokens per second and peak memory."""
+    lines = ["| workload | deltaw | PEFT + TRL | Unsloth, CPU | peak memory |", "|---|---|---|---|---|"]
+    for workload, shown in SHOWN.items():
+        tools = [found["workloads"][workload]["tools"][tool] for tool in ("deltaw", *RIVALS)]
+        name = shown.format(count=COUNTS[tools[0]["examples_per_step"]])
+        rates = " | ".join(f"{tool['tokens_per_second']:,.0f}" for tool in tools)
+        peaks = [f"{tool['peak_bytes'] / 1e9:.1f}" for tool in tools]
+        lines.append(f"| {name} | {rates} | {peaks[0]}, {peaks[1]} and {peaks[2]} GB |")
+    return "\n".join(lines)
+
+
+def readme_sentences(found: dict[str, Any]) -> list[str]:
+    """What else the README says of the rows."""
+    worst, share = found["worst_cell"], found["workloads"]["dense"]["gemm_share"]["share"]
+    cold, tool = found["cold"], {"trl": "TRL", "unsloth": "Unsloth"}[worst["against"]]
+    passed = sum(gate["passed"] for gate in found["gates"])
+    return [
+        f"The worst cell is {SHOWN[worst['workload']].partition(',')[0]} against {tool}, {worst['ratio']:.2f} times",
+        f"deltaw does {share['deltaw']:.0%} of what the cores multiply there, Unsloth {share['unsloth']:.0%}".replace(
+            "%", " %"
+        ),
+        f"512 short chats take {cold['deltaw']['seconds']:.0f} s, {cold['trl']['seconds']:.0f} s with TRL",
+        f"{'All' if passed == len(found['gates']) else passed} {len(found['gates'])} parity gates passed",
+    ]
+
+
 def _notes(found: dict[str, Any]) -> list[str]:
     notes = []
     means = [f"{tool} {value:.2f}" for tool, value in found["geometric_mean"].items() if value]

@@ -28,6 +28,7 @@ from deltaw.errors import AdapterError, DiskError, bullet_list
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "deltaw.json"
 MAX_JSON_BYTES = 1 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+ANY_MODULE = r".*\."
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 # Features of PEFT that change the result and that deltaw has no place for, with the values that leave them off.
 _OFF: dict[str, tuple[Any, ...]] = {
@@ -110,7 +111,7 @@ def _refuse_unwritable(adapter: Adapter) -> None:
 def _to_config(adapter: Adapter) -> dict[str, Any]:
     """The config, its patterns in the adapter's order: the first match wins, so order carries meaning."""
     spec = adapter.spec
-    stacked = [name for name in adapter.parameter_names if adapter.factors[name].A.ndim == 3]
+    stacked = [name for name in adapter.parameter_names if adapter.is_stack(name)]
     return {
         "peft_type": "LORA",
         "task_type": adapter.origin.get("task_type"),
@@ -173,7 +174,9 @@ def read_adapter(folder: Path | str) -> Adapter:
     manifest = _read_manifest(folder, faults)
     spec = _to_spec(config, faults)
     targeted = _names(config, "target_parameters", faults)
-    stored = None if spec is None else from_keys(tensors, spec, targeted, manifest is not None, faults)
+    listed = config.get("target_modules") or []
+    modules = [str(name) for name in listed] if isinstance(listed, list) else None
+    stored = None if spec is None else from_keys(tensors, spec, targeted, modules, manifest is not None, faults)
     if faults or spec is None or stored is None:
         raise AdapterError(f"The adapter in {folder} cannot be used:\n" + bullet_list(faults))
     return Adapter(
@@ -293,7 +296,10 @@ def _to_spec(config: dict[str, Any], faults: list[str]) -> LoraSpec | None:
     patterns: dict[str, Any] = {}
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
-        patterns[key] = value if isinstance(value, dict) else {}
+        # As PEFT writes them for what it renamed itself: any module, then a plain name.
+        patterns[key] = (
+            {str(k).removeprefix(ANY_MODULE): v for k, v in value.items()} if isinstance(value, dict) else {}
+        )
         if not isinstance(value, dict):
             faults.append(f"{key} must be an object, not {value!r}")
         odd = [pattern for pattern in patterns[key] if not _PLAIN.fullmatch(pattern)]
@@ -325,6 +331,8 @@ def _names(config: dict[str, Any], key: str, faults: list[str]) -> list[str]:
 def _modules(config: dict[str, Any], stored: Stored) -> tuple[str, ...]:
     """The config's plain target_modules where they alone select, else the full names; no regular expression is run."""
     listed = config.get("target_modules")
-    narrowed = any(config.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    narrowed = any(
+        config.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
+    )
     plain = isinstance(listed, list) and all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in listed)
     return tuple(sorted(listed)) if plain and listed and not narrowed else stored.modules

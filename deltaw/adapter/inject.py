@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from deltaw.adapter.keys import BIAS
 from deltaw.adapter.layer import CONVOLUTIONS, AdaptedLayer, Live, Target, attach, keep_rows_padded, shape_of
 from deltaw.adapter.spec import ALL_LINEAR, LoraSpec, first_match, matches
 from deltaw.adapter.value import Adapter, Factors
@@ -83,7 +84,33 @@ def _module_of(candidate: Candidate) -> str:
     return name
 
 
-def _wanted(candidate: Candidate, spec: LoraSpec, head: nn.Module | None) -> bool:
+# In models of these types PEFT refuses layers of these names (its issue is Mamba's fused kernel, which reads them past
+# the layer), or takes the names for those of stacked experts, as these models had them before transformers 5.
+_MAMBAS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_ONCE_UNSTACKED = frozenset({
+    *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+    *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
+    *("longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text"),
+    *("qwen3_omni_moe_thinker", "solar_open"),
+})  # fmt: skip
+_NOT_READ = {
+    **dict.fromkeys(_MAMBAS, ({"out_proj", "conv1d"}, "PEFT refuses this layer in a model with Mamba blocks")),
+    **dict.fromkeys(
+        _ONCE_UNSTACKED,
+        ({"gate", "gate_proj", "up_proj", "down_proj"}, "PEFT takes this name for that of the stacked experts here"),
+    ),
+}
+
+
+def _unread(model: nn.Module, candidate: Candidate) -> str | None:
+    """Why PEFT, and so every reader of its format, would not find this layer's factors in this model; usually None."""
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    names, reason = _NOT_READ.get(model_type, (set(), ""))
+    is_named = candidate[1] not in ("parameter", "parameter_transposed")
+    return reason if is_named and _module_of(candidate).rpartition(".")[2] in names else None
+
+
+def _wanted(candidate: Candidate, spec: LoraSpec, model: nn.Module, head: nn.Module | None) -> bool:
     names = (_module_of(candidate), candidate[0])
     if spec.layers is not None and _block_number(candidate[0]) not in spec.layers:
         return False
@@ -91,7 +118,8 @@ def _wanted(candidate: Candidate, spec: LoraSpec, head: nn.Module | None) -> boo
         return False
     if any(first_match(name, spec.targets) for name in names):
         return True
-    return ALL_LINEAR in spec.targets and _is_linear(candidate) and candidate[2] is not head
+    usual = _is_linear(candidate) and candidate[2] is not head and _unread(model, candidate) is None
+    return ALL_LINEAR in spec.targets and usual
 
 
 def _block_number(name: str) -> int | None:
@@ -119,14 +147,16 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def choose(model: nn.Module, spec: LoraSpec) -> list[Target]:
     """What `inject` will adapt in `model`: name, shape, rank, alpha and parameter count of each, in the model's order.
 
-    "all-linear" means every Linear and Conv1D layer, attention projection and stacked expert, but not the output head.
+    "all-linear" means every Linear and Conv1D layer, attention projection and stacked expert, but not the output head,
+    nor what PEFT could not read in a model of this type.
     Raises AdapterError, before anything is changed, when a target or exclusion matches nothing (with the nearest names)
     or cannot be adapted in the way asked for.
     """
     candidates, head = list(_candidates(model)), _output_head(model)
-    chosen = [c for c in candidates if _wanted(c, spec, head)]
+    chosen = [c for c in candidates if _wanted(c, spec, model, head)]
     faults = _unmatched(spec, candidates, chosen) + _half_attention(chosen)
     faults += [fault for c in chosen for fault in _unsuitable(c, spec)]
+    faults += [f"{c[0]}: {reason}; leave it out" for c in chosen if (reason := _unread(model, c))]
     if not faults and not chosen:
         wishes = f"targets {list(spec.targets)}, exclude {list(spec.exclude)}, layers {spec.layers}"
         faults = [f"no layer is left to adapt: {wishes}"]
@@ -389,13 +419,15 @@ def _without_factors(adapter: Adapter, candidates: list[Candidate]) -> list[str]
 
 
 def _changed_copy(name: str, copy: Tensor, candidates: dict[str, Any]) -> list[str]:
-    if name not in candidates:
+    layer = name.removesuffix(BIAS)
+    holder, parameter = candidates[layer][3:5] if layer in candidates else (nn.Module(), "weight")
+    parameter = "bias" if name.endswith(BIAS) else parameter
+    if getattr(holder, parameter, None) is None:
         return [f"{name}: the file holds a copy of a frozen weight that the model does not have"]
-    holder, parameter = candidates[name][3:5]
     same = weight_shape(holder, parameter) == copy.shape
     if same and not getattr(holder, parameter).is_meta:  # of a model without weights the shape is all there is
-        weight = dense_weight(holder, parameter)
-        same = torch.equal(weight.cpu(), copy.to(weight.dtype))
+        weight = dense_weight(holder, parameter).cpu()
+        same = torch.equal(weight, copy.to(weight.dtype)) or torch.equal(weight.to(copy.dtype), copy)  # either rounded
     if not same:
         return [f"{name}: the file's copy of the frozen weight differs from the model's; this is another base"]
     return []

@@ -35,7 +35,9 @@ _PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".base_layer.weight": "copy",
+    ".base_layer.bias": "copy of a bias",
 }
+BIAS = ".bias"  # behind the name of a layer, of whose bias a file holds a copy
 # What a module can be called; longer or other names are of no model, and are not passed on to anything.
 _NAME, MAX_NAME = re.compile(r"[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*"), 512
 MAX_PAIRINGS = 4_000_000  # each name of target_parameters is compared with each owner of factors
@@ -87,23 +89,29 @@ class Stored(NamedTuple):
 
 
 def from_keys(
-    tensors: dict[str, Tensor], spec: LoraSpec, targeted: Sequence[str], in_order: bool, faults: list[str]
+    tensors: dict[str, Tensor],
+    spec: LoraSpec,
+    targeted: Sequence[str],
+    modules: Sequence[str] | None,
+    in_order: bool,
+    faults: list[str],
 ) -> Stored:
     """The content of a file with these tensors; what is wrong with it is appended to `faults`.
 
-    `targeted` is the config's target_parameters, in the order in which the model holds them if `in_order`.
+    `targeted` is the config's target_parameters, in the order in which the model holds them if `in_order`. `modules` is
+    its target_modules, None where they are a regular expression.
     """
     found, copies = _split(tensors, faults)
     if not found and not faults:
         faults.append("the file holds no factors: it would leave the base as it is")
     pairs = {owner: parts for owner, parts in found.items() if _is_complete(owner, parts, spec, faults)}
-    names = _names(pairs, targeted, in_order, faults)
+    names = _names(pairs, targeted, modules, in_order, faults)
     factors = {names[owner]: _factors(owner, names[owner], parts, spec, faults) for owner, parts in pairs.items()}
     faults += _mixed_halves(tensors)
     embeddings = [key[len(PREFIX) :].removesuffix(".lora_embedding_A") for key in tensors if "lora_embedding_A" in key]
     parameters = _in_holding_order([name for owner, name in names.items() if name != owner], targeted, in_order)
-    modules = {_module(owner) for owner in names if names[owner] == owner or _is_attention(names[owner])}
-    return Stored(factors, tuple(parameters), tuple(embeddings), tuple(sorted(modules)), copies)
+    adapted = {_module(owner) for owner in names if names[owner] == owner or _is_attention(names[owner])}
+    return Stored(factors, tuple(parameters), tuple(embeddings), tuple(sorted(adapted)), copies)
 
 
 def _mixed_halves(tensors: dict[str, Tensor]) -> list[str]:
@@ -136,8 +144,8 @@ def _split(tensors: dict[str, Tensor], faults: list[str]) -> tuple[dict[str, dic
             faults.append(f"{key}: stored as {str(tensor.dtype).removeprefix('torch.')}, not as floating-point numbers")
         elif not torch.isfinite(tensor).all():
             faults.append(f"{key}: holds NaN or infinite numbers")
-        elif _PARTS[suffix] == "copy":
-            copies[key[len(PREFIX) : -len(suffix)]] = tensor
+        elif suffix.startswith(".base_layer"):
+            copies[key[len(PREFIX) : -len(suffix)] + (BIAS if suffix.endswith(BIAS) else "")] = tensor
         else:
             found[key[len(PREFIX) : -len(suffix)]][_PARTS[suffix]] = tensor
     return found, copies
@@ -155,7 +163,11 @@ def _is_complete(owner: str, parts: dict[str, Tensor], spec: LoraSpec, faults: l
 
 
 def _names(
-    pairs: dict[str, dict[str, Tensor]], targeted: Sequence[str], in_order: bool, faults: list[str]
+    pairs: dict[str, dict[str, Tensor]],
+    targeted: Sequence[str],
+    modules: Sequence[str] | None,
+    in_order: bool,
+    faults: list[str],
 ) -> dict[str, str]:
     """{owner in the file: name in a live model}."""
     names = {owner: owner for owner in pairs}
@@ -167,12 +179,15 @@ def _names(
     if len(targeted) * len(pairs) > MAX_PAIRINGS:
         faults.append(f"target_parameters has {len(targeted):,} names for {len(pairs):,} pairs of factors: too many")
         return names
+    layers = set(modules or ())
     owners: dict[str, list[str]] = defaultdict(list)
     for owner in pairs:
         if names[owner] == owner:
             owners[_module(owner)].append(owner)
     for module, held in owners.items():
-        mine = [f"{module}.{t.rpartition('.')[2]}" for t in targeted if _holds(module, t)]
+        # A bare name is of every module that has such a parameter, but of none that is adapted as a layer.
+        stacked = any(owner != module for owner in held) if modules is None else layers.isdisjoint(_ends(module))
+        mine = [f"{module}.{t.rpartition('.')[2]}" for t in targeted if _holds(module, t, stacked)]
         nested = sorted(held, key=len, reverse=True)
         if mine and nested:
             names |= dict(zip(nested, _in_holding_order(mine, targeted, in_order), strict=False))
@@ -187,10 +202,16 @@ def _module(owner: str) -> str:
     return re.sub(r"(\.base_layer)+$", "", owner.removesuffix(".out_proj") if NESTED_OUT_PROJ in owner else owner)
 
 
-def _holds(module: str, targeted: str) -> bool:
-    """Whether PEFT's target_parameters entry names a parameter of this module."""
+def _ends(name: str) -> list[str]:
+    """The name and every shorter one that it ends with at a dot."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def _holds(module: str, targeted: str, stacked: bool) -> bool:
+    """Whether PEFT's target_parameters entry names a parameter of this module, which may be one that holds a stack."""
     path, _, parameter = targeted.rpartition(".")
-    return bool(parameter) and (not path or matches(module, path))
+    return bool(parameter) and (matches(module, path) if path else stacked)
 
 
 def _ambiguous(module: str, mine: list[str], nested: list[dict[str, Tensor]], in_order: bool) -> list[str]:

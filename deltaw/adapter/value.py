@@ -6,8 +6,10 @@ parameter names for weights that other code reads ("model.layers.0.mlp.experts.d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,24 @@ class Adapter:
         if name in self.parameter_names and self.factors[name].A.ndim == 2:
             return name.removesuffix(".in_proj_weight").removesuffix(".out_proj.weight")
         return name
+
+    def rank_of(self, name: str) -> int:
+        """The rank r that the spec gives this layer."""
+        return self.spec.rank_of(self.pattern_name(name))
+
+    def scale_of(self, name: str) -> float:
+        """The factor s of this layer's ΔW = s·B·A."""
+        return self.spec.scale_of(self.pattern_name(name))
+
+    def is_stack(self, name: str) -> bool:
+        """Whether these factors are those of stacked experts, [E, R, I] and [E, O, R]."""
+        return name in self.parameter_names and self.factors[name].A.ndim == 3
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that it was trained with, as plain values; none of an adapter that is not deltaw's."""
+        known: dict[str, Any] = json.loads(self.origin.get("config", "{}"))
+        return known
 
     def with_factors(self, factors: dict[str, Factors]) -> Adapter:
         """The same adapter with other numbers."""

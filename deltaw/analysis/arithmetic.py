@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from deltaw.adapter import Adapter
 from deltaw.adapter.math import seed_of
 from deltaw.adapter.value import Factors
-from deltaw.analysis.spectrum import Spectrum, is_stack, matrices, spectrum_of
+from deltaw.analysis.spectrum import Spectrum, matrices, spectrum_of
 from deltaw.analysis.truncate import factors_of, rebuilt
 from deltaw.errors import AdapterError, bullet_list
 
@@ -87,7 +87,7 @@ def _require_alike(adapters: Sequence[Adapter]) -> None:
 def _shape(adapter: Adapter, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B without their rank."""
     A, B = tuple(adapter.factors[name].A.shape), tuple(adapter.factors[name].B.shape)
-    at = 1 if is_stack(adapter, name) else 0
+    at = int(adapter.is_stack(name))
     return A[:at] + A[at + 1 :], B[: at + 1] + B[at + 2 :]
 
 
@@ -101,7 +101,7 @@ def _group_rank(adapters: Sequence[Adapter], name: str) -> int:
 
 
 def _rank(adapter: Adapter, name: str) -> int:
-    return adapter.factors[name].A.shape[1 if is_stack(adapter, name) else 0]
+    return adapter.factors[name].A.shape[1 if adapter.is_stack(name) else 0]
 
 
 Own = Sequence[tuple[Adapter, float]]
@@ -113,7 +113,7 @@ def _summed(own: Own, name: str) -> Spectrum:
     for adapter, weight in own:
         A, B = matrices(adapter, name)
         As.append(A)
-        Bs.append(weight * adapter.spec.scale_of(adapter.pattern_name(name)) * B)
+        Bs.append(weight * adapter.scale_of(name) * B)
     return spectrum_of(torch.cat(As, -2), torch.cat(Bs, -1), 1.0)
 
 
@@ -122,15 +122,17 @@ def _merged(own: Own, name: str, method: str, density: float, seed: int, total: 
     parts = []
     for number, (adapter, weight) in enumerate(own):
         A, B = matrices(adapter, name)
-        dense = weight * adapter.spec.scale_of(adapter.pattern_name(name)) * (B @ A)
+        dense = weight * adapter.scale_of(name) * (B @ A)
         generator = torch.Generator().manual_seed(seed_of(seed, f"{number}:{name}"))
-        parts.append(_CUTS[method](dense, density, generator))
+        cut = largest_entries(dense, density) if method == "ties" else _at_random(dense, density, generator)
+        parts.append(cut)
     if method == "ties":
         return _agreed(torch.stack(parts), [abs(weight) for _, weight in own], total)
     return torch.stack(parts).sum(0)
 
 
-def _largest(dense: Tensor, density: float, _generator: torch.Generator) -> Tensor:
+def largest_entries(dense: Tensor, density: float) -> Tensor:
+    """A matrix's largest entries, so large a share of them; the others zero."""
     size = dense.abs().flatten()
     count = max(1, round(density * len(size)))
     return dense * (dense.abs() >= size.kthvalue(len(size) - count + 1).values)
@@ -139,9 +141,6 @@ def _largest(dense: Tensor, density: float, _generator: torch.Generator) -> Tens
 def _at_random(dense: Tensor, density: float, generator: torch.Generator) -> Tensor:
     kept = torch.rand(dense.shape, generator=generator) < density
     return dense * kept / density
-
-
-_CUTS: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {"ties": _largest, "dare": _at_random}
 
 
 def _agreed(parts: Tensor, weights: Sequence[float], total: float) -> Tensor:
@@ -178,10 +177,10 @@ def _joined(adapters: Sequence[Adapter]) -> Adapter:
         for key, value in first.origin.items()
         if all(adapter.origin.get(key) == value for adapter in adapters)
     }
-    if configs := [json.loads(adapter.origin["config"]) for adapter in adapters if "config" in adapter.origin]:
+    if all("config" in adapter.origin for adapter in adapters):  # the sum is measured on tokens that were made alike
+        configs = [adapter.settings for adapter in adapters]
         common = {key: value for key, value in configs[0].items() if all(c.get(key, ...) == value for c in configs)}
-        if len(configs) == len(adapters):  # above all how data was read: the sum is measured on the same tokens
-            made.origin["config"] = json.dumps(common)
+        made.origin["config"] = json.dumps(common)
     return made
 
 

@@ -8,7 +8,6 @@ Legend: O outputs, I inputs, R ranks, K singular values; 1 and 2 the two adapter
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter import Adapter
-from deltaw.analysis.spectrum import Spectrum, held, is_stack, matrices, spectrum
+from deltaw.analysis.arithmetic import largest_entries
+from deltaw.analysis.spectrum import Spectrum, held, matrices, spectrum
 from deltaw.errors import AdapterError
 
 # TIES keeps this share of the entries, the largest ones (arXiv 2306.01708 §4).
@@ -81,7 +81,7 @@ def principal_angles(first_NK: Tensor, second_NK: Tensor) -> Tensor:
 def inner_product(first: Adapter, second: Adapter, name: str) -> float:
     """⟨ΔW₁, ΔW₂⟩_F = s₁s₂·Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ): no dense ΔW."""
     (A1, B1), (A2, B2) = matrices(first, name), matrices(second, name)
-    s1, s2 = (one.spec.scale_of(one.pattern_name(name)) for one in (first, second))
+    s1, s2 = (one.scale_of(name) for one in (first, second))
     return float(s1 * s2 * ((B1.mT @ B2) * (A1 @ A2.mT)).sum())
 
 
@@ -99,7 +99,7 @@ def sign_conflict(first: Adapter, second: Adapter, name: str) -> float:
     Over each one's largest entries, as TIES trims them: Σ min(|a|, |b|)·[signs differ] / Σ min(|a|, |b|). Unrelated
     updates give 0.5; NaN where no entry is in both.
     """
-    a, b = (_trimmed(_dense(one, name)) for one in (first, second))
+    a, b = (largest_entries(_dense(one, name), KEPT) for one in (first, second))
     common = torch.minimum(a.abs(), b.abs())
     total = common.sum()
     return float((common * (a.sign() != b.sign())).sum() / total) if total else math.nan
@@ -107,14 +107,7 @@ def sign_conflict(first: Adapter, second: Adapter, name: str) -> float:
 
 def _dense(adapter: Adapter, name: str) -> Tensor:
     A, B = matrices(adapter, name)
-    return adapter.spec.scale_of(adapter.pattern_name(name)) * (B.float() @ A.float())
-
-
-def _trimmed(dense: Tensor) -> Tensor:
-    """The largest entries, the others zero."""
-    size = dense.abs().flatten()
-    count = max(1, round(KEPT * len(size)))
-    return dense * (dense.abs() >= size.kthvalue(len(size) - count + 1).values)
+    return adapter.scale_of(name) * (B.float() @ A.float())
 
 
 def interference(first: Spectrum, second: Spectrum) -> float:
@@ -147,7 +140,7 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
     conflicts = [layer["sign_conflict"] for layer in layers if not math.isnan(layer["sign_conflict"])]
     return {
         "same_seed": _seed(first) is not None and _seed(first) == _seed(second),
-        "of_first_expert": [name for name in names if is_stack(first, name)],
+        "of_first_expert": [name for name in names if first.is_stack(name)],
         "cosine": cosine(first, second, names),
         "sign_conflict": sum(conflicts) / len(conflicts) if conflicts else math.nan,
         "sign_conflict_null": CONFLICT_NULL,
@@ -160,7 +153,7 @@ def compare(first: Adapter, second: Adapter) -> dict[str, Any]:
 
 def _seed(adapter: Adapter) -> int | None:
     """Of its training, where that is known."""
-    seed: int | None = json.loads(adapter.origin.get("config", "{}")).get("seed")
+    seed: int | None = adapter.settings.get("seed")
     return seed
 
 

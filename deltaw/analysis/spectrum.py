@@ -47,14 +47,9 @@ class Ranks:
 def matrices(adapter: Adapter, name: str) -> tuple[Tensor, Tensor]:
     """(A [R, I], B [O, R]) of a layer in fp64, convolutions flattened; of a stack [E, R, I] and [E, O, R]."""
     factors = adapter.factors[name]
-    if is_stack(adapter, name):
+    if adapter.is_stack(name):
         return factors.A.detach().cpu().double(), factors.B.detach().cpu().double()
     return factors.A.detach().cpu().flatten(1).double(), factors.B.detach().cpu().flatten(1).double()
-
-
-def is_stack(adapter: Adapter, name: str) -> bool:
-    """Whether these factors are those of stacked experts."""
-    return name in adapter.parameter_names and adapter.factors[name].A.ndim == 3
 
 
 def spectrum_of(A_RI: Tensor, B_OR: Tensor, s: float) -> Spectrum:
@@ -67,7 +62,7 @@ def spectrum_of(A_RI: Tensor, B_OR: Tensor, s: float) -> Spectrum:
 
 def spectrum(adapter: Adapter, name: str) -> Spectrum:
     """The singular values and vectors of one layer's ΔW."""
-    return spectrum_of(*matrices(adapter, name), adapter.spec.scale_of(adapter.pattern_name(name)))
+    return spectrum_of(*matrices(adapter, name), adapter.scale_of(name))
 
 
 def spectra(adapter: Adapter) -> dict[str, Spectrum]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from deltaw.adapter import Adapter, Factors
 from deltaw.adapter.math import init_A, seed_of
 from deltaw.adapter.spec import MAX_RANK
-from deltaw.analysis.spectrum import ROUNDING, Spectrum, is_stack, spectra
+from deltaw.analysis.spectrum import ROUNDING, Spectrum, spectra
 from deltaw.errors import AdapterError
 
 Spectra = Mapping[str, Spectrum]
@@ -93,7 +93,7 @@ def factors_of(adapter: Adapter, name: str, found: Spectrum, rank: int) -> Facto
     generator = torch.Generator().manual_seed(seed_of(rank, f"grown:{name}"))
     drawn = init_A(tuple(A.shape), A.shape[-1], generator).double()
     A, B = torch.where(empty_K[..., :, None], drawn, A), B.masked_fill(empty_K[..., None, :], 0)
-    if not is_stack(adapter, name):
+    if not adapter.is_stack(name):
         A, B = A.reshape(rank, *given.A.shape[1:]), B.reshape(len(B), rank, *given.B.shape[2:])
     return Factors(A.to(given.A.dtype).contiguous(), B.to(given.B.dtype).contiguous(), given.magnitude)
 
@@ -148,7 +148,7 @@ def _energies(group: list[Spectrum]) -> list[float]:
 def component_numbers(adapter: Adapter, name: str) -> int:
     """How many numbers one more rank takes in this layer."""
     factors = adapter.factors[name]
-    rank = factors.A.shape[1] if is_stack(adapter, name) else factors.A.shape[0]
+    rank = factors.A.shape[1] if adapter.is_stack(name) else factors.A.shape[0]
     return (factors.A.numel() + factors.B.numel()) // rank
 
 

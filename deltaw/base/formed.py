@@ -35,6 +35,7 @@ from deltaw.errors import BaseError
 _NUMBER = re.compile(r"\.([0-9]{1,4})\.")  # of a block, in the name of a weight
 ROUNDED = (torch.bfloat16, torch.float16)
 RENEWED = ("embed_scale",)  # numbers that modules work out, and that `_renew_buffers` makes anew: of Gemma's embedding
+_UNUSED = (".rotary_emb.inv_freq", ".masked_bias")  # what older checkpoints hold, and no model reads
 _NOT_FORMED = (
     "This base cannot be streamed in a dtype that its files do not have, nor quantised: "
     + "it reads weights past its layers"
@@ -216,7 +217,8 @@ def within_block(name: str) -> tuple[str, int, str] | None:
 
 def has_one_dtype(folder: Path) -> bool:
     """Whether all weights in a folder are stored in one dtype, so that opening them in it rounds none."""
-    return len({weight.dtype for weight in stored_weights(folder).values() if weight.dtype.is_floating_point}) == 1
+    used = (weight for name, weight in stored_weights(folder).items() if not name.endswith(_UNUSED))
+    return len({weight.dtype for weight in used if weight.dtype.is_floating_point}) == 1
 
 
 def makes_unknown_numbers(model: Any) -> bool:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,15 +27,16 @@ from gguf.quants import dequantize
 
 from deltaw.base.gguf_header import DAMAGED, Header, StoredTensor, get, open_header
 from deltaw.base.gguf_tokenizer import build_tokenizer
+from deltaw.disk import new_folder, write_text
 from deltaw.errors import BaseError, DiskError
 
 CHUNK_ELEMENTS = 1 << 21  # 8 MB in fp32; dequantising needs about four times that for a moment
 _U64 = struct.Struct("<Q")
 
-# GGUF name → (transformers name, shape). A letter is one size: v vocabulary, d hidden, f feed-forward,
-# q query heads x head size, k key-value heads x head size, h head size.
 # ── Architecture: names, shapes, config ──────────────────────────────────────────────────────────────────────────
 
+# GGUF name → (transformers name, shape). A letter is one size: v vocabulary, d hidden, f feed-forward,
+# q query heads x head size, k key-value heads x head size, h head size.
 _TOP = {
     "token_embd.weight": ("model.embed_tokens.weight", "vd"),
     "output_norm.weight": ("model.norm.weight", "d"),
@@ -254,7 +254,7 @@ def _config(header: Header, arch: str, sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-# ── Tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Weights ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -315,8 +315,9 @@ def _write_weights(source: Path, target: Path, weights: list[_Weight]) -> None:
         for weight in weights:
             for values in _read_chunks(reader, weight):
                 writer.write(to_bfloat16(values).data)
-        writer.flush()
-        os.fsync(writer.fileno())
+
+
+# ── The folder ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _text_files(header: Header, arch: str, sizes: _Sizes) -> dict[str, str]:
@@ -339,44 +340,11 @@ def _text_files(header: Header, arch: str, sizes: _Sizes) -> dict[str, str]:
     return files if template is None else files | {"chat_template.jinja": template}
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Writes a text file as it is and waits until the disk has it. Raises OSError."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the disk has a folder's list of names, where the system can do that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _publish(folder: Path, fill: Callable[[Path], None], needed_bytes: int) -> None:
-    """Fills a hidden sibling and renames it to `folder`, so that a folder of that name is always complete."""
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        free_bytes = shutil.disk_usage(partial).free
-        if free_bytes < needed_bytes:
-            raise DiskError(
-                f"{folder} needs {needed_bytes / 1e6:,.0f} MB, but {free_bytes / 1e6:,.0f} MB are free there"
-            )
-        fill(partial)
-        sync_folder(partial)
-        partial.rename(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise DiskError(
-            f"{folder} could not be written: {error.strerror or error}; free space or name another"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _require_free(folder: Path, needed_bytes: int) -> None:
+    """Nothing where the disk of `folder` has so much room; raises DiskError otherwise."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskError(f"{folder} needs {needed_bytes / 1e6:,.0f} MB, but {free_bytes / 1e6:,.0f} MB are free there")
 
 
 def convert_gguf(path: str | Path, folder: str | Path) -> None:
@@ -395,10 +363,9 @@ def convert_gguf(path: str | Path, folder: str | Path) -> None:
         weights = _weights(header, architecture, sizes)
         texts = _text_files(header, arch, sizes)
 
-    def fill(partial: Path) -> None:
-        for name, text in texts.items():
-            write_synced(partial / name, text)
-        _write_weights(path, partial / "model.safetensors", weights)
-
     num_weights = sum(math.prod(weight.source.shape) for weight in weights)
-    _publish(folder, fill, 2 * num_weights + sum(4 * len(text) for text in texts.values()))
+    with new_folder(folder) as partial:
+        _require_free(partial, 2 * num_weights + sum(4 * len(text) for text in texts.values()))
+        for name, text in texts.items():
+            write_text(partial / name, text)
+        _write_weights(path, partial / "model.safetensors", weights)

@@ -118,6 +118,3 @@ def _frame(header: Header, tokenizer: Tokenizer, named: dict[str, str], adds_bos
         pair=[*bos, "$A:0", *eos, *(f"{token}:1" for token in bos), "$B:1", *(f"{token}:1" for token in eos)],
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(bos + eos)],
     )
-
-
-# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -210,6 +210,15 @@ class Base:
         """Logits [N, V] from hidden states."""
         return forward.flat_logits(self.model, h_NH)
 
+    def document_logits(self, tokens_T: Tensor) -> Tensor:
+        """Logits [T, V] of one document, in whichever way this base computes."""
+        if self.plain_reason is not None:
+            with forward.plain_attention(self.model):
+                logits_TV: Tensor = self.model(input_ids=tokens_T[None], use_cache=False).logits[0]
+                return logits_TV
+        positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
+        return self.logits(self.hidden_states(tokens_T, positions_T, (0, len(tokens_T))))
+
 
 def load(
     name: str | Path,
@@ -231,8 +240,7 @@ def load(
     `dtype` "auto" is bf16 where the processor or GPU is faster in it, else fp32. Raises BaseError, saying what to do,
     when there is nothing to open or opening it would need code or pickles from the folder.
     """
-    if threads is not None:
-        set_threads(threads)
+    set_threads(threads)
     tune_memory()
     where, chosen = place(device, dtype)
     streamed = stream is True

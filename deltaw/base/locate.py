@@ -12,16 +12,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, base_path, cache_folder, only_one
-from deltaw.disk import disk_errors, remembered_digest
+from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, base_path, cache_folder
+from deltaw.disk import make_once, remembered_digest
 from deltaw.errors import BaseError
 
-_HUB_LEFT = ["*/*", "consolidated*"]  # the same weights once more, in other formats
+# The same weights once more, in other formats.
+_HUB_LEFT = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/tokenizer.model", "consolidated*"]
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-_MORE_TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes several
+MORE_TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes several
 _TOKENIZER_FILES = (
     *("token*", "chat_template*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab*", "merges.txt", "*.tiktoken", "spiece.model", f"{_MORE_TEMPLATES}/*"),
+    *("vocab*", "merges.txt", "*.tiktoken", "spiece.model", f"{MORE_TEMPLATES}/*"),
 )
 
 
@@ -53,12 +54,7 @@ def _from_gguf(path: Path) -> Path:
         raise BaseError(f"{path} is a file, but not a .gguf; give a transformers folder or a GGUF file.")
     digest = remembered_digest(path, cache_folder() / "digests")
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-v{CONVERTER_VERSION}"
-    if not folder.is_dir():
-        with disk_errors("make", folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():  # another process may have made it while this one waited
-                importlib.import_module("deltaw.base.gguf").convert_gguf(path, folder)
+    make_once(folder, folder.is_dir, lambda: importlib.import_module("deltaw.base.gguf").convert_gguf(path, folder))
     return folder
 
 
@@ -93,7 +89,7 @@ def template_prints_the_day(folder: Path) -> bool:
     """Whether a chat template in the folder asks for the day."""
     files = [
         file
-        for pattern in ("chat_template*", "tokenizer_config.json", f"{_MORE_TEMPLATES}/*")
+        for pattern in ("chat_template*", "tokenizer_config.json", f"{MORE_TEMPLATES}/*")
         for file in folder.glob(pattern)
     ]
     return any(b"strftime_now" in file.read_bytes() for file in files if file.is_file())

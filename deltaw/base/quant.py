@@ -22,10 +22,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from deltaw.adapter.files import save_tensors
-from deltaw.base.builtin import cache_folder, only_one
+from deltaw.base.builtin import cache_folder
 from deltaw.base.formed import BUFFERS, cast_rest, exchange, linear_layers
 from deltaw.base.stream import blocks_of, release
-from deltaw.disk import disk_errors, new_folder
+from deltaw.disk import make_once, new_folder
 from deltaw.errors import UsageError
 
 # Bytes for each weight: NF4 in blocks of 64 with 8-bit scales, and 8 bit in blocks of 64 with fp32 scales.
@@ -46,12 +46,7 @@ def quantise(
     codec = _codec(kind)
     folder = cache_folder() / "quantised" / f"{hashlib.sha256(digest.encode()).hexdigest()[:16]}-{kind}-v{_VERSION}"
     files = [folder / f"block-{number:04}.safetensors" for number in range(len(blocks_of(model)))]
-    if not all(file.is_file() for file in files):
-        with disk_errors("make", folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(folder.with_name(f".{folder.name}.lock")):
-            if not all(file.is_file() for file in files):  # another process may have made them meanwhile
-                _write(model, codec, folder, tell)
+    make_once(folder, lambda: all(file.is_file() for file in files), lambda: _write(model, codec, folder, tell))
     for path, block in zip(files, blocks_of(model), strict=True):
         with safe_open(path, "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping

@@ -25,10 +25,12 @@ from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
 from deltaw.base.formed import INDEX, Stored, stored_weights
 from deltaw.base.load import Base, open_model
+from deltaw.base.locate import MORE_TEMPLATES
 from deltaw.disk import new_folder, write_text
 from deltaw.errors import AdapterError, UsageError, bullet_list
 
-_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", f"{MORE_TEMPLATES}/*.jinja")
+_SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what a stored weight may be to be summed
 _CONFIG = "config.json"
 
 
@@ -47,6 +49,9 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
     require_new(out)
     targets = {_weight_name(target): target for target in choose_for(base.model, adapter)}
     stored = stored_weights(base.folder)
+    if coded := [name for name in targets if name in stored and stored[name].dtype not in _SUMMED]:
+        listed = [f"{name} is stored as {str(stored[name].dtype).removeprefix('torch.')}" for name in coded]
+        raise AdapterError(f"An adapter cannot be merged into weights that are stored as codes:\n{bullet_list(listed)}")
     parted = _parted_names(base, set(targets))
     same_layout = all(
         name in parted or (name in stored and stored[name].shape == target.shape) for name, target in targets.items()
@@ -106,10 +111,11 @@ def _weight_name(target: Target) -> str:
 
 
 def _usual_dtype(stored: dict[str, Stored]) -> torch.dtype:
-    """The dtype of most of these numbers."""
+    """The dtype of most of these numbers; codes are no numbers."""
     numbers: Counter[torch.dtype] = Counter()
     for each in stored.values():
-        numbers[each.dtype] += math.prod(each.shape)
+        if each.dtype in _SUMMED:
+            numbers[each.dtype] += math.prod(each.shape)
     return numbers.most_common(1)[0][0]
 
 
@@ -128,7 +134,9 @@ def _copy_others(folder: Path, out: Path, but: tuple[str, ...] = ()) -> None:
     for pattern in _COPIED:
         for file in folder.glob(pattern):
             if file.name not in but and file.is_file():
-                shutil.copyfile(file, out / file.name)
+                copy = out / file.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 # -- shard by shard ----------------------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from deltaw.cli.group import AS_JSON
-from deltaw.config import make_settings, settings_fields
+from deltaw.config import AUTO, make_settings, settings_fields
 from deltaw.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -72,8 +75,11 @@ unquantised_options = settings_options(*MACHINE)
 
 def machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where and how a base is opened."""
-    kinds = click.Choice(("none", "nf4", "int8"))
-    quant = click.option("--quant", type=kinds, help="Store the base's layers in 4 or 8 bits.  [default: none]")
+    (field,) = (field for field in settings_fields() if field.name == "quant")
+    kinds = [kind for kind in field.metadata["choices"] if kind != AUTO]
+    quant = click.option(
+        "--quant", type=click.Choice(kinds), help="Store the base's layers in 4 or 8 bits.  [default: none]"
+    )
     return unquantised_options(quant(function))
 
 
@@ -90,6 +96,14 @@ def reading_of(options: dict[str, Any]) -> dict[str, Any]:
     """How data files are read: columns, allow and allow_lost of the options, or their defaults; takes them out."""
     given = make_settings(given_of({name: options.pop(name) for name in READING}))
     return {name: getattr(given, name) for name in READING}
+
+
+def command() -> str:
+    """How the user calls deltaw: by its name, or, where the shell does not find that, as it was called now."""
+    called = Path(sys.argv[0])
+    if shutil.which("deltaw") is not None or called.name not in ("deltaw", "__main__.py"):
+        return "deltaw"
+    return str(called) if called.name == "deltaw" else f"{Path(sys.executable).name} -m deltaw"
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ import click
 
 from deltaw.cli.group import main
 from deltaw.cli.options import (
+    command,
     given_of,
     json_option,
     machine_of,
@@ -59,12 +60,8 @@ def _show_demo(summary: dict[str, Any]) -> None:
         "run": f"{summary['run']} (open report.html in a browser)",
     })  # fmt: skip
     console.print("\nTry next:", highlight=False)
-    for command in (
-        f"deltaw chat {summary['run']}",
-        f"deltaw merge {summary['run']} --out merged",
-        "deltaw train --data your-chats.jsonl",
-    ):
-        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+    for verb in (f"chat {summary['run']}", f"merge {summary['run']} --out merged", "train --data your-chats.jsonl"):
+        console.print(f"  {command()} {verb}", highlight=False, markup=False, soft_wrap=True)
 
 
 @main.command()
@@ -102,9 +99,9 @@ def train(recipe: Path | None, resume: Path | None, quiet: bool, as_json: bool, 
 
 def _train_measured(settings: Settings, quiet: bool, as_json: bool) -> None:
     """`train --rank measure`."""
-    from deltaw.adapters import train_measured
     from deltaw.tables import compress_page, rank_page
     from deltaw.terminal import TerminalWatcher, make_console, show_json
+    from deltaw.training import train_measured
 
     found = train_measured(settings, TerminalWatcher(make_console(stderr=True), quiet))
     if as_json:
@@ -139,11 +136,11 @@ def plan(recipe: Path | None, on: str | None, as_json: bool, **options: Any) -> 
 
 
 def _finish_training(resume: Path | None, settings: Settings | None, run: Any, quiet: bool, as_json: bool) -> None:
-    from deltaw import api
     from deltaw.terminal import TerminalWatcher, make_console, pairs, show_json
+    from deltaw.training import train as train_adapter
 
     watcher = TerminalWatcher(make_console(stderr=True), quiet)
-    run = api.train(settings, run, watcher, resume=resume)
+    run = train_adapter(settings, run, watcher, resume=resume)
     summary = run.read_summary()
     if as_json:
         show_json({**summary, "run": str(run.folder)})
@@ -155,7 +152,7 @@ def _finish_training(resume: Path | None, settings: Settings | None, run: Any, q
         **_as_planned(summary),
         "adapter": str(run.adapter),
         "report": str(run.report),
-        "next": f"deltaw chat {run.folder}",
+        "next": f"{command()} chat {run.folder}",
     })  # fmt: skip
 
 

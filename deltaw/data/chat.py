@@ -138,17 +138,20 @@ class Encoder:
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK_ROWS)):
             drafts: list[_Draft | Encoded | Fault] = [
-                row if isinstance(row, Fault) else self._guard(self._draft, row) for row in chunk
+                row if isinstance(row, Fault) else self._guard(row, self._draft, row) for row in chunk
             ]
-            tokenised = self._tokenise([draft for draft in drafts if isinstance(draft, _Draft)])
+            tokenised = iter(self._tokenise([draft for draft in drafts if isinstance(draft, _Draft)]))
             for draft in drafts:
                 yield (
-                    self._guard(self._finish, draft.row, draft, next(tokenised)) if isinstance(draft, _Draft) else draft
+                    self._guard(draft.row, self._finish, draft, *next(tokenised))
+                    if isinstance(draft, _Draft)
+                    else draft
                 )
 
-    def _guard(self, step: Any, row: Row, *arguments: Any) -> Any:
+    def _guard(self, row: Row, step: Any, *arguments: Any) -> Any:
+        """What a step gives, or a Fault of the row that it refused."""
         try:
-            return step(*arguments) if arguments else step(row)
+            return step(*arguments)
         except _Refused as refused:
             return Fault(row.file, row.number, str(refused), refused.code)
 
@@ -161,7 +164,7 @@ class Encoder:
             return self._from_tokens(row)
         self._refuse_control_tokens(row)
         if row.text is not None:
-            return self._draft_text(row)
+            return self._from_text(row, row.text)
         if self.renderer is None:
             return self._draft_without_template(row)
         if row.messages[0]["role"] == "assistant":
@@ -197,11 +200,6 @@ class Encoder:
         for name, text in (("text", row.text or ""), ("list of tools", told)):
             if found := self._control.search(text):
                 raise _Refused("control-tokens", f"the {name} contains {found[0]!r}")
-
-    def _draft_text(self, row: Row) -> _Draft:
-        """All of the text, and its end."""
-        assert row.text is not None
-        return _Draft(row, row.text, [], [])
 
     def _draft_without_template(self, row: Row) -> _Draft:
         """prompt + completion + end of text, for bases that have no chat format."""
@@ -276,26 +274,19 @@ class Encoder:
 
     # -- drafts → tokens -----------------------------------------------------------------------------------------------
 
-    def _tokenise(self, drafts: list[_Draft]) -> Iterator[tuple[list[int], list[int | None]]]:
+    def _tokenise(self, drafts: list[_Draft]) -> list[tuple[list[int], list[int | None]]]:
         """(tokens, number of tokens before each border of its spans) of each draft; a border is None within a token."""
-        if not drafts:
-            return
-        chats = [draft for draft in drafts if draft.row.text is None]
-        encoded = self._ids_and_starts([draft.text for draft in chats])
-        self._notice_changed_texts(chats, [tokens for tokens, _ in encoded])
+        encoded = self._ids_and_starts([draft.text for draft in drafts])
+        self._notice_changed_texts(drafts, [tokens for tokens, _ in encoded])
         heads: list[str] = []
         asked: list[list[tuple[int, int] | None]] = []
-        for draft, (tokens, starts) in zip(chats, encoded, strict=True):
+        for draft, (tokens, starts) in zip(drafts, encoded, strict=True):
             asked.append(self._ask(draft, tokens, starts, heads))
         head_ids = self._ids(heads)
-        places = iter(
-            [
-                (tokens, [self._place(tokens, request, head_ids) for request in requests])
-                for (tokens, _), requests in zip(encoded, asked, strict=True)
-            ]
-        )
-        for draft in drafts:
-            yield (self._text_ids(draft.text), [0, None]) if draft.row.text is not None else next(places)
+        return [
+            (tokens, [self._place(tokens, request, head_ids) for request in requests])
+            for (tokens, _), requests in zip(encoded, asked, strict=True)
+        ]
 
     def _notice_changed_texts(self, drafts: list[_Draft], ids: list[list[int]]) -> None:
         """A tokenizer that normalises or drops text shows when its tokens are turned back; spaces it may move."""
@@ -363,10 +354,7 @@ class Encoder:
 
     # -- tokens → examples ---------------------------------------------------------------------------------------------
 
-    def _finish(self, draft: _Draft, tokenised: tuple[list[int], list[int | None]]) -> Encoded:
-        tokens, places = tokenised
-        if draft.row.text is not None:
-            return Encoded(draft.row, self._pieces(tokens, draft.row.number), tuple(self._noticed(draft, tokens)))
+    def _finish(self, draft: _Draft, tokens: list[int], places: list[int | None]) -> Encoded:
         if None in places:
             tokens, places = self._piecewise(draft)
         spans = self._trained(draft, tokens, places)
@@ -445,6 +433,12 @@ class Encoder:
         starts = range(0, len(tokens) - 1, self.max_length - 1)
         pieces = [all_tokens[start : start + self.max_length] for start in starts]
         return [Example(piece, np.ones(len(piece), np.float32), row) for piece in pieces]
+
+    def _from_text(self, row: Row, text: str) -> Encoded:
+        """All of a text, and its end."""
+        tokens = self._text_ids(text)
+        pieces = self._pieces(tokens, row.number)
+        return Encoded(row, pieces, tuple(self._noticed(_Draft(row, text, [], []), tokens)))
 
     def _from_tokens(self, row: Row) -> Encoded:
         """A row that was tokenised elsewhere."""

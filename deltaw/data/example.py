@@ -19,3 +19,7 @@ class Example:
     row: int = 0
     cut: bool = False
     file: str = ""
+
+    def as_bytes(self) -> bytes:
+        """What a digest of documents is made over."""
+        return len(self.tokens).to_bytes(8, "big") + self.tokens.tobytes() + self.weights.tobytes()

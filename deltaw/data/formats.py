@@ -66,9 +66,11 @@ class _Unusable(ValueError):
         self.code = code
 
 
-def parse_sources(texts: Iterable[str], columns: Iterable[str] = ()) -> list[Source]:
-    """The Sources that settings name; `columns` are "canonical=yours" for all. Every fault is listed at once."""
+def parse_sources(data: str | Path | Iterable[str | Path], columns: str | Iterable[str] = ()) -> list[Source]:
+    """The Sources that settings name, one or several; `columns` are "canonical=yours" for all. Lists every fault."""
     pairs, faults = [], []
+    columns = [columns] if isinstance(columns, str) else columns
+    texts = [data] if isinstance(data, str | Path) else data
     for entry in columns:
         canonical, equals, name = entry.partition("=")
         if not equals or not name or canonical not in COLUMNS:
@@ -78,7 +80,7 @@ def parse_sources(texts: Iterable[str], columns: Iterable[str] = ()) -> list[Sou
     sources = []
     for text in texts:
         try:
-            sources.append(parse_source(text, pairs, COLUMNS))
+            sources.append(parse_source(str(text), pairs, COLUMNS))
         except DataError as error:
             faults.append(str(error))
     if faults:

@@ -11,12 +11,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from deltaw.config import Settings
 from deltaw.data.pack import Batch, batch_of, common_beginnings, shared_batch
 from deltaw.data.store import TokenStore
+
+if TYPE_CHECKING:
+    from deltaw.data.prepare import DataSet
 
 _ROUNDS = 4
 
@@ -242,3 +246,21 @@ def evaluation_batches(store: TokenStore, batch_tokens: int, most_rows: int | No
     documents = evaluated_documents(store, most_rows)
     order = documents[np.argsort(store.lengths[documents], kind="stable")].tolist()
     return Loader(store, batch_tokens, batch_tokens, 0).cut(order, batch_tokens)
+
+
+# -- by the settings of a run: what trains, probes and plans it must agree ---------------------------------------------
+
+
+def loader_of(train: DataSet, settings: Settings, *, share: bool, micro_tokens: int | None = None) -> Loader:
+    """The order in which a run takes its documents; `micro_tokens` stands in for those of the settings."""
+    micro = int(settings.micro_tokens) if micro_tokens is None else micro_tokens
+    return Loader(train.store, int(settings.batch_tokens), micro, settings.seed, train.mix, share=share)
+
+
+def heaviest_pass(
+    train: DataSet, settings: Settings, micro_tokens: int | None = None, lengths: np.ndarray | None = None
+) -> list[int]:
+    """The documents of the heaviest pass that a run may come to; `lengths` stand in for their own."""
+    micro = int(settings.micro_tokens) if micro_tokens is None else micro_tokens
+    lengths = train.store.lengths if lengths is None else lengths
+    return heaviest_documents(lengths, min(micro, int(settings.batch_tokens)), train.turns(settings.whole_epochs))

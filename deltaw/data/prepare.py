@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from deltaw.data.chat import Encoder
 
 MAX_LABELS = 20
-STALE_SECONDS = 30 * 86_400
+STALE_SECONDS, LEFT_SECONDS = 30 * 86_400, 86_400
 REPORT = "report.json"
 Progress = Callable[[int], None]
 
@@ -98,6 +98,14 @@ class DataSet:
     shares: np.ndarray
     mix: list[tuple[int, float]]
     prompts: list[Row] = field(default_factory=list)
+    stored_digest: str = ""  # of all documents in the token files, of which these may be a part
+
+    @property
+    def identity(self) -> str:
+        """A digest of the documents and of how often each is taken: what a run that goes on must find again."""
+        if all(weight == 1 for _, weight in self.mix):
+            return self.report.digest
+        return hashlib.sha256(f"{self.report.digest} {self.mix}".encode()).hexdigest()
 
     def turns(self, epochs: float | None) -> float:
         """How often a document may be taken at most; `epochs` None for a run that data does not end."""
@@ -123,7 +131,8 @@ class DataSet:
         chosen = np.flatnonzero(wanted)
         digest = hashlib.sha256(f"{self.report.digest} {name}".encode()).hexdigest()
         prompts = [self.prompts[i] for i in chosen] if self.prompts else []
-        return DataSet(self.store.view(chosen), replace(self.report, digest=digest), self.shares[chosen], mix, prompts)
+        report = replace(self.report, digest=digest)
+        return DataSet(self.store.view(chosen), report, self.shares[chosen], mix, prompts, self.stored_digest)
 
     def as_dict(self) -> dict[str, Any]:
         """The counts of these documents, for JSON and for the report page."""
@@ -167,7 +176,7 @@ def prepare(
     listed = [Source(str(source)) if isinstance(source, Path) else source for source in sources]
     entry = folder / cache_key(listed, encoder)
     kept: list[Row] = []
-    if keep_rows or not (entry / REPORT).is_file():
+    if keep_rows or not _is_whole(entry):
         _build(entry, listed, encoder.ready(), kept if keep_rows else None, progress)
     data = _open(entry, listed, encoder, kept)
     if refuse_above is not None:
@@ -187,6 +196,18 @@ def cache_key(sources: Sequence[Source], encoder: Encoding) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry is there with all of its files in their full length; what is not is made anew."""
+    if not (entry / REPORT).is_file():
+        return False
+    try:
+        json.loads((entry / REPORT).read_text("utf-8"))
+        TokenStore(entry / "all")
+    except (OSError, ValueError, IndexError):
+        return False
+    return True
+
+
 def _open(entry: Path, sources: Sequence[Source], encoder: Encoding, kept: list[Row]) -> DataSet:
     with disk_errors("open", entry):
         report = DataReport.from_dict(json.loads((entry / REPORT).read_text("utf-8")), encoder.allow)
@@ -194,7 +215,7 @@ def _open(entry: Path, sources: Sequence[Source], encoder: Encoding, kept: list[
             os.utime(entry)  # what is used stays in the cache
         shares = np.fromfile(entry / "all.shares", np.float64)
     mix = [(count, source.weight) for count, source in zip(report.source_documents, sources, strict=True)]
-    return DataSet(TokenStore(entry / "all"), report, shares, mix, kept)
+    return DataSet(TokenStore(entry / "all"), report, shares, mix, kept, report.digest)
 
 
 def _build(
@@ -210,9 +231,12 @@ def _build(
 
 def _forget_stale(folder: Path) -> None:
     """Removes entries that nobody has used for a month; a process that still maps one keeps its pages."""
-    for old in folder.glob("*/" + REPORT):
-        if time.time() - old.parent.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(old.parent, ignore_errors=True)
+    entries = [(report.parent, STALE_SECONDS) for report in folder.glob("*/" + REPORT)]
+    entries += [(begun, LEFT_SECONDS) for begun in folder.glob(".*") if begun.is_dir()]  # by a process that was killed
+    for entry, most in entries:
+        with contextlib.suppress(OSError):  # another process removes it just now
+            if time.time() - entry.stat().st_mtime > most:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 class _Scan:
@@ -264,9 +288,7 @@ class _Scan:
             self.shares.append(share)
             self._tokens += len(example.tokens)
             self._trained += int(np.count_nonzero(example.weights))
-            self._digest.update(
-                len(example.tokens).to_bytes(8, "big") + example.tokens.tobytes() + example.weights.tobytes()
-            )
+            self._digest.update(example.as_bytes())
             if self.kept is not None:
                 self.kept.append(row)
             yield replace(example, file=row.file)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from deltaw.data.example import Example
 from deltaw.disk import disk_errors
+from deltaw.errors import DiskError
 
 _COUNTED = 65_536
 
@@ -22,7 +24,7 @@ class TokenStore:
     and the names of their `.files`.
 
     Reading touches only the pages of the documents asked for, so a store may be larger than memory. `chosen` makes it a
-    view of these documents alone, in this order.
+    view of these documents alone, in this order. DiskError when files are missing, or not as long as they were.
     """
 
     def __init__(self, stem: Path, chosen: np.ndarray | None = None) -> None:
@@ -34,6 +36,10 @@ class TokenStore:
             empty = self.offsets[-1] == 0
             self._tokens = np.zeros(0, np.int32) if empty else np.memmap(_file(stem, "tokens"), np.int32, "r")
             self._weights = np.zeros(0, np.float32) if empty else np.memmap(_file(stem, "weights"), np.float32, "r")
+        lengths = {"tokens": len(self._tokens), "weights": len(self._weights), "rows": len(self._rows)}
+        whole = {"tokens": self.offsets[-1], "weights": self.offsets[-1], "rows": len(self.offsets) - 1}
+        if lengths != whole:
+            raise DiskError(f"The token files {stem}.* were cut short. Remove {stem.parent}; they are made anew.")
 
     @classmethod
     def write(cls, stem: Path, examples: Iterable[Example]) -> TokenStore:
@@ -62,6 +68,13 @@ class TokenStore:
         stored = document if self.chosen is None else self.chosen[document]
         part = slice(self.offsets[stored], self.offsets[stored + 1])
         return Example(np.asarray(self._tokens[part]), np.asarray(self._weights[part]), int(self._rows[stored]))
+
+    def digest(self) -> str:
+        """sha256 over all documents of the files, of which this may be a view."""
+        whole, found = TokenStore(self.stem), hashlib.sha256()
+        for number in range(len(whole)):
+            found.update(whole[number].as_bytes())
+        return found.hexdigest()
 
     def view(self, chosen: np.ndarray) -> TokenStore:
         """These documents of the whole store alone."""
@@ -93,15 +106,24 @@ class TokenStore:
     @cached_property
     def trained(self) -> np.ndarray:
         """Number of tokens of each document that carry loss; its first never does, nothing predicts it."""
+        return self._sums(lambda weights: weights != 0).astype(np.int64)
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """The sum of the weights of these tokens, document by document: what a mean over them is divided by."""
+        return self._sums(lambda weights: weights.astype(np.float64))
+
+    def _sums(self, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The sum of a value of the weights over each document's tokens but its first."""
         stored = len(self._rows)
-        counts = np.zeros(stored, np.int64)
+        sums = np.zeros(stored)
         for first in range(0, stored, _COUNTED):  # a piece at a time: the weights may be larger than memory
             last = min(stored, first + _COUNTED)
             start, stop = self.offsets[first], self.offsets[last]
-            marked = np.append(0, np.cumsum(self._weights[start:stop] != 0))
+            summed = np.append(0, np.cumsum(value(self._weights[start:stop])))
             places = self.offsets[first : last + 1] - start
-            counts[first:last] = marked[places[1:]] - marked[np.minimum(places[:-1] + 1, places[1:])]
-        return counts if self.chosen is None else counts[self.chosen]
+            sums[first:last] = summed[places[1:]] - summed[np.minimum(places[:-1] + 1, places[1:])]
+        return sums if self.chosen is None else sums[self.chosen]
 
     @property
     def trained_tokens(self) -> int:

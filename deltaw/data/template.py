@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import resource
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -21,9 +21,6 @@ from typing import Any
 
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
-
-if sys.platform != "win32":
-    import resource
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SECONDS = 0.8
@@ -167,10 +164,10 @@ def _bounded_operation(_context: Any, operator: str, left: Any, right: Any) -> A
 def bounded(seconds: float = MAX_SECONDS, added_bytes: int = MAX_ADDED_BYTES) -> Iterator[None]:
     """TemplateError when what runs inside takes more processor time or memory than this.
 
-    Needs Unix and the main thread (signals and limits belong to the process); elsewhere the bounds on single operations
-    remain. Nested calls are bounded by the outermost one.
+    Needs the main thread (signals and limits belong to the process); elsewhere the bounds on single operations remain.
+    Nested calls are bounded by the outermost one.
     """
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -77,12 +77,12 @@ def _workload(
     random = np.random.default_rng(0)
     count = DEFAULT_MICRO_TOKENS[base.device.type] // length
     documents = [_document(random, base.vocabulary, length, share) for _ in range(count)]
-    rates = [_gemm(base)]
     batch = _warmed(step, documents, DEFAULT_MICRO_TOKENS["cpu"] // length)
+    rates = [_gemm(base, batch.tokens)]
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         times.append(hardware.time_calls(lambda: step(batch), 1, base.device))
-    rates.append(_gemm(base))
+    rates.append(_gemm(base, batch.tokens))
     step_seconds, gemm = statistics.median(times), statistics.mean(rates)
     useful = useful_flops(base, batch, trained)
     return {
@@ -122,10 +122,11 @@ def _document(random: np.random.Generator, vocabulary: int, length: int, share: 
     return Example(random.integers(0, vocabulary, length).astype(np.int32), weights)
 
 
-def _gemm(base: Base) -> float:
+def _gemm(base: Base, tokens: int) -> float:
+    """The rate of one product of the batch's tokens with the widest layer of a block."""
     config = base.model.config.get_text_config()
     width = int(getattr(config, "hidden_size", 576))
-    return hardware.measure_gemm(base.dtype, 1024, width, mlp_width(config, width), device=base.device)
+    return hardware.measure_gemm(base.dtype, tokens, width, mlp_width(config, width), device=base.device)
 
 
 def useful_flops(base: Base, batch: Batch, trained: int) -> float:

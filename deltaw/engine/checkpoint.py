@@ -49,9 +49,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first, good or not."""
-    with disk_errors("read", folder):
-        found = [path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name) and not path.is_dir()]
-    return sorted(found, reverse=True)
+    with disk_errors("read", folder):  # not by `glob`, which takes a folder that may not be read for an empty one
+        found = list(folder.iterdir()) if folder.exists() else []
+        return sorted((path for path in found if _NAME.fullmatch(path.name) and not path.is_dir()), reverse=True)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltaw.base.load import Base
+from deltaw.data.example import Example
 from deltaw.data.loader import evaluation_batches
 from deltaw.data.pack import batch_of, flat_batch
 from deltaw.data.prepare import DataSet, Labels
@@ -30,9 +31,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Evaluation:
-    """`loss_sum` over `tokens` trained tokens of `rows` documents; accuracy and its labels only where they apply."""
+    """`loss_sum` over `tokens` trained tokens of `rows` documents, each token counted by its weight, `weight` in all.
+
+    Accuracy and its labels only where they apply.
+    """
 
     loss_sum: float
+    weight: float
     tokens: int
     rows: int
     exact: int
@@ -42,8 +47,8 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean loss per trained token, in nats."""
-        return self.loss_sum / max(1, self.tokens)
+        """Mean loss per trained token, in nats, as training means it."""
+        return self.loss_sum / (self.weight or 1.0)
 
     def as_dict(self) -> dict[str, float | int]:
         """The numbers for tables and JSON, with 95 % Wilson intervals for shares."""
@@ -75,13 +80,18 @@ def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def held_out_loss(base: Base, store: TokenStore, batch_tokens: int, most_rows: int | None) -> tuple[float, int, float]:
-    """(loss sum, trained tokens, seconds) over a fair sample of `most_rows` documents, or over all."""
-    started, loss_sum, tokens = time.monotonic(), 0.0, 0
+    """(mean loss, trained tokens, seconds) over a fair sample of `most_rows` documents, or over all.
+
+    The mean is that of training: each token counts by its weight.
+    """
+    started, loss_sum, weight, tokens = time.monotonic(), 0.0, 0.0, 0
     for documents in evaluation_batches(store, batch_tokens, most_rows):
-        losses_N = score_batch(base, batch_of(store, documents).to(base.device)).losses_N
-        loss_sum += float(losses_N.cpu().sum(dtype=torch.float64))
-        tokens += len(losses_N)
-    return loss_sum, tokens, time.monotonic() - started
+        batch = batch_of(store, documents)
+        scores = score_batch(base, batch.to(base.device))
+        loss_sum += float(scores.weighted_N.cpu().sum(dtype=torch.float64))
+        weight += batch.weight
+        tokens += len(scores.losses_N)
+    return loss_sum / (weight or 1.0), tokens, time.monotonic() - started
 
 
 def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | None = None) -> Evaluation:
@@ -89,13 +99,14 @@ def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | 
     store, labels = data.store, data.labels()
     started = time.monotonic()
     first_tokens = None if labels is None else _first_tokens(data, labels)
-    result = Evaluation(0.0, 0, len(store), 0, 0.0)
+    result = Evaluation(0.0, 0.0, 0, len(store), 0, 0.0)
     choices = np.full(len(store), -1)
     done = 0
     for documents in evaluation_batches(store, batch_tokens):
         batch = batch_of(store, documents).to(base.device)
         scores = score_batch(base, batch, first_tokens or ())
-        result.loss_sum += float(scores.losses_N.cpu().sum(dtype=torch.float64))
+        result.loss_sum += float(scores.weighted_N.cpu().sum(dtype=torch.float64))
+        result.weight += batch.weight
         result.tokens += len(scores.losses_N)
         result.exact += _all_hit(scores.hits_N, scores.places_N, batch.bounds)
         if first_tokens is not None:
@@ -132,14 +143,19 @@ def _answer_starts(weights_T: Tensor, bounds: Sequence[int]) -> Tensor:
 
 def _answer_tokens(data: DataSet, labels: Labels) -> list[list[int]]:
     """The tokens of each label as they stand in a document that has it."""
-    examples = {label: document for document, label in enumerate(labels.of_document)}
+    documents = {label: document for document, label in enumerate(labels.of_document)}
     answers = []
     for label in range(len(labels.names)):
-        example = data.store[examples[label]]
-        trained = example.weights > 0
-        begins = np.flatnonzero(trained & ~np.append(False, trained[:-1]))
-        answers.append(example.tokens[begins[-1] :][trained[begins[-1] :]].tolist())
+        example = data.store[documents[label]]
+        begin = _last_answer(example)
+        answers.append(example.tokens[begin:][example.weights[begin:] > 0].tolist())
     return answers
+
+
+def _last_answer(example: Example) -> int:
+    """Where the last trained stretch of a document begins."""
+    trained = example.weights > 0
+    return int(np.flatnonzero(trained & ~np.append(False, trained[:-1]))[-1])
 
 
 def _first_tokens(data: DataSet, labels: Labels) -> list[int] | None:
@@ -154,18 +170,17 @@ def _score_whole_labels(base: Base, data: DataSet, labels: Labels) -> list[int]:
     choices = []
     for document in range(len(data.store)):
         example = data.store[document]
-        trained = example.weights > 0
-        begin = int(np.flatnonzero(trained & ~np.append(False, trained[:-1]))[-1])
+        begin = _last_answer(example)
         variants = [
-            type(example)(
+            Example(
                 np.append(example.tokens[:begin], answer).astype(np.int32),
                 np.append(np.zeros(begin), np.ones(len(answer))).astype(np.float32),
             )
             for answer in answers
         ]
         batch = flat_batch(variants).to(base.device)
-        losses_N, _, _, places_N = score_batch(base, batch)
-        owner_N = documents_of(places_N, batch.bounds)
-        sums = torch.zeros(len(answers), device=losses_N.device).index_add_(0, owner_N, losses_N)
+        scores = score_batch(base, batch)
+        owner_N = documents_of(scores.places_N, batch.bounds)
+        sums = torch.zeros(len(answers), device=base.device).index_add_(0, owner_N, scores.losses_N)
         choices.append(int(sums.argmin()))
     return choices

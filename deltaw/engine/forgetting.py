@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaw.adapter import Injection
-from deltaw.analysis.curve import mean_interval
-from deltaw.base.forward import plain_attention
+from deltaw.analysis.curve import FEWEST, mean_interval
 from deltaw.base.load import Base
 from deltaw.errors import DataError
 
@@ -48,8 +47,8 @@ def forgetting(
 ) -> list[dict[str, Any]]:
     """Per strength: loss on the texts (nats per token), its change against the base, and KL(base ‖ adapted) per token.
 
-    Intervals are 95 %, paired by document. At most 48 documents of at most 256 tokens, spread over all texts. Raises
-    DataError when no text has enough tokens.
+    Intervals are 95 %, paired by document, and None of fewer than ten. At most 48 documents of at most 256 tokens,
+    spread over all texts. Raises DataError when no text has enough tokens.
     """
     documents = _documents(base, texts)
     counts_D = np.asarray([len(document) - 1 for document in documents], dtype=np.float64)
@@ -75,8 +74,8 @@ def forgetting(
 def _row(
     strength: float, losses_D: np.ndarray, distances_D: np.ndarray, plain_D: np.ndarray, counts_D: np.ndarray
 ) -> dict[str, Any]:
-    low, high = mean_interval(losses_D - plain_D, counts_D)
-    kl_low, kl_high = mean_interval(distances_D, counts_D)
+    low, high = _interval(losses_D - plain_D, counts_D)
+    kl_low, kl_high = _interval(distances_D, counts_D)
     total = counts_D.sum()
     return {
         "strength": strength,
@@ -90,6 +89,11 @@ def _row(
         "documents": len(counts_D),
         "tokens": int(total),
     }
+
+
+def _interval(sums_D: np.ndarray, counts_D: np.ndarray) -> tuple[float | None, float | None]:
+    """The interval of a mean over documents; None twice of so few that resampling them says nothing."""
+    return mean_interval(sums_D, counts_D) if len(counts_D) >= FEWEST else (None, None)
 
 
 def _documents(base: Base, texts: Sequence[str]) -> list[Tensor]:
@@ -107,13 +111,7 @@ def _documents(base: Base, texts: Sequence[str]) -> list[Tensor]:
 
 def _log_probabilities(base: Base, tokens_T: Tensor) -> Tensor:
     """Of each next token, [T - 1, V] in fp32."""
-    if base.plain_reason is None:
-        positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
-        logits_TV = base.logits(base.hidden_states(tokens_T, positions_T, (0, len(tokens_T))))
-    else:
-        with plain_attention(base.model):
-            logits_TV = base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
-    return logits_TV[:-1].float().log_softmax(-1)
+    return base.document_logits(tokens_T)[:-1].float().log_softmax(-1)
 
 
 def _loss(log_TV: Tensor, tokens_T: Tensor) -> float:

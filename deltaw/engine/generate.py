@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from deltaw.base.stream import follow_modules
 from deltaw.data.chat import Encoder
 from deltaw.data.formats import Row
 from deltaw.data.source import Fault
-from deltaw.errors import DataError
+from deltaw.errors import DataError, UsageError
 
 Messages = Sequence[dict[str, Any]]
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -83,8 +84,12 @@ def generate(
 
     Temperature 0 takes the most likely token each time, whatever the base's generation config wishes; sampling follows
     that config's other settings. An answer ends with the base's context at the latest. The caller's random numbers stay
-    untouched.
+    untouched. Raises UsageError for a length or a temperature without meaning.
     """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"temperature must be a finite number from 0, not {temperature}.")
     prompt = render_prompt(base, messages, tools)
     room = base.context_tokens - len(prompt)
     if room < 1:

@@ -41,8 +41,8 @@ class HeldOut:
 
     @property
     def tokens_D(self) -> np.ndarray:
-        """How many tokens of each measured document carry loss."""
-        return self._by_document(self.store.trained, self.documents)
+        """How many tokens of each measured document carry loss, each counted by its weight."""
+        return self._by_document(self.store.weight, self.documents)
 
     def fit_into(self, seconds: float, adapter: Adapter, passes: int) -> None:
         """Measures as many documents as `passes` passes take so long for, by the time that a few of them take."""
@@ -86,7 +86,7 @@ class HeldOut:
             batch = batch_of(part, pieces).to(self.base.device)
             scores = score_batch(self.base, batch)
             owner_N = documents_of(scores.places_N, batch.bounds).cpu().numpy()
-            losses[pieces] = np.bincount(owner_N, scores.losses_N.cpu().double().numpy(), len(pieces))
+            losses[pieces] = np.bincount(owner_N, scores.weighted_N.cpu().double().numpy(), len(pieces))
         if not math.isfinite(losses.sum()):
             raise NotFiniteError(f"The loss over these {count} documents is {losses.sum()}: the model is broken.")
         return self._by_document(losses, count)

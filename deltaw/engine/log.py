@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +49,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a torn last line is left out."""
+    """The lines of a metrics file; one that is torn or damaged is left out. Raises DiskError."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    with disk_errors("read", path):
+        texts = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -81,5 +85,6 @@ def _tensorboard(_name: str, folder: Path) -> Any:
 def _wandb(name: str, folder: Path) -> Any:
     """wandb, and trackio, which has the same calls."""
     module = importlib.import_module(name)
-    run = module.init(project="deltaw", name=folder.name)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        run = module.init(project="deltaw", name=folder.name)
     return lambda line: run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])

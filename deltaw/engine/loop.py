@@ -224,7 +224,7 @@ def _update(
             progress.tracks[index].fault = fault
             flat.forget_gradient(index)
     if number <= 2:
-        asked = [result.trained_tokens > 0 and not fault for result, fault in zip(results, faults, strict=True)]
+        asked = [_reaches_all(result) and not fault for result, fault in zip(results, faults, strict=True)]
         _require_gradients(flat, "B" if number == 1 else "A", asked)
     factors = [rate_factor(d, each.schedule, each.warmup) for d, each in zip(done, flat.settings, strict=True)]
     factors = [0.0 if t.ended else factor for t, factor in zip(progress.tracks, factors, strict=True)]
@@ -248,11 +248,16 @@ def _update(
     )
 
 
+def _reaches_all(result: StepResult) -> bool:
+    """Whether a step has a label that attention has to do with: a document's first token sees itself alone."""
+    return any(bool((batch.positions_T[batch.labelled_N] > 0).any()) for batch in result.batches)
+
+
 def _require_gradients(flat: FlatFactors, part: str, asked: Sequence[bool]) -> None:
     """Every B must receive a gradient in the first step and every A in the second, unless the other factor is zero.
 
     A stack of experts may see no token in one step, and a looked-up embedding no row, so they are not asked; neither is
-    an adapter that had no data in this step.
+    an adapter whose step had no label behind a document's first token.
     """
     other = "A" if part == "B" else "B"
     dead = []

@@ -25,13 +25,19 @@ from deltaw.kernels import continued_spans, labelled_loss, token_losses
 class Scores(NamedTuple):
     """The N labelled tokens of a batch, scored.
 
-    Loss, whether it is the most likely token, logits of the columns asked for, and the position that predicts it.
+    Loss, whether it is the most likely token, logits of the columns asked for, the position that predicts it, weight.
     """
 
     losses_N: Tensor
     hits_N: Tensor
     logits_NC: Tensor
     places_N: Tensor
+    weights_N: Tensor
+
+    @property
+    def weighted_N(self) -> Tensor:
+        """What each token adds to a loss."""
+        return self.losses_N * self.weights_N
 
 
 def batch_loss(base: Base, batch: Batch, head_factors: Sequence[Tensor] = ()) -> Tensor:
@@ -69,10 +75,9 @@ def accumulate(
                 if loss.requires_grad and weight:
                     (loss / weight).backward()
                 losses.append(loss.detach())
+    # Read at the end, since a GPU is waited for; one by one, as `sum` rounds otherwise in Python 3.12.
     total = 0.0
-    for (
-        loss
-    ) in losses:  # read at the end, since a GPU is waited for; one by one, as `sum` rounds otherwise in Python 3.12
+    for loss in losses:
         total += float(loss)
     return total
 
@@ -116,13 +121,14 @@ def _accumulate_together(
 def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores:
     """Every labelled token of the batch scored, without gradients."""
     labelled_N = batch.labelled_N
+    weights_N = batch.weights_T[labelled_N]
     if base.plain_reason is not None:
         losses_N, logits_NV = _plain_losses(base, batch)
         hits_N = logits_NV.argmax(-1) == batch.targets_T[labelled_N]
-        return Scores(losses_N, hits_N, logits_NV[:, list(columns)], labelled_N)
+        return Scores(losses_N, hits_N, logits_NV[:, list(columns)], labelled_N, weights_N)
     h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N, batch.before)
     scored = token_losses(h_NH, base.logits, batch.targets_T[labelled_N], base.vocabulary, columns)
-    return Scores(*scored, labelled_N)
+    return Scores(*scored, labelled_N, weights_N)
 
 
 def documents_of(places_N: Tensor, bounds: Sequence[int]) -> Tensor:

@@ -44,7 +44,7 @@ def by_activations(base: Base, adapter: Adapter, batches: Sequence[Batch]) -> di
     found = {}
     for name, moment_RR in _moments(base, adapter, batches).items():
         A, B = matrices(adapter, name)
-        B = adapter.spec.scale_of(adapter.pattern_name(name)) * B
+        B = adapter.scale_of(name) * B
         ridge = RIDGE * moment_RR.trace().clamp_min(torch.finfo(torch.float64).tiny)
         L_RR = torch.linalg.cholesky(moment_RR + ridge * torch.eye(len(moment_RR), dtype=torch.float64))
         U_OK = spectrum_of(L_RR, B, 1.0).U_OK

@@ -35,7 +35,7 @@ from deltaw.data.agreement import template_warning
 from deltaw.data.chat import Encoder
 from deltaw.data.check import check, summary_lines
 from deltaw.data.formats import parse_sources
-from deltaw.data.loader import Loader, heaviest_documents
+from deltaw.data.loader import heaviest_pass, loader_of
 from deltaw.data.prepare import DataSet, held_out_share, prepare
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
@@ -85,10 +85,14 @@ class Prepared:
         return self.data.get("eval")
 
 
-def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
-    """Shapes, data and targets of a run; resolves every `auto` in the settings by its rule. No weight is read."""
-    threads = settings.threads or min(torch.get_num_threads(), hardware.usable_cores())
-    hardware.set_threads(threads)
+def sketch_run(
+    run: Run, settings: Settings, watcher: Watcher, there: tuple[torch.device, torch.dtype] | None = None
+) -> Sketch:
+    """Shapes, data and targets of a run; resolves every `auto` in the settings by its rule. No weight is read.
+
+    `there` is where and in what another machine would compute.
+    """
+    hardware.set_threads(settings.threads)
     known = outline(settings.model, settings.revision)
     if settings.max_length == AUTO:
         settings.put(
@@ -100,7 +104,7 @@ def sketch_run(run: Run, settings: Settings, watcher: Watcher) -> Sketch:
     _require_positions(known, data)
     start = None if settings.adapter is None else read_adapter(run.start)
     targets = _choose_targets(settings, known, start)
-    _resolve_rules(settings, known, data["train"], watcher)
+    _resolve_rules(settings, known, data["train"], there or _here(settings, watcher))
     _remember_products(known, settings, data["train"], watcher)
     return Sketch(known, data, lines, start, targets)
 
@@ -138,11 +142,9 @@ def _remember_products(known: Outline, settings: Settings, train: DataSet, watch
 
 def _passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:
     """The heaviest pass, and those of the first steps."""
-    store, micro_tokens, share = train.store, int(settings.micro_tokens), settings.share_prefixes
-    most = min(micro_tokens, int(settings.batch_tokens))
-    heavy = store.lengths[heaviest_documents(store.lengths, most, train.turns(settings.whole_epochs))]
+    heavy = train.store.lengths[heaviest_pass(train, settings)]
     yield spans_of([0, *heavy.cumsum().tolist()])
-    loader = Loader(store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share)
+    loader = loader_of(train, settings, share=settings.share_prefixes)
     for batches in loader.first_steps(SAMPLED_STEPS, loader.stop_after(settings.whole_epochs)):
         for batch in batches:
             yield continued_spans(batch.bounds, batch.before)
@@ -280,20 +282,23 @@ def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
     return said
 
 
-def _say_if_slow(device: torch.device, watcher: Watcher) -> None:
-    machine = hardware.look()
-    if hardware.compute_dtype(device, machine) == torch.bfloat16:
-        return
-    if device.type == "cpu" and not hardware.emulates_bf16(machine):
+def _here(settings: Settings, watcher: Watcher) -> tuple[torch.device, torch.dtype]:
+    """Where and in what this machine computes; says so where that is slow."""
+    device, dtype = place(settings.device, settings.dtype)
+    if dtype == torch.bfloat16 and hardware.compute_dtype(device, hardware.look()) != torch.bfloat16:
+        _say_slow(device, watcher)
+    return device, dtype
+
+
+def _say_slow(device: torch.device, watcher: Watcher) -> None:
+    if device.type == "cpu" and not hardware.emulates_bf16(hardware.look()):
         watcher.say("This processor multiplies in bfloat16 half as fast as in float32; what it saves is memory.")
     else:
         watcher.say(f"bfloat16 is emulated on this {device.type}: float32 would be many times as fast.")
 
 
-def _resolve_rules(settings: Settings, known: Outline, train: DataSet, watcher: Watcher) -> None:
-    device, dtype = place(settings.device, settings.dtype)
-    if dtype == torch.bfloat16:
-        _say_if_slow(device, watcher)
+def _resolve_rules(settings: Settings, known: Outline, train: DataSet, place: tuple[torch.device, torch.dtype]) -> None:
+    device, dtype = place
     if settings.lr == AUTO:
         settings.put("lr", *default_rate(known.hidden, str(known.config.model_type)))
     if settings.batch_tokens == AUTO:

@@ -19,12 +19,12 @@ import torch
 from deltaw import hardware
 from deltaw.base.builtin import cache_folder
 from deltaw.base.load import most_together
-from deltaw.data.loader import evaluation_batches, heaviest_documents
+from deltaw.data.loader import evaluation_batches, heaviest_pass
 from deltaw.data.pack import batch_of
-from deltaw.disk import disk_errors, write_text
+from deltaw.disk import disk_errors, keep_note
 from deltaw.engine.checkpoint import save_checkpoint
 from deltaw.engine.objective import accumulate, head_factors, score_batch
-from deltaw.errors import DiskError, DoesNotFitError, does_not_fit
+from deltaw.errors import DoesNotFitError, does_not_fit
 
 if TYPE_CHECKING:
     from deltaw.engine.train import Trainer
@@ -40,13 +40,12 @@ def probe(trainer: Trainer) -> None:
     if memory.is_file():
         return
     train, settings = trainer.ready.data["train"], trainer.settings
-    lengths, micro_tokens = train.store.lengths, min(int(settings.micro_tokens), int(settings.batch_tokens))
-    documents = heaviest_documents(lengths, micro_tokens, train.turns(settings.whole_epochs))
+    documents = heaviest_pass(train, settings)
     random_state = torch.get_rng_state()
     master = trainer.flat.master.clone()
     try:
         _step(trainer, documents)
-        _evaluate(trainer, lengths[documents])
+        _evaluate(trainer, train.store.lengths[documents])
         _save(trainer)
     except (RuntimeError, MemoryError) as error:
         raise _too_much(error, trainer, documents) from error
@@ -54,11 +53,7 @@ def probe(trainer: Trainer) -> None:
         trainer.flat.reset(master)
         torch.set_rng_state(random_state)
         hardware.give_memory_back()
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_text(memory, "")
-    except (OSError, DiskError):  # a cache that cannot be written only costs time
-        return
+    keep_note(memory, "")
 
 
 def _key(trainer: Trainer) -> str:

@@ -5,6 +5,8 @@ This module imports nothing heavy, so that the folder stands within a second of 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -26,12 +28,8 @@ from deltaw.data.source import Source
 from deltaw.disk import disk_errors, write_text
 from deltaw.errors import AdapterError, UsageError
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps a second process out there
-    fcntl = None  # type: ignore[assignment]
-
 CONFIG = "config.yaml"
+ENDED = ("done", "stopped early")  # what the summary says of a run that has nothing left to do
 HEADER = "# Settings of this run as resolved, and where each came from.\n"
 ADAPTER_SETTINGS = (
     *("rank", "alpha", "targets", "exclude", "layers", "dropout", "rslora", "dora", "rank_pattern", "alpha_pattern"),
@@ -107,9 +105,6 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Only one process at a time trains a run; the system frees the lock when that process dies. UsageError."""
-        if fcntl is None:
-            yield
-            return
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,11 +125,27 @@ class Run:
         write_text(self.config, HEADER + yaml.safe_dump(settings.resolved(), sort_keys=False, allow_unicode=True))
 
     def settings(self) -> Settings:
-        """The settings of this run, with their sources."""
-        stored = yaml.safe_load(self.config.read_text("utf-8"))
-        settings = make_settings({name: entry["value"] for name, entry in stored.items()})
-        settings.sources = {name: entry["source"] for name, entry in stored.items()}
+        """The settings of this run, with their sources. Raises UsageError when they cannot be read."""
+        try:
+            stored = yaml.safe_load(self.config.read_text("utf-8"))
+            values, sources = ({name: entry[part] for name, entry in stored.items()} for part in ("value", "source"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{self.config} does not hold the settings of a run ({type(error).__name__}: {error}). Each is a name "
+                "with a `value` and a `source` below it."
+            ) from error
+        settings = make_settings(values)
+        settings.sources = sources
         return settings
+
+    def tidy(self) -> None:
+        """Removes what a process that was killed left half written. For whoever holds the lock."""
+        begun = [*self.checkpoints.glob(".step-*.tmp"), *self.folder.glob(".probe-*")]
+        for whole in (self.adapter, self.last):
+            begun += self.folder.glob(f".{whole.name}.*") if whole.exists() else []
+        for path in begun:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def read_summary(self) -> dict[str, Any]:
         """The summary, empty when the run has not ended yet."""
@@ -165,11 +176,16 @@ def create_run(settings: Settings) -> Run:
         settings.put("date", datetime.now().date().isoformat(), "the day the run began")
     with disk_errors("make", folder):
         folder.mkdir(parents=True)
-        if settings.adapter is not None:
-            shutil.copytree(settings.adapter, folder / "start")
-    settings.out = str(folder.resolve())
     run = Run(folder)
-    run.write_settings(settings)
+    settings.out = str(folder.resolve())
+    try:
+        if settings.adapter is not None:
+            with disk_errors("copy the adapter to", folder):
+                shutil.copytree(settings.adapter, run.start)
+        run.write_settings(settings)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # it could neither go on nor be begun again
+        raise
     return run
 
 

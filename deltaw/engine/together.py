@@ -19,20 +19,22 @@ from torch import Tensor
 from deltaw import hardware
 from deltaw.adapter import choose, inject, new_adapter, write_adapter
 from deltaw.config import Settings
-from deltaw.data.loader import Loader
+from deltaw.data.loader import loader_of
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog
-from deltaw.engine.loop import Length, Progress, StepRecord, Track, fit
+from deltaw.engine.loop import Abandoned, Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors
 from deltaw.engine.prepare import Prepared, spec_from
 from deltaw.engine.run import Run
 from deltaw.engine.train import (
+    abandonable,
     length_of,
     metrics_line,
     optim_settings,
     origin_of,
     resolve_intervals,
+    saved_unheard,
     signals,
     stopped,
 )
@@ -55,7 +57,7 @@ class Together:
 
     def __init__(self, folder: Path, cells: Sequence[Cell], ready: Prepared, watcher: Watcher) -> None:
         self.folder, self.cells, self.ready, self.watcher = folder, list(cells), ready, watcher
-        base, train = ready.base, ready.data["train"]
+        base = ready.base
         specs = [spec_from(cell.settings, int(cell.settings.rank)) for cell in cells]
         adapters = [
             new_adapter(choose(base.model, spec), spec, cell.settings.seed)
@@ -67,8 +69,7 @@ class Together:
         share = cells[0].settings.share_prefixes and base.shares_prefixes
         tracks = []
         for cell in cells:
-            batch_tokens, micro_tokens = int(cell.settings.batch_tokens), int(cell.settings.micro_tokens)
-            loader = Loader(train.store, batch_tokens, micro_tokens, cell.settings.seed, train.mix, share=share)
+            loader = loader_of(ready.data["train"], cell.settings, share=share)
             length, stop = length_of(cell.settings, loader)
             if length.steps is None:
                 raise UsageError("A sweep needs a length in --steps or --epochs: in --minutes, all would share it.")
@@ -76,6 +77,7 @@ class Together:
             tracks.append(Track(loader, stop=stop, steps=length.steps))
         self.length = Length(max(track.steps or 0 for track in tracks))  # epochs of other orders have other steps
         self.progress = Progress(tracks=tracks)
+        self.owed: list[int] = []  # cells whose evaluation after the step that was taken last is still to come
         self.signal: int | None = None
         self.saved_at = time.monotonic()
         hardware.give_memory_back()
@@ -98,7 +100,7 @@ class Together:
         if state["cells"] != self._identities():
             raise UsageError(f"The checkpoints in {self.checkpoints} are of other cells, data or base; start anew.")
         self.flat.load_state(tensors)
-        self.progress.step, self.progress.seconds = state["step"], state["seconds"]
+        self.progress.step, self.progress.seconds, self.owed = state["step"], state["seconds"], state["owed"]
         for track, known in zip(self.progress.tracks, state["tracks"], strict=True):
             track.position, track.tokens, track.trained_tokens, track.last_step, track.fault = known
         for index, (cell, known) in enumerate(zip(self.cells, state["best"], strict=True)):
@@ -111,6 +113,7 @@ class Together:
         for cell in self.cells:
             origin = {**origin_of(self.ready, cell.settings), "way of computing": self.ready.base.way}
             del origin["deltaw_version"]
+            origin["data_digest"] = self.ready.data["train"].identity
             if self.ready.held_out is not None:
                 origin["held out"] = self.ready.held_out.report.digest
             found.append(origin)
@@ -130,6 +133,7 @@ class Together:
                 for track in self.progress.tracks
             ],
             "best": [[cell.best_step, cell.best_loss if cell.best_step else None] for cell in self.cells],
+            "owed": self.owed,
             "cells": self._identities(),
         }
         save_checkpoint(self.checkpoints, self.progress.step, tensors, state, self.cells[0].settings.keep_checkpoints)
@@ -146,10 +150,11 @@ class Together:
             self.watcher.follow()
             opened.callback(self.watcher.stop)
             with signals(self):
-                whole = fit(
-                    self.ready.base, self.injection, self.flat, self.progress, self.length, self.observe,
-                    interrupted=lambda: self.signal is not None,
-                )  # fmt: skip
+                with saved_unheard(self):
+                    whole = self._settled() and fit(
+                        self.ready.base, self.injection, self.flat, self.progress, self.length, self.observe,
+                        interrupted=lambda: self.signal is not None,
+                    )  # fmt: skip
                 if not whole:
                     self.checkpoint()
         if not whole:
@@ -158,6 +163,14 @@ class Together:
             last = self._slice(index).clone()
             self._write(index, last, cell.run.last)
             self._write(index, last if cell.best is None else cell.best, cell.run.adapter)
+
+    def _settled(self) -> bool:
+        """Does what the last step before a stop still owed; False when a signal ends that."""
+        try:
+            self.settle(checkpoint=bool(self.owed))
+        except Abandoned:
+            return False
+        return True
 
     def observe(self, record: StepRecord, progress: Progress) -> bool:
         """Logs a step of every cell that took one, evaluates and saves where it is due."""
@@ -174,11 +187,19 @@ class Together:
         if stepped:
             summed = {**metrics_line(record, stepped[0]), "tokens": sum(record.tokens), "seconds": record.seconds}
             self.watcher.step(summed, progress, self.length)
-        self.evaluate([index for index in stepped if over or self._due(index, record.step)])
+        self.owed = [index for index in stepped if over or self._due(index, record.step)]
         late = time.monotonic() - self.saved_at >= settings.checkpoint_seconds
-        if last or late or record.step % int(settings.checkpoint_steps) == 0:
-            self.checkpoint()
+        self.settle(last or late or record.step % int(settings.checkpoint_steps) == 0)
         return True
+
+    def settle(self, checkpoint: bool) -> None:
+        """What a finished step still owes: evaluations, a checkpoint."""
+        while self.owed:
+            self.evaluate(self.owed[0])
+            del self.owed[0]
+        self.injection.active = 0
+        if checkpoint:
+            self.checkpoint()
 
     def _say_why(self, index: int) -> None:
         """Says which cell could not go on."""
@@ -188,27 +209,26 @@ class Together:
     def _due(self, index: int, step: int) -> bool:
         return self.progress.tracks[index].ended or step % int(self.cells[index].settings.eval_steps) == 0
 
-    def evaluate(self, which: Sequence[int]) -> None:
-        """The held-out loss of these cells, each keeping its best."""
+    def evaluate(self, index: int) -> None:
+        """The held-out loss of a cell, which keeps its best."""
         if self.ready.held_out is None:
             return
-        for index in which:
-            cell = self.cells[index]
-            self.injection.active = index
-            loss_sum, tokens, seconds = held_out_loss(
+        cell = self.cells[index]
+        self.injection.active = index
+        with abandonable(self):
+            loss, tokens, seconds = held_out_loss(
                 self.ready.base, self.ready.held_out.store, int(cell.settings.micro_tokens), cell.settings.eval_rows
             )
-            self.progress.away_seconds += seconds
-            loss = loss_sum / max(1, tokens)
-            assert cell.metrics is not None
-            cell.metrics.write({"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens})
-            if not math.isfinite(loss):
-                self.progress.tracks[index].fault = f"After step {self.progress.step}, the validation loss is {loss}."
-                self._say_why(index)
-            elif loss < cell.best_loss:
-                cell.best_loss, cell.best_step = loss, self.progress.step
-                cell.best = self._slice(index).clone()
-        self.injection.active = 0
+        self.progress.away_seconds += seconds
+        if not math.isfinite(loss):
+            self.progress.tracks[index].fault = f"After step {self.progress.step}, the validation loss is {loss}."
+            self._say_why(index)
+            return
+        assert cell.metrics is not None
+        cell.metrics.write({"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens})
+        if loss < cell.best_loss:
+            cell.best_loss, cell.best_step = loss, self.progress.step
+            cell.best = self._slice(index).clone()
 
     def _slice(self, index: int) -> Tensor:
         start, _, stop = self.flat.adapter_slices[index]

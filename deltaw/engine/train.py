@@ -21,20 +21,28 @@ from torch import Tensor
 
 from deltaw import __version__, hardware
 from deltaw.adapter import Injection, inject, write_adapter
-from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings
+from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
 from deltaw.data.agreement import examples_of
-from deltaw.data.loader import Loader
+from deltaw.data.loader import Loader, loader_of
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.clock import WrittenClock
 from deltaw.engine.evaluate import held_out_loss
-from deltaw.engine.log import MetricsLog, open_trackers
+from deltaw.engine.log import MetricsLog, open_trackers, read_metrics
 from deltaw.engine.loop import Abandoned, Length, Progress, StepRecord, Track, fit
 from deltaw.engine.optim import FlatFactors, OptimSettings
 from deltaw.engine.prepare import Prepared, Sketch, prepare_run, sketch_run
 from deltaw.engine.probe import probe
 from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, Interrupted, NotFiniteError, UsageError, bullet_list
+from deltaw.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    DiskError,
+    Interrupted,
+    NotFiniteError,
+    UsageError,
+    bullet_list,
+)
 
 SPIKE, SPIKE_WINDOW = 4.0, 20
 # Settings that change when something is written, and no number that is.
@@ -51,6 +59,9 @@ class Stoppable(Protocol):
     watcher: Watcher
     signal: int | None
 
+    def checkpoint(self) -> None:
+        """Saves its state."""
+
 
 class Trainer:
     """A run in progress: everything that `train` prepares, and what it keeps while the loop runs."""
@@ -64,12 +75,8 @@ class Trainer:
             watcher.say(f"By the model's own modules, which is slower: {ready.base.slow_reason}.")
         self.flat = FlatFactors(self.injection, [optim_settings(settings)])
         ready.adapter = self.injection.adapters[0]
-        train = ready.data["train"]
-        micro_tokens = int(settings.micro_tokens)
         share = settings.share_prefixes and ready.base.shares_prefixes
-        self.loader = Loader(
-            train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share
-        )
+        self.loader = loader_of(ready.data["train"], settings, share=share)
         self.length, stop = length_of(settings, self.loader)
         resolve_intervals(settings, self.length)
         self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
@@ -137,7 +144,7 @@ class Trainer:
             )
 
     def _digests(self) -> dict[str, str]:
-        data = {("data" if name == "train" else f"{name} data"): s.report.digest for name, s in self.ready.data.items()}
+        data = {("data" if name == "train" else f"{name} data"): s.identity for name, s in self.ready.data.items()}
         return {"base": self.ready.base.digest, **data, "way of computing": self.ready.base.way}
 
     def state(self) -> dict[str, Any]:
@@ -230,13 +237,11 @@ class Trainer:
         if self.ready.held_out is None:
             self.owed = False
             return True
-        self.progress.abandonable = True
-        loss_sum, tokens, seconds = held_out_loss(
-            self.ready.base, self.ready.held_out.store, int(self.settings.micro_tokens), self.settings.eval_rows
-        )
-        self.progress.abandonable = False
+        with abandonable(self):
+            loss, tokens, seconds = held_out_loss(
+                self.ready.base, self.ready.held_out.store, int(self.settings.micro_tokens), self.settings.eval_rows
+            )
         self.progress.away_seconds += seconds
-        loss = loss_sum / max(1, tokens)
         self._require_finite("the validation loss is", torch.tensor(loss))
         line = {"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens, "eval_seconds": seconds}
         assert self.metrics is not None
@@ -287,7 +292,7 @@ def metrics_line(record: StepRecord, index: int = 0) -> dict[str, Any]:
         "tokens": record.tokens[index],
         "computed_tokens": record.computed_tokens[index],
         "trained_tokens": record.trained_tokens[index],
-        "seconds": record.seconds / len(record.losses),
+        "seconds": record.seconds / max(1, sum(tokens > 0 for tokens in record.tokens)),
         "lr": record.rates[index],
         "grad_norm": record.grad_norms[index],
         "peak_bytes": peak_bytes(),
@@ -298,6 +303,11 @@ def peak_bytes() -> int:
     """The most memory this run has held: on a GPU what torch allocated there, else the process's high-water mark."""
     on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return on_gpu or hardware.peak_rss_bytes()
+
+
+def peak_of(run: Run) -> int:
+    """The most memory that a run has held, in this process or in those before it, which its log tells of."""
+    return max(peak_bytes(), *(line.get("peak_bytes", 0) for line in read_metrics(run.metrics)), 0)
 
 
 def optim_settings(settings: Settings) -> OptimSettings:
@@ -326,7 +336,7 @@ def length_of(settings: Settings, loader: Loader) -> tuple[Length, int | None]:
 def resolve_intervals(settings: Settings, length: Length) -> None:
     """Evaluations and checkpoints in steps, where the length of the run is known in steps."""
     if length.steps is not None:
-        every = max(1, math.ceil(length.steps / EVALUATIONS_PER_RUN))
+        every = steps_between(length.steps)
         for name in ("eval_steps", "checkpoint_steps"):
             if getattr(settings, name) == AUTO:
                 settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
@@ -352,6 +362,7 @@ def train(
     """
     trackers = open_trackers(settings.track, run.folder)
     with run.locked():
+        run.tidy()
         sketch = sketch_run(run, settings, watcher)
         if plan is not None:
             plan(sketch)
@@ -377,13 +388,10 @@ def train(
 
 
 def _fit(trainer: Trainer) -> bool:
-    """Runs the loop; False when a signal ended it. The state is saved then, and where nobody reads its lines."""
+    """Runs the loop; False when a signal ended it. The state is saved then, and where its lines cannot be written."""
     with signals(trainer):
-        try:
+        with saved_unheard(trainer):
             whole = _settled(trainer) and _loop(trainer)
-        except BrokenPipeError:
-            trainer.checkpoint()
-            raise
         if trainer.signal is not None and not whole:
             trainer.checkpoint()
     return whole or trainer.signal is None
@@ -403,6 +411,30 @@ def _loop(trainer: Trainer) -> bool:
         trainer.ready.base, trainer.injection, trainer.flat, trainer.progress, trainer.length, trainer.observe,
         interrupted=lambda: trainer.signal is not None, clock=clock,
     )  # fmt: skip
+
+
+@contextmanager
+def saved_unheard(trainer: Stoppable) -> Iterator[None]:
+    """Saves the state where nobody reads what is told any more, or it cannot be written. Raises DiskError then."""
+    try:
+        yield
+    except OSError as error:
+        trainer.checkpoint()
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise DiskError(f"What is told of the run could not be written: {error.strerror or error}.") from error
+
+
+@contextmanager
+def abandonable(trainer: Stoppable) -> Iterator[None]:
+    """What is inside may be given up by a signal, and is not begun after one."""
+    trainer.progress.abandonable = True
+    try:
+        if trainer.signal is not None:
+            raise Abandoned
+        yield
+    finally:
+        trainer.progress.abandonable = False
 
 
 def stopped(trainer: Stoppable, command: str) -> Interrupted:

@@ -13,33 +13,44 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapter import read_adapter
+from deltaw.adapter import read_adapter, write_adapter
+from deltaw.data.prepare import DataSet
 from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint, save_checkpoint
 from deltaw.engine.clock import WrittenClock
 from deltaw.engine.log import read_metrics
 from deltaw.engine.loop import Clock, Progress, StepRecord, fit
 from deltaw.engine.prepare import prepare_run, sketch_run
-from deltaw.engine.run import Run
+from deltaw.engine.run import ENDED, Run
 from deltaw.engine.train import Trainer
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import AdapterError
+from deltaw.errors import AdapterError, UsageError
 
 REPEATED = ("loss", "lr", "grad_norm", "tokens")
 Check = dict[str, Any]
 
 
 def verify(run: Run, watcher: Watcher, steps: int = 3) -> list[Check]:
-    """What was checked: dicts of `what`, `ok` and `detail`. Raises UsageError while another process trains the run."""
+    """What was checked: dicts of `what`, `ok` and `detail`.
+
+    Raises UsageError while another process trains the run, and where no step was taken yet.
+    """
     with run.locked():
         checks = _files(run)
+        if not checks and not run.has_steps():
+            raise UsageError(f"{run.folder} has taken no step yet; go on with: deltaw train --resume {run.folder}")
         settings = run.settings()
         sketch = sketch_run(run, settings, watcher)
         trainer = Trainer(run, settings, prepare_run(sketch, settings, watcher), watcher)
         good = [path for path in list_checkpoints(run.checkpoints) if _read(path) is not None]
+        stored = {part.store.stem: (name, part) for name, part in reversed(trainer.ready.data.items())}
+        checks += [_check(f"tokens of the {name} data", partial(_same_tokens, part)) for name, part in stored.values()]
         if good:
             checks.append(
                 _check("base, data and settings are those of the run", partial(_same_sources, trainer, good[0]))
             )
+        if run.read_summary().get("status") in ENDED:
+            same = partial(_same_adapters, trainer, good)
+            checks.append(_check("the adapters are those of the last checkpoint", same))
         logged = {line["step"]: line for line in read_metrics(run.metrics) if "loss" in line}
         for name, begin in _beginnings(_State.of(trainer), good, logged):
             checks.append(_check(f"{name}: repeated, and resumed", partial(_repeat, trainer, begin, logged, steps)))
@@ -79,6 +90,29 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]] | None:
 def _same_sources(trainer: Trainer, newest: Path) -> str:
     trainer.require_same(read_checkpoint(newest)[1])
     return "digests equal"
+
+
+def _same_tokens(data: DataSet) -> str:
+    """Token files are found by what was read into them, so what they hold is computed once more."""
+    digest, store = data.store.digest(), data.store
+    if digest != data.stored_digest:
+        raise AdapterError(f"{store.stem}.* hold other tokens than were written there; remove {store.stem.parent}")
+    return f"{len(store):,} documents, sha256 {digest[:12]}"
+
+
+def _same_adapters(trainer: Trainer, good: list[Path]) -> str:
+    """A run that has ended left its last factors and its best ones, both of which its newest checkpoint holds."""
+    tensors, state = read_checkpoint(good[0]) if good else ({}, {"step": None})
+    if state["step"] != trainer.run.read_summary().get("steps"):
+        raise AdapterError("no good checkpoint of the last step is left that could tell")
+    best = tensors.get("best", tensors["master"])
+    for folder, values in ((trainer.run.last, tensors["master"]), (trainer.run.adapter, best)):
+        with tempfile.TemporaryDirectory() as made:
+            wanted = read_adapter(write_adapter(trainer.flat.adapter(0, values), Path(made) / "adapter"))
+        held, wanted_held = ({(n, part): t for n, part, t in each.tensors()} for each in (read_adapter(folder), wanted))
+        if held.keys() != wanted_held.keys() or not all(held[key].equal(wanted_held[key]) for key in held):
+            raise AdapterError(f"{folder.name}/ is not what {good[0].name} holds")
+    return f"best of step {state['best_step'] or state['step']}, last of step {state['step']}"
 
 
 class _State:

@@ -35,7 +35,7 @@ RECOMPUTED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Room:
     """How much memory a run may take, who says so, what the process holds without base and run, and its file pages.
 
-    `most_bytes` is what `--memory` could raise the limit to on this machine.
+    `most_bytes` is what the machine has free: more is not offered.
     """
 
     limit_bytes: int

@@ -16,8 +16,8 @@ from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline
 from deltaw.base.stream import MAPPED_SHARE, may_stream
-from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings
-from deltaw.data.loader import Loader, evaluated_documents, heaviest_documents
+from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
+from deltaw.data.loader import Loader, evaluated_documents, heaviest_pass, loader_of
 from deltaw.data.prepare import DataSet
 
 SAMPLED_STEPS = 16
@@ -54,6 +54,7 @@ class Demand:
     data: Mapping[str, DataSet]
     longest_tokens: int = MAX_CONTEXT  # what if documents were cut here,
     rank_share: float = 1.0  # and the adapter so many times as large
+    streams: bool | None = None  # whether its machine reads blocks from mapped files; None: as the one that is here
     _steps: dict[tuple[int, bool], list[list[Pass]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -79,8 +80,7 @@ class Demand:
 
     def loader(self, micro_tokens: int, *, share: bool) -> Loader:
         """The order in which the run takes its documents."""
-        train, settings = self.data["train"], self.settings
-        return Loader(train.store, int(settings.batch_tokens), micro_tokens, settings.seed, train.mix, share=share)
+        return loader_of(self.data["train"], self.settings, share=share, micro_tokens=micro_tokens)
 
     def steps(self, micro_tokens: int, *, share: bool) -> list[list[Pass]]:
         """The passes of the run's first steps."""
@@ -96,8 +96,7 @@ class Demand:
         """The longest document, and as many of the next longest as one pass may hold beside it."""
         store = self.data["train"].store
         lengths = np.minimum(store.lengths, self.longest_tokens)
-        most = min(micro_tokens, int(self.settings.batch_tokens))
-        documents = heaviest_documents(lengths, most, self.data["train"].turns(self.settings.whole_epochs))
+        documents = heaviest_pass(self.data["train"], self.settings, micro_tokens, lengths)
         labelled = np.minimum(store.trained[documents], lengths[documents]).sum()
         return Pass(tuple(int(n) for n in lengths[documents]), int(labelled))
 
@@ -145,10 +144,10 @@ class Demand:
     @cached_property
     def evaluations(self) -> int:
         """How many evaluations the run has."""
-        every = self.settings.eval_steps
-        if every == AUTO or self.step_count is None:
+        every, steps = self.settings.eval_steps, self.step_count
+        if steps is None:
             return EVALUATIONS_PER_RUN
-        return -(-self.step_count // int(every))
+        return -(-steps // (steps_between(steps) if every == AUTO else int(every)))
 
     @cached_property
     def labelled_share(self) -> float:
@@ -158,7 +157,7 @@ class Demand:
 
     def may_stream(self, quant: str) -> bool:
         """Whether blocks can be read from mapped files as they are needed: hardly anything of them is cast before."""
-        if not may_stream(self.device):
+        if not (may_stream(self.device) if self.streams is None else self.streams):
             return False
         choice = Choice(0, stream=True, quant=quant)
         if quant == "none" and not self.as_stored and not self._one_dtype:

@@ -33,8 +33,7 @@ from deltaw.base.proof import prove
 from deltaw.base.quant import quantised_reader
 from deltaw.base.reading import Unreadable
 from deltaw.base.shapes import Outline
-from deltaw.disk import write_text
-from deltaw.errors import DiskError
+from deltaw.disk import keep_note
 from deltaw.kernels import labelled_loss
 from deltaw.plan.demand import Demand, Pass
 
@@ -93,11 +92,7 @@ def measure_pace(demand: Demand) -> Pace:
         return Pace(**{**known, "timed": tuple(Timed(**timed) for timed in known["timed"])})
     found = _measure(demand, passes)
     hardware.give_memory_back()
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_text(memory, json.dumps(asdict(found)))
-    except (OSError, DiskError):  # a cache that cannot be written only costs time
-        pass
+    keep_note(memory, json.dumps(asdict(found)))
     return found
 
 

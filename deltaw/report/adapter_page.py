@@ -18,7 +18,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from deltaw.disk import write_text
-from deltaw.report.plots import ACCENT, FG, HALF, MUTED, PHONE, Plot, draw
+from deltaw.report.plots import ACCENT, FG, HALF, MUTED, Plot, both
 from deltaw.report.quantities import DASH, is_number, percent, significant
 from deltaw.report.tables import Table, suffix, table
 from deltaw.report.templates import template
@@ -259,10 +259,6 @@ def _spectrum(name: str, members: Sequence[Layer], rounding: dict[str, float]) -
         axes.minorticks_off()
 
     label = f"Singular values of {name}: median from {middle[0]:.3g} to {middle[-1]:.3g}; evenly spread {flat:.3g}"
-    drawn = [
-        draw(
-            f"spectrum-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{kind}", label, size, paint, significant, steps=False
-        )
-        for kind, size in (("wide", HALF), ("narrow", PHONE))
-    ]
+    key = f"spectrum-{re.sub(r'[^a-z0-9]+', '-', name.lower())}"
+    drawn = both(key, label, HALF, paint, significant, steps=False)
     return Plot(name, "", [("raw", "each block"), ("smooth", "median")], *drawn)

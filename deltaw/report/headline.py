@@ -30,13 +30,17 @@ from deltaw.report.quantities import (
 
 @dataclass(frozen=True)
 class Change:
-    """A measured quantity before and after training; `basis` says on what it was measured, `doubt` what weakens it."""
+    """A measured quantity before and after training; `basis` says on what it was measured, `doubt` what weakens it.
+
+    `steps` are those of both measurements, where neither was made before the first step or after the last.
+    """
 
     quantity: str
     before: float
     after: float
     basis: str
     doubt: str = ""
+    steps: tuple[int, int] | None = None
 
     def show(self, value: float) -> str:
         """`value` as this quantity is written: a percentage for accuracy, else three digits."""
@@ -122,7 +126,10 @@ def _change_in_evaluations(contents: ReportContents) -> Change | None:
     losses, best = column(contents.evaluations, "eval_loss"), best_evaluation(contents)
     if len(losses) < 2 or best is None:
         return None
-    return Change("held-out loss", float(losses.values[0]), best[1], f"steps {losses.steps[0]:.0f} to {best[0]}")
+    first = int(losses.steps[0])
+    return Change(
+        "held-out loss", float(losses.values[0]), best[1], f"steps {first} to {best[0]}", steps=(first, best[0])
+    )
 
 
 def _change_in_training(contents: ReportContents) -> Change | None:
@@ -146,6 +153,8 @@ def sentence(contents: ReportContents) -> str:
     change = measured_change(contents)
     if change is None:
         told = f"{effort} of training, with no measurement to compare." if steps else "No step has been recorded yet."
+    elif change.steps is not None:
+        told = _told_of_steps(change, effort)
     else:
         basis = f" on {change.basis}" if change.basis.endswith("rows") else ""
         doubt = f"; {change.doubt}" if change.doubt else ""
@@ -153,6 +162,18 @@ def sentence(contents: ReportContents) -> str:
         told = f"{change.quantity.capitalize()}{basis} {change.verb} {course}{doubt}."
     ends = {"unfinished": "This run left no summary: it is going on, or was ended from outside. "}
     return ends.get(status_of(contents), "") + told
+
+
+def _told_of_steps(change: Change, effort: str) -> str:
+    """How a quantity moved between two evaluations, of which the second is the best; `effort` went on behind it."""
+    first, best = (f"{step:,}" for step in change.steps or (0, 0))
+    if first == best:
+        told = f"was never better than {change.show(change.after)}, where it was first measured, at step {first}"
+        return f"{change.quantity.capitalize()} {told}; {effort} in all."
+    course = (
+        f"from {change.show(change.before)} at step {first} to {change.show(change.after)} at step {best}, its best"
+    )
+    return f"{change.quantity.capitalize()} {change.verb} {course}; {effort} in all."
 
 
 def cards(contents: ReportContents) -> list[Card]:
@@ -195,8 +216,9 @@ def _tokens_card(contents: ReportContents) -> Card | None:
 
 
 def _memory_card(contents: ReportContents) -> Card | None:
-    peaks = column(contents.steps, "peak_bytes").values
-    peak = contents.summary.get("peak_bytes", float(peaks.max()) if len(peaks) else None)
+    logged, summed = column(contents.steps, "peak_bytes").values, contents.summary.get("peak_bytes")
+    peaks = [*logged.tolist(), *([summed] if is_number(summed) else [])]  # of every process that the run has had
+    peak = max(peaks, default=None)
     where = [str(contents.summary[key]) for key in ("device", "dtype") if contents.summary.get(key)]
     planned = contents.summary.get("plan")
     if planned:

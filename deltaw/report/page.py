@@ -7,14 +7,13 @@ missing is an empty value whose section the template leaves out.
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deltaw.errors import DiskError
+from deltaw.disk import write_bytes
 from deltaw.report import headline, plots, tables
 from deltaw.report.contents import ReportContents, mapping, read_contents
 from deltaw.report.curves import column, tokens_per_second, window_steps
@@ -28,16 +27,7 @@ def write_report(run_folder: Path, contents: ReportContents | None = None) -> Pa
     """The path of a new `report.html` in `run_folder`, made from `contents` or else from what lies in the folder."""
     page = render_page(contents or read_contents(run_folder))
     path = run_folder / FILE_NAME
-    temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-    try:
-        # Half a surrogate pair in a sample is no reason to lose the report, hence "replace".
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DiskError(
-            f"{path} could not be written: {error.strerror}\nhint: free some space and try again"
-        ) from error
+    write_bytes(path, page.encode("utf-8", "replace"))  # half a surrogate pair is no reason to lose the report
     return path
 
 
@@ -71,18 +61,20 @@ def view(contents: ReportContents) -> dict[str, Any]:
         "origin": tables.origin(contents),
         "machine": tables.machine(contents),
         "version": str(mapping(contents.summary.get("origin")).get("deltaw_version") or ""),
-        "commands": commands(contents.run_name),
+        "commands": commands(contents),
     }
 
 
-def commands(run_name: str) -> list[tuple[str, str]]:
+def commands(contents: ReportContents) -> list[tuple[str, str]]:
     """What one can do with the run next, as (purpose, command line)."""
-    run = shlex.quote(run_name)
+    run, summary = shlex.quote(contents.run_name), contents.summary
+    goes_on = summary.get("verb") != "sweep" and headline.status_of(contents) not in ("done", "stopped early")
+    held_out = "" if "eval" in mapping(summary.get("data")) or not summary else " --data FILE"
     return [
-        ("Continue from the last checkpoint", f"deltaw train --resume {run}"),
+        *([("Continue from the last checkpoint", f"deltaw train --resume {run}")] if goes_on else []),
         ("Talk to the adapted model", f"deltaw chat {run}"),
         ("Evaluate it on other data", f"deltaw eval {run} --data FILE"),
-        ("Measure the rank that it needed", f"deltaw rank {run}"),
+        ("Measure the rank that it needed", f"deltaw rank {run}{held_out}"),
         ("See its spectra", f"deltaw inspect {run} --page inspect.html"),
         ("See what it forgot", f"deltaw eval {run} --data FILE --forgetting"),
     ]

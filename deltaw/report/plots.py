@@ -122,9 +122,12 @@ def _name_steps(axes: Axes) -> None:
     axes.set_xticks(ticks, labels=["step " * (i == 0) + human_count(tick) for i, tick in enumerate(ticks)])
 
 
-def _both(name: str, label: str, width: tuple[int, int], paint: Callable[[Axes], None], show: Format) -> list[str]:
-    """The SVG at `width` and at a phone's."""
-    return [draw(f"{name}-wide", label, width, paint, show), draw(f"{name}-narrow", label, PHONE, paint, show)]
+def both(
+    name: str, label: str, width: tuple[int, int], paint: Callable[[Axes], None], show: Format, *, steps: bool = True
+) -> list[str]:
+    """The SVG at `width` and at a phone's; see `draw`."""
+    sizes = (("wide", width), ("narrow", PHONE))
+    return [draw(f"{name}-{kind}", label, size, paint, show, steps=steps) for kind, size in sizes]
 
 
 def _span(curve: Curve, show: Format = significant) -> str:
@@ -165,7 +168,7 @@ def loss_plot(train: Curve, held_out: Curve, best: tuple[int, float] | None, cap
     key += [("points", "held out")] if len(held_out) else []
     key += [("best", "best")] if best else []
     return Plot(
-        "Loss", caption + _outside(outside), key, *_both("loss", "Loss: " + "; ".join(words), WIDE, paint, plain)
+        "Loss", caption + _outside(outside), key, *both("loss", "Loss: " + "; ".join(words), WIDE, paint, plain)
     )
 
 
@@ -217,7 +220,7 @@ def trace_plot(heading: str, caption: str, curve: Curve, show: Format, noisy: bo
     name = re.sub(r"\W+", "-", heading.lower())
     key = [("raw", "each step"), ("smooth", "smoothed")] if noisy else []
     caption += _outside(int((curve.values > top).sum()))
-    return Plot(heading, caption, key, *_both(name, f"{heading}: {_span(course, show)}", HALF, paint, show))
+    return Plot(heading, caption, key, *both(name, f"{heading}: {_span(course, show)}", HALF, paint, show))
 
 
 def _ceiling(curve: Curve, course: Curve) -> float:
@@ -256,9 +259,13 @@ def forgetting_plot(lines: Sequence[Mapping[str, Any]]) -> Plot:
     what = "loss on the data" if on_data else "KL to the base"
     label = f"{what} from {significant(values[0])} to {significant(values[-1])} while loss on neutral text changes by "
     label += f"{significant(last['change'] - first['change'])}, over strengths of the adapter"
-    caption = f"{what[0].upper()}{what[1:]} over the change in loss on neutral text; bars are 95 % intervals."
-    drawn = [
-        draw(f"forgetting-{kind}", label, size, paint, significant, steps=False)
-        for kind, size in (("wide", WIDE), ("narrow", PHONE))
-    ]
+    caption = f"{what[0].upper()}{what[1:]} over the change in loss on neutral text"
+    count = last.get("documents")
+    documents = f" of {count} document{'' if count == 1 else 's'}" if is_number(count) else ""
+    caption += (
+        f"{documents}; bars are 95 % intervals."
+        if is_number(last.get("change_low"))
+        else f"{documents}, too few for intervals."
+    )
+    drawn = both("forgetting", label, WIDE, paint, significant, steps=False)
     return Plot("Gain against forgetting", caption, [("points", "strength")], *drawn)

@@ -9,15 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from deltaw.analysis.curve import FEWEST
-from deltaw.disk import write_text
-from deltaw.report.plots import ACCENT, ACCENT_2, HALF, MUTED, PHONE, Plot, draw
+from deltaw.disk import write_bytes
+from deltaw.report.plots import ACCENT, ACCENT_2, HALF, MUTED, Plot, both
 from deltaw.report.quantities import human_bytes, human_count, human_seconds, significant
 from deltaw.report.templates import template
 
 FILE_NAME = "sweep.html"
 # Lines of different rates: solid, dashed, dotted, dash-dotted, and again.
 DASHES = ("-", "--", ":", "-.")
-HEADINGS = ("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "best of its size")
+HEADINGS = ("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "none smaller as good")
 
 
 def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
@@ -31,7 +31,7 @@ def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
         rows=[cell_row(cell) for cell in cells],
     )
     path = folder / FILE_NAME
-    write_text(path, page)
+    write_bytes(path, page.encode("utf-8", "replace"))
     return path
 
 
@@ -59,6 +59,10 @@ def cautions(result: dict[str, Any]) -> list[str]:
     said, diverged = [], [cell["name"] for cell in result["cells"] if cell["fault"]]
     if diverged:
         said.append(f"Diverged, and left out: {', '.join(diverged)}.")
+    compared = {(group["rank"], group["lr"]) for group in result["groups"]}
+    asked = dict.fromkeys((cell["rank"], cell["lr"]) for cell in result["cells"])
+    if compared and (missing := [f"rank {rank} at {rate:g}" for rank, rate in asked if (rank, rate) not in compared]):
+        said.append(f"Not compared, as a seed diverged: {', '.join(missing)}.")
     if not result["documents"]:
         said.append("Nothing was held out, so no loss is compared; give --eval-data.")
     elif result["documents"] < FEWEST:
@@ -96,7 +100,12 @@ def _by_rank(cells: list[dict[str, Any]]) -> Plot:
 
     label = "Held-out loss against rank, a line for each learning rate"
     caption = "Lines are learning rates; bars are 95 % intervals of the distance to the best cell, paired by document."
-    return Plot("Loss against rank", caption, [("points", "a cell")], *_draw("by-rank", label, paint))
+    return Plot(
+        "Loss against rank",
+        caption,
+        [("points", "a cell")],
+        *both("by-rank", label, HALF, paint, significant, steps=False),
+    )
 
 
 def _by_parameters(cells: list[dict[str, Any]]) -> Plot:
@@ -112,7 +121,12 @@ def _by_parameters(cells: list[dict[str, Any]]) -> Plot:
 
     label = "Held-out loss against trained parameters, with the Pareto front"
     caption = "The line joins the cells that no other is both smaller and better than."
-    return Plot("Loss against parameters", caption, [("points", "a cell")], *_draw("by-parameters", label, paint))
+    return Plot(
+        "Loss against parameters",
+        caption,
+        [("points", "a cell")],
+        *both("by-parameters", label, HALF, paint, significant, steps=False),
+    )
 
 
 def _mean(values: list[float]) -> float | None:
@@ -123,10 +137,3 @@ def _logarithmic(axes: Axes, places: list[int], labels: list[str]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(places, labels=labels)
-
-
-def _draw(name: str, label: str, paint: Any) -> list[str]:
-    return [
-        draw(f"{name}-{kind}", label, size, paint, significant, steps=False)
-        for kind, size in (("wide", HALF), ("narrow", PHONE))
-    ]

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from deltaw.report.contents import Line, ReportContents, mapping, mappings
@@ -27,6 +28,8 @@ from deltaw.report.quantities import (
     whole,
 )
 
+# Settings that name places, of which the folders above would say whose they are; what of an origin is no name.
+PLACES, LONG = ("model", "data", "eval_data", "adapter", "out"), ("config", "template_examples")
 # Keys of `machine` that would say whose machine it was: a report is made to be passed on.
 PRIVATE = ("host", "node", "user", "path", "address", "serial")
 
@@ -194,16 +197,24 @@ def target_list(contents: ReportContents) -> Table:
 def settings(contents: ReportContents, defaults: bool) -> Table:
     """The settings left at their default, or those that something chose, each with what chose it."""
     rows = [
-        [name, _setting_text(setting.get("value")), str(setting.get("source", ""))]
+        [name, _setting_text(name, setting.get("value")), str(setting.get("source", ""))]
         for name, setting in contents.settings.items()
         if (setting.get("source") == "default") == defaults
     ]
     return table([("setting", "code"), ("value", "code"), ("from", "tag")], rows)
 
 
-def _setting_text(value: Any) -> str:
-    """A value as the config file has it: text bare, everything else as JSON."""
+def _setting_text(name: str, value: Any) -> str:
+    """A value as the config file has it: text bare, everything else as JSON; of a path only its last name."""
+    if name in PLACES:
+        value = [_last_name(each) for each in value] if isinstance(value, list) else _last_name(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _last_name(value: Any) -> Any:
+    """The last name of an absolute path, with the options of a data source behind it; anything else as it is."""
+    path, options, rest = value.partition("::") if isinstance(value, str) else ("", "", "")
+    return f"{PurePath(path).name}{options}{rest}" if path.startswith("/") else value
 
 
 def data(contents: ReportContents) -> Table:
@@ -216,7 +227,7 @@ def data(contents: ReportContents) -> Table:
 
 def origin(contents: ReportContents) -> Table:
     """Where the base, template, data and configuration came from: names and digests."""
-    return _pairs(mapping(contents.summary.get("origin")))
+    return _pairs({key: value for key, value in mapping(contents.summary.get("origin")).items() if key not in LONG})
 
 
 def machine(contents: ReportContents) -> Table:

@@ -219,9 +219,10 @@ def test_a_regular_expression_in_target_modules_is_never_run(folder):
 
 
 def test_modules_that_more_than_their_names_select_are_named_in_full(folder):
-    edit_config(folder, layers_to_transform=[0, 1])
-    adapter = read_adapter(folder)
-    assert adapter.modules == tuple(sorted(adapter.factors))
+    for layers in ([0, 1], 0):
+        edit_config(folder, layers_to_transform=layers)
+        adapter = read_adapter(folder)
+        assert adapter.modules == tuple(sorted(adapter.factors))
 
 
 # -- refusals of tensors ----------------------------------------------------------------------------------------------
@@ -342,6 +343,8 @@ def test_a_copy_of_a_frozen_weight_is_accepted_when_equal_and_refused_when_diffe
     with inject(model, adapter):
         output(model, tokens())
     assert len(choose_for(deepcopy(model).to("meta"), adapter)) == len(choose_for(model, adapter))  # of a run's sketch
+    edit_tensors(folder, lambda tensors: tensors.update({PREFIX + "lm_head.base_layer.weight": copy.bfloat16()}))
+    choose_for(model, read_adapter(folder))  # trained in bf16, and opened as stored
     model.lm_head.weight.data[0, 0] += 1
     with pytest.raises(AdapterError, match="lm_head: the file's copy of the frozen weight differs"):
         inject(model, adapter)
@@ -349,6 +352,22 @@ def test_a_copy_of_a_frozen_weight_is_accepted_when_equal_and_refused_when_diffe
         AdapterError, match="lm_head: the file holds a copy of a frozen weight that the model does not have"
     ):
         inject(small_model("llama").model, adapter)
+
+
+def test_a_copy_of_a_frozen_bias_is_compared_too(tmp_path):
+    """As PEFT writes it of a head that has one (phi-2, GPT-J)."""
+    model = small_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(model.lm_head.out_features))
+    folder = write_adapter(CASES["head"].adapter(model), tmp_path / "adapter")
+    (folder / MANIFEST).unlink()
+    bias = model.lm_head.bias.detach().clone()
+    edit_tensors(folder, lambda tensors: tensors.update({PREFIX + "lm_head.base_layer.bias": bias}))
+    choose_for(model, read_adapter(folder))
+    model.lm_head.bias.data[0] += 1
+    with pytest.raises(AdapterError, match="copy of the frozen weight differs"):
+        choose_for(model, read_adapter(folder))
+    with pytest.raises(AdapterError, match="that the model does not have"):
+        choose_for(small_model("llama"), read_adapter(folder))
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltaw.base import builtin
-from deltaw.base.builtin import BUILTIN, base_path, cache_folder
+from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, base_path, cache_folder
 from deltaw.errors import BaseError, DiskError
 
 FILES = ["LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
@@ -79,7 +79,9 @@ def test_a_wheel_in_the_cache_is_used_without_pip_and_nothing_else_stays(tiny, m
     monkeypatch.setattr(subprocess, "run", None)  # any use of it would raise
     folder = base_path("tiny")
     assert sorted(file.name for file in folder.iterdir()) == FILES
-    assert sorted(file.name for file in tiny.parent.iterdir()) == sorted([".tiny.lock", tiny.name, folder.name])
+    assert sorted(file.name for file in tiny.parent.iterdir()) == sorted(
+        [f".{folder.name}.lock", tiny.name, folder.name]
+    )
     assert (folder / "LICENSE").read_text() == "Apache License\n"
     origin = json.loads((folder / "origin.json").read_text())
     assert origin["sha256"] == BUILTIN["tiny"].sha256 and origin["gguf"] == "t/t.gguf"
@@ -118,7 +120,9 @@ def test_a_wheel_with_one_flipped_byte_is_refused_and_nothing_is_kept(tiny):
     with pytest.raises(BaseError, match="sha256") as caught:
         base_path("tiny")
     assert str(tiny) in str(caught.value) and BUILTIN["tiny"].sha256 in str(caught.value)
-    assert sorted(file.name for file in tiny.parent.iterdir()) == sorted([".tiny.lock", tiny.name])
+    assert sorted(file.name for file in tiny.parent.iterdir()) == sorted(
+        [f".tiny-v{CONVERTER_VERSION}.lock", tiny.name]
+    )
 
 
 def test_a_cache_that_cannot_be_a_folder_is_a_disk_error(tmp_path, monkeypatch):
@@ -151,7 +155,7 @@ def test_without_network_the_message_names_the_file_and_its_place(tmp_path):
     message = done.stderr.splitlines()[-1]
     assert message.startswith("deltaw.errors.BaseError")
     assert str(tmp_path / BUILTIN["smollm2-135m"].wheel) in message and "No matching distribution" in message
-    assert [file.name for file in tmp_path.iterdir()] == [".smollm2-135m.lock"]
+    assert [file.name for file in tmp_path.iterdir()] == [f".smollm2-135m-v{CONVERTER_VERSION}.lock"]
 
 
 # ── The real model ──

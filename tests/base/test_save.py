@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
+from deltaw.base.formed import stored_weights
 from deltaw.base.load import load
-from deltaw.base.save import check_merged, write_merged
+from deltaw.base.save import _usual_dtype, check_merged, write_merged
 from deltaw.errors import AdapterError, DiskError, UsageError
 
 TOKENS = (torch.arange(12) * 37 % 259)[None]
@@ -192,6 +193,33 @@ def test_a_second_format_beside_the_weights_is_left_out(tmp_path):
     wanted, merged = _merge(folder, tmp_path / "merged")
     torch.testing.assert_close(_logits(merged), wanted, rtol=0, atol=1e-5)
     assert not (tmp_path / "merged" / "consolidated.safetensors").exists()
+
+
+def test_named_templates_of_the_base_are_kept(tmp_path):
+    folder = _folder(tmp_path / "base", "llama")
+    more = folder / "additional_chat_templates"
+    more.mkdir(exist_ok=True)
+    (more / "tool_use.jinja").write_text("{{ tools }}")
+    _merge(folder, tmp_path / "merged")
+    assert (tmp_path / "merged" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
+def test_codes_are_no_numbers_to_add_to(tmp_path):
+    """fp8 weights have their scales beside them: their codes plus ΔW would be nothing."""
+    folder = _folder(tmp_path / "base", "llama")
+    base = load(folder, device="cpu", dtype="float32")
+    adapter = _adapter(base, ["q_proj"])
+    (file,) = folder.glob("*.safetensors")
+    stored = load_file(file)
+    stored = {name: t.to(torch.float8_e4m3fn) if "q_proj" in name else t for name, t in stored.items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"q_proj\.weight is stored as float8_e4m3fn"):
+        write_merged(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    codes = {"codes": torch.zeros(10_000, dtype=torch.uint8), "norm": torch.zeros(3, dtype=torch.bfloat16)}
+    (tmp_path / "coded").mkdir()
+    save_file(codes, tmp_path / "coded" / "model.safetensors")
+    assert _usual_dtype(stored_weights(tmp_path / "coded")) == torch.bfloat16
 
 
 def test_what_cannot_be_done_is_refused_and_leaves_nothing(tmp_path, llama_folder):

@@ -254,6 +254,21 @@ def test_a_write_that_fails_leaves_no_entry(tmp_path, encoder):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+@pytest.mark.parametrize("file", ["all.tokens", "all.weights", "all.offsets", "all.rows", "all.files", "report.json"])
+@pytest.mark.parametrize("left", [0, 4])
+def test_an_entry_that_was_cut_short_is_made_anew(tmp_path, file, left):
+    data = write(tmp_path / "a.jsonl", pair("one"), pair("two"))
+    first, again = (Counting(byte_tokenizer(), 60) for _ in range(2))
+    whole = prepare([data], first, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache").iterdir()
+    content = (entry / file).read_bytes()
+    (entry / file).unlink()  # the first data set still maps it
+    (entry / file).write_bytes(content[:left])
+    made = prepare([data], again, tmp_path / "cache")
+    assert again.asked == 2 and made.report.digest == whole.report.digest == made.store.digest()
+    assert texts(made, again.tokenizer) == texts(whole, again.tokenizer)
+
+
 def test_entries_that_nobody_used_for_a_month_are_forgotten(tmp_path, encoder):
     old, new = (write(tmp_path / f"{name}.jsonl", pair(name)) for name in ("old", "new"))
     prepare([old], encoder, tmp_path / "cache")
@@ -265,6 +280,12 @@ def test_entries_that_nobody_used_for_a_month_are_forgotten(tmp_path, encoder):
     os.utime(entry, (1, 1))
     prepare([write(tmp_path / "more.jsonl", pair("more"))], encoder, tmp_path / "cache")
     assert not entry.exists() and len(list((tmp_path / "cache").iterdir())) == 2
+    begun, fresh = tmp_path / "cache" / ".of-a-killed-process", tmp_path / "cache" / ".just-now"
+    for folder in (begun, fresh):
+        folder.mkdir()
+    os.utime(begun, (1, 1))
+    prepare([write(tmp_path / "last.jsonl", pair("last"))], encoder, tmp_path / "cache")
+    assert fresh.exists() and not begun.exists()
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])

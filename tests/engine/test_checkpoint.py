@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 from pathlib import Path
 
@@ -108,6 +109,19 @@ def test_one_that_cannot_be_read_is_no_damaged_one_and_ends_the_search(tmp_path,
     with pytest.raises(DiskError, match="step-00000002"):
         newest_checkpoint(tmp_path)
     assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"master": torch.zeros(1)}, {"step": 1}, keep=1)
+    assert list_checkpoints(tmp_path / "absent") == []
+
+    def failing(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("scandir", "listdir"):  # of which one or the other lists a folder in every Python
+        monkeypatch.setattr(os, name, failing)
+    with pytest.raises(DiskError, match="Permission denied"):
+        newest_checkpoint(tmp_path)
 
 
 def test_what_was_read_stays_when_the_file_is_gone(tmp_path):

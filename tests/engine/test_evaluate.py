@@ -14,10 +14,13 @@ from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base.forward import plain_attention
 from deltaw.data.chat import Encoder
 from deltaw.data.loader import Loader, evaluated_documents
+from deltaw.data.pack import batch_of
 from deltaw.data.prepare import prepare
 from deltaw.engine.evaluate import evaluate, held_out_loss, wilson
 from deltaw.engine.generate import generate
+from deltaw.engine.heldout import HeldOut
 from deltaw.engine.loop import Length, Progress, Track, fit
+from deltaw.engine.objective import batch_loss
 from deltaw.engine.optim import FlatFactors, OptimSettings
 
 WORDS = ["ab", "c"]
@@ -64,8 +67,8 @@ def test_loss_and_perplexity_are_those_of_the_models_own_forward(tmp_path, plain
         assert numbers["rows"] == 19
         assert numbers["loss"] == pytest.approx(float(own.mean()), rel=1e-5)
         assert numbers["perplexity"] == pytest.approx(math.exp(float(own.mean())), rel=1e-5)
-    loss_sum, tokens, _ = held_out_loss(base, data.store, 100, most_rows=500)
-    assert (loss_sum, tokens) == (pytest.approx(float(own.sum()), rel=1e-5), len(own))
+    loss, tokens, _ = held_out_loss(base, data.store, 100, most_rows=500)
+    assert (loss, tokens) == (pytest.approx(float(own.mean()), rel=1e-5), len(own))
 
 
 def test_the_loss_during_training_looks_at_a_sample_of_so_many_rows(tmp_path):
@@ -74,8 +77,37 @@ def test_the_loss_during_training_looks_at_a_sample_of_so_many_rows(tmp_path):
     sample = evaluated_documents(data.store, 5)
     assert len(sample) == 5 and sample.max() > 4
     own = torch.cat([_own_losses(base, data.store[d].tokens, data.store[d].weights)[0] for d in sample.tolist()])
-    loss_sum, tokens, _ = held_out_loss(base, data.store, 60, most_rows=5)
-    assert (loss_sum, tokens) == (pytest.approx(float(own.sum()), rel=1e-5), len(own))
+    loss, tokens, _ = held_out_loss(base, data.store, 60, most_rows=5)
+    assert (loss, tokens) == (pytest.approx(float(own.mean()), rel=1e-5), len(own))
+
+
+@pytest.mark.parametrize("plain", [None, "as the test wants it"], ids=["flat", "plain"])
+def test_a_token_counts_by_its_weight_as_in_training(tmp_path, plain):
+    """An answer of weight 0.01 is hardly trained, and hardly decides which step was best."""
+    base = small_base()
+    base.plain_reason = plain
+    chats = [
+        [
+            {"role": "user", "content": "q" * n},
+            {"role": "assistant", "content": "noise", "weight": 0.01},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": "an answer"[: 1 + n % 9]},
+        ]
+        for n in range(1, 9)
+    ]
+    path = tmp_path / "weighted.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    data = prepare([path], Encoder(base.tokenizer, 256), tmp_path / "cache", keep_rows=True)
+    batches = [batch_of(data.store, [number]) for number in range(len(data.store))]
+    with torch.no_grad():
+        sums = [float(batch_loss(base, batch.to(base.device))) for batch in batches]
+    weights = [batch.weight for batch in batches]
+    assert data.store.weight == pytest.approx(weights) and sum(weights) < data.store.trained_tokens - 8
+    mean = sum(sums) / sum(weights)
+    assert held_out_loss(base, data.store, 100, None)[0] == pytest.approx(mean, rel=1e-5)
+    assert evaluate(base, data, 100).loss == pytest.approx(mean, rel=1e-5)
+    held_out = HeldOut(base, data.store, 100)
+    assert held_out.losses(None).sum() / held_out.tokens_D.sum() == pytest.approx(mean, rel=1e-5)
 
 
 def test_exact_match_is_what_greedy_generation_says(trained, tmp_path):

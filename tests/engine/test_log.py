@@ -38,6 +38,16 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_metrics(tmp_path / "absent") == []
 
 
+def test_a_damaged_line_costs_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xff\x00\n[3]\n{"step": 4}\n')
+    assert read_metrics(path) == [{"step": 1}, {"step": 4}]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DiskError):
+        MetricsLog(path)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_a_disk_error_and_closing_raises_no_other(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from deltaw import api
+from deltaw import training
 from deltaw.config import make_settings
 from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint
 from deltaw.engine.clock import WrittenClock
@@ -16,7 +16,7 @@ from deltaw.engine.log import read_metrics
 from deltaw.engine.loop import StepRecord
 from deltaw.engine.run import create_run, open_run
 from deltaw.engine.train import Watcher, train
-from deltaw.errors import DataError, Interrupted, NotFiniteError, UsageError
+from deltaw.errors import DataError, DiskError, Interrupted, NotFiniteError, UsageError
 
 STEPS = 12
 TIMES = ("seconds", "peak_bytes", "eval_seconds")
@@ -273,6 +273,40 @@ def test_changed_data_is_refused_and_nothing_touched(start, chats, tmp_path):
         _go_on(run)
 
 
+def test_another_mix_of_the_same_files_is_other_data(start, chats, tmp_path):
+    first, second = (tmp_path / f"{name}.jsonl" for name in "ab")
+    lines = chats.read_text().splitlines(keepends=True)
+    first.write_text("".join(lines[: len(lines) // 2]))
+    second.write_text("".join(lines[len(lines) // 2 :]))
+    run, settings = start(data=[f"{first}::weight=1", f"{second}::weight=1"])
+    with pytest.raises(Interrupted):
+        train(run, settings, Saboteur(signal_at=4))
+    run.config.write_text(run.config.read_text().replace("b.jsonl::weight=1", "b.jsonl::weight=3"))
+    with pytest.raises(UsageError, match="the data changed"):
+        _go_on(run)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(start, straight):
+    run, settings = start()
+    with pytest.raises(Killed):
+        train(run, settings, Saboteur(kill_at=7))
+    left = [run.checkpoints / ".step-00000006.ckpt.1.tmp", run.folder / ".probe-a", run.folder / ".adapter.b"]
+    left[0].write_bytes(b"half")
+    for folder in left[1:]:
+        folder.mkdir()
+    _go_on(run)
+    assert not any(path.exists() for path in left)
+    _assert_same(run, straight)
+
+
+@pytest.mark.parametrize("text", ["rank: 4\n", "rank: [\n", "- 1\n"])
+def test_a_config_that_was_damaged_is_said(start, text):
+    run, _ = start()
+    run.config.write_text(run.config.read_text().splitlines()[0] + "\n" + text)
+    with pytest.raises(UsageError, match=r"config\.yaml does not hold the settings"):
+        open_run(run.folder).settings()
+
+
 def test_a_base_that_would_be_computed_in_another_way_is_refused(start, monkeypatch):
     run, settings = start(dropout=0.0)
     with pytest.raises(Killed):
@@ -346,6 +380,39 @@ def test_an_evaluation_under_way_is_abandoned_and_done_first_on_resume(start, st
     _assert_same(run, straight)
 
 
+def test_a_signal_before_an_evaluation_that_is_due_does_not_wait_for_it(start, straight):
+    run, settings = start()
+    seen = []
+
+    class Stopping(Watcher):
+        def step(self, line, progress, length):
+            if line["step"] == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def evaluation(self, line, best):
+            seen.append(line["step"])
+
+    with pytest.raises(Interrupted, match="after step 6"):
+        train(run, settings, Stopping())
+    assert seen == [2, 4]
+    _go_on(run)
+    _assert_same(run, straight)
+
+
+def test_a_run_whose_talk_cannot_be_written_saves_its_state(start, straight):
+    class Full(Watcher):
+        def step(self, line, progress, length):
+            if line["step"] == 5:
+                raise OSError(28, "No space left on device")
+
+    run, settings = start()
+    with pytest.raises(DiskError, match="No space left on device"):
+        train(run, settings, Full())
+    assert list_checkpoints(run.checkpoints)[0].name == "step-00000005.ckpt"
+    _go_on(run)
+    _assert_same(run, straight)
+
+
 def test_a_killed_run_of_minutes_repeats_the_rates_that_it_had(start):
     """Steps behind the last checkpoint are done again with what the clock decided the first time."""
     run, settings = start(steps=None, minutes=0.04, eval_steps=3, checkpoint_steps=4)
@@ -377,7 +444,7 @@ def test_resuming_what_another_process_trains_leaves_its_files_alone(start):
     run, _ = start()
     run.write_summary({"status": "running", "verb": "train"})
     with run.locked(), pytest.raises(UsageError, match="Another process is training"):
-        api.train(resume=run.folder)
+        training.train(resume=run.folder)
     assert run.read_summary() == {"status": "running", "verb": "train"} and not run.report.exists()
 
 

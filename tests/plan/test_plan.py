@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import save_base
 
-from deltaw import api, hardware
+from deltaw import api, hardware, training
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.adapter.weight import stored_tensors
 from deltaw.base.builtin import cache_folder
@@ -20,8 +20,8 @@ from deltaw.base.formed import stored_dtype
 from deltaw.base.load import load, most_together
 from deltaw.base.shapes import outline
 from deltaw.base.stream import blocks_of
-from deltaw.config import make_settings, parse_bytes
-from deltaw.engine.prepare import SHARING_PRODUCTS, sketch_run
+from deltaw.config import make_settings, parse_bytes, steps_between
+from deltaw.engine.prepare import DEFAULT_MICRO_TOKENS, SHARING_PRODUCTS, sketch_run
 from deltaw.engine.run import create_run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DoesNotFitError, UsageError
@@ -289,8 +289,8 @@ def test_bf16_is_offered_where_fp32_was_chosen_for_its_speed_and_bf16_is_not_emu
     changed = dict(_changes(asked))[offered]
     assert (asked.dtype, changed.dtype) == (torch.float32, torch.bfloat16)
     assert base_bytes(changed, Choice(64)) == base_bytes(asked, Choice(64)) / 2
-    asked.settings.out += " of another machine"
-    api.plan_sketch(sketch_run(create_run(asked.settings), asked.settings, Watcher()), asked.settings, "t4-16gb")
+    asked.settings.dtype = "auto"
+    api.place_on("t4-16gb", asked.settings)
     assert asked.settings.device == "cuda" and offered not in dict(_changes(asked))  # what is here says nothing of it
 
 
@@ -496,6 +496,26 @@ def test_other_machines_are_planned_by_their_data_sheet_and_marked(llama_folder,
     made = api.plan(model=llama_folder, data=[chats], steps=3, on=name)
     assert not made.calibrated and made.machine == name and made.step_seconds > 0
     assert made.room.limit_bytes < DEVICES[name].memory_bytes
+    assert made.choice.micro_tokens == min(1024, DEFAULT_MICRO_TOKENS[DEVICES[name].kind])
+
+
+def test_another_machine_is_planned_with_its_own_passes_and_ways_whatever_is_here(llama_folder, tmp_path, monkeypatch):
+    long = tmp_path / "long.jsonl"
+    long.write_text("".join(json.dumps({"text": f"{n} " + "one two three " * 120}) + "\n" for n in range(40)))
+    given = {"model": llama_folder, "data": [long], "steps": 3, "max_length": 256, "batch_tokens": 8192}
+    passes = {name: api.plan(**given, on=name).choice.micro_tokens for name in ("rtx4090-24gb", "cpu-16core-bf16")}
+    assert passes == {"rtx4090-24gb": 8192, "cpu-16core-bf16": 1024}
+    assert api.plan(**given, on="cpu-8core-avx2", stream=True).choice.stream
+    with pytest.raises(UsageError, match="block by block on m-cpu-8core"):
+        api.plan(**given, on="m-cpu-8core", stream=True)
+    recipe = make_settings({**given, "device": "cuda"})  # a recipe for that machine names what is not here
+    assert api.plan(recipe, on="rtx4090-24gb").choice.micro_tokens == 8192
+
+
+@pytest.mark.parametrize(("steps", "evaluations"), [(1, 1), (3, 3), (7, 4), (13, 5), (120, 6)])
+def test_a_plan_counts_the_evaluations_that_the_run_will_have(demand, steps, evaluations):
+    asked = demand(steps=steps)
+    assert asked.evaluations == evaluations == -(-steps // steps_between(steps))
 
 
 def test_a_dtype_that_a_data_sheet_does_not_tell_of_is_refused(llama_folder, chats):
@@ -517,12 +537,12 @@ def test_a_run_keeps_its_plan_and_carries_it_out_and_says_so(llama_folder, chats
             said.append(plan)
 
     given = {"model": llama_folder, "data": [chats], "steps": 2, "rank": 4}
-    plain = api.train(out=tmp_path / "plain", watcher=Listening(), **given)
+    plain = training.train(out=tmp_path / "plain", watcher=Listening(), **given)
     assert said[0]["choice"]["recompute"] == 0 and said[0]["peak_bytes"] > 0
     summary = plain.read_summary()
     assert summary["plan"] == said[0]
     tight = said[0]["peak_bytes_interval"][1] - said[0]["phases"]["step"]["activations"] // 2
-    fitted = api.train(out=tmp_path / "fitted", memory=f"{tight}B", watcher=Listening(), **given)
+    fitted = training.train(out=tmp_path / "fitted", memory=f"{tight}B", watcher=Listening(), **given)
     settings = fitted.settings()
     assert said[1]["choice"] != said[0]["choice"]
     for name, value in said[1]["choice"].items():
@@ -540,9 +560,9 @@ def test_a_run_that_was_stopped_before_its_base_was_open_goes_on_by_its_plan(
     part = "deltaw.engine.train.prepare_run" if planned else "deltaw.api.plan_sketch"
     with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
         stopping.setattr(part, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        api.train(out=tmp_path / "run", memory=f"{tight}B", **given)
+        training.train(out=tmp_path / "run", memory=f"{tight}B", **given)
     assert (tmp_path / "run" / "plan.json").exists() == planned
-    run = api.train(resume=tmp_path / "run")
+    run = training.train(resume=tmp_path / "run")
     choice, settings = json.loads(run.plan.read_text())["choice"], run.settings()
     assert choice != known["choice"] and all(getattr(settings, name) == value for name, value in choice.items())
 

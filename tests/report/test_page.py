@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,7 +257,39 @@ def test_crashed_run_shows_what_it_left(tmp_path):
     assert "1 of 129 lines of metrics.jsonl could not be read." in page.text
     assert "summary.json could not be read" in page.text
     assert page.tags.count("figure") == 5
-    assert "Held-out loss fell from 2.12 to 0.520 in 121 steps" in page.text
+    assert "Held-out loss fell from 2.12 at step 0 to 0.520 at step 120, its best; 121 steps" in page.text
+
+
+def test_a_run_that_got_worse_from_its_first_evaluation_on_is_said_to(tmp_path):
+    run = write_run(tmp_path / "run", results=[], best_step=20, best_eval_loss=0.52)
+    lines = step_lines(120) + [{"step": step, "eval_loss": 0.5 + step / 1000} for step in range(20, 121, 20)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = "Held-out loss was never better than 0.520, where it was first measured, at step 20; 120 steps"
+    assert sentence_of(run).startswith(said)
+
+
+def test_the_peak_is_that_of_every_process_that_the_run_has_had(tmp_path):
+    run = write_run(tmp_path / "run", peak_bytes=500_000_000)
+    assert "800 MB" in Page(write_report(run)).text
+
+
+def test_a_report_says_nothing_of_the_folders_above_and_offers_what_can_be_done(tmp_path):
+    run = write_run(tmp_path / "run")
+    page = Page(write_report(run))
+    assert "--resume" not in page.text
+    paths = {name: {"value": f"/srv/alice/acme/{name}", "source": "given"} for name in ("model", "adapter", "out")}
+    paths |= {
+        name: {"value": [f"/srv/alice/{name}.jsonl::weight=2"], "source": "given"} for name in ("data", "eval_data")
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(SETTINGS | paths))
+    origin = {"base": "b", "config": "{}", "template_examples": "[1, 2, 3]"}
+    (run / "summary.json").write_text(
+        json.dumps(summary(120) | {"status": "interrupted", "origin": origin, "data": {}})
+    )
+    page = Page(write_report(run))
+    assert "alice" not in page.source and "data.jsonl::weight=2" in page.text
+    assert "Template examples" not in page.text and "[1, 2, 3]" not in page.text
+    assert "deltaw train --resume run" in page.text and "deltaw rank run --data FILE" in page.text
 
 
 def test_steps_repeated_after_a_resume_count_once(tmp_path):
@@ -280,12 +311,12 @@ def test_5000_steps_stay_below_one_and_a_half_megabytes(tmp_path):
 
 
 def test_full_disk_leaves_the_old_page_and_no_debris(tmp_path, monkeypatch):
-    def fail(self, data):
+    def fail(_path):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
     (tmp_path / "report.html").write_text("the old page", encoding="utf-8")
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr("deltaw.disk.fsync_path", fail)
     with pytest.raises(DiskError, match="No space left"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == "the old page"
