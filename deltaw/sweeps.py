@@ -20,7 +20,7 @@ import numpy as np
 
 from deltaw.adapter import read_adapter
 from deltaw.analysis.curve import mean_interval
-from deltaw.api import EVALUATION_TOKENS
+from deltaw.api import EVALUATION_TOKENS, one_of
 from deltaw.config import AUTO, Settings, make_settings
 from deltaw.disk import disk_errors, write_text
 from deltaw.engine.heldout import HeldOut
@@ -42,18 +42,21 @@ NOT_SWEPT = ("adapter", "memory", "patience", "track")
 
 
 def sweep(
-    settings: Settings,
+    settings: Settings | None = None,
     out: Path | None = None,
     ranks: Sequence[int | str] = (),
     rates: Sequence[float | str] = (),
     seeds: int = 1,
     watcher: Watcher | None = None,
+    **given: Any,
 ) -> dict[str, Any]:
     """Trains every combination of ranks, learning rates and seeds over one base; returns and writes the comparison.
 
-    Each cell is a run folder of its own below `out`. Data orders are shared by cells of one seed, so differences are
-    paired. Raises UsageError when the cells have nothing to differ in or `out` exists, and what `train` raises.
+    Everything else is as for `train`: `settings`, or keywords. Each cell is a run folder of its own below `out`. Data
+    orders are shared by cells of one seed, so differences are paired. Raises UsageError when the cells have nothing to
+    differ in or `out` exists, and what `train` raises.
     """
+    settings = one_of(settings, given)
     ranks, rates = list(dict.fromkeys(ranks)) or [settings.rank], list(dict.fromkeys(rates)) or [settings.lr]
     cells = list(itertools.product(ranks, rates, range(seeds)))
     if len(cells) < 2:

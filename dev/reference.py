@@ -5,9 +5,11 @@ Usage: python dev/reference.py FOLDER
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,15 +52,19 @@ def settings_page() -> str:
         "A setting is a flag (`--batch-tokens`), a recipe key (`batch_tokens`) and a keyword of `deltaw.train`.",
         "",
     ]
-    group = None
+    by_group: dict[str, list[Any]] = {}
     for field in settings_fields():
-        if field.metadata["group"] != group:
-            group = field.metadata["group"]
-            lines += ["", f"## {group.capitalize()}", "", "| setting | default | meaning |", "|---|---|---|"]
-        default = field.default if field.default not in (None, ()) else "–"
-        shown = ", ".join(default) if isinstance(default, tuple) else default
-        lines.append(f"| `{field.name}` | {shown} | {field.metadata['help']} |")
+        by_group.setdefault(field.metadata["group"], []).append(field)
+    for group, fields in by_group.items():
+        lines += ["", f"## {group.capitalize()}", "", "| setting | default | meaning |", "|---|---|---|"]
+        lines += map(_setting_row, fields)
     return "\n".join(lines) + "\n"
+
+
+def _setting_row(field: Any) -> str:
+    default = field.default if field.default not in (None, ()) else "–"
+    shown = ", ".join(default) if isinstance(default, tuple) else default
+    return f"| `{field.name}` | {shown} | {field.metadata['help']} |"
 
 
 def findings_page() -> str:
@@ -88,11 +94,49 @@ def errors_page() -> str:
 
 
 def python_page() -> str:
-    """The front door: every name that `deltaw` hands on, with its first line."""
+    """The front door: every name that `deltaw` hands on, with how it is called and what it gives."""
+    names = sorted(set(deltaw.__all__) - {"__version__"})
     lines = [HEADER + "# Python\n", "| name | what it is |", "|---|---|"]
-    for name in sorted(set(deltaw.__all__) - {"__version__"}):
-        lines.append(f"| `deltaw.{name}` | {(getattr(deltaw, name).__doc__ or '').strip().splitlines()[0]} |")
+    for name in names:
+        lines.append(f"| `deltaw.{name}` | {_documented(getattr(deltaw, name)).splitlines()[0]} |")
+    for name in names:
+        value = getattr(deltaw, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            continue  # the page of errors has them
+        lines += ["", f"## {name}", "", f"`{_call(f'deltaw.{name}', value)}`", "", _documented(value)]
+        if isinstance(value, type):
+            lines += ["", *_members(value)]
     return "\n".join(lines) + "\n"
+
+
+_PLAIN = (str, int, float, tuple, type(None))  # of a default, that shows as it is written
+
+
+def _documented(value: Any) -> str:
+    return inspect.getdoc(value) or ""
+
+
+def _call(name: str, value: Any) -> str:
+    """How something is called: names and defaults; types stand in the code."""
+    parts, starred = [], False
+    for parameter in inspect.signature(value).parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            parts.append("*")
+        starred |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
+        plain = parameter.default is parameter.empty or isinstance(parameter.default, _PLAIN)
+        parts.append(str(parameter.replace(annotation=parameter.empty)) if plain else f"{parameter.name}=…")
+    return f"{name}({', '.join(parts)})"
+
+
+def _members(kind: type) -> Iterator[str]:
+    """What an object of this class does, a line each."""
+    for name, value in vars(kind).items():
+        if name.startswith("_") or not (inspect.isfunction(value) or isinstance(value, property)):
+            continue
+        shown = name if isinstance(value, property) else _call(name, value)
+        yield f"- `{shown}`: {_documented(value).splitlines()[0]}"
 
 
 PAGES = {

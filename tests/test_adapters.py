@@ -559,8 +559,8 @@ def test_a_sweep_does_not_wait_for_evaluations_and_makes_up_for_them(llama_folde
 
 
 def test_a_sweep_that_was_moved_says_where_its_page_is_and_makes_it_anew(llama_folder, chats, tmp_path):
-    given = settings_of(llama_folder, chats, tmp_path / "sweep", steps=2)
-    found = sweeps.sweep(given, ranks=[2, 4])
+    given = {"model": llama_folder, "data": chats, "out": tmp_path / "sweep", "lr": 1e-2, **{**QUICK, "steps": 2}}
+    found = sweeps.sweep(**given, ranks=[2, 4])
     moved = tmp_path / "moved"
     (tmp_path / "sweep").rename(moved)
     page = moved / "sweep.html"
