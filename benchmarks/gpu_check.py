@@ -330,8 +330,8 @@ def by_peft(sizes: dict[str, Any], device: torch.device, seconds: float) -> dict
     model = peft.get_peft_model(random_model(sizes, device), wanted).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    reset_peak(device)
-    rates = {}
+    rates: dict[str, float | None] = {}
+    peaks: list[int] = []
 
     def step(tokens: torch.Tensor, labels: torch.Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16):
@@ -343,6 +343,8 @@ def by_peft(sizes: dict[str, Any], device: torch.device, seconds: float) -> dict
     for _, length, share in WORKLOADS:
         rows = DEFAULT_MICRO_TOKENS[device.type] // length
         while rows:
+            optimizer.zero_grad()
+            reset_peak(device)
             tokens = torch.randint(0, sizes["vocab_size"], (rows, length), device=device)
             labels = tokens.clone()
             labels[:, : length - max(1, round(share * length))] = -100
@@ -353,8 +355,11 @@ def by_peft(sizes: dict[str, Any], device: torch.device, seconds: float) -> dict
                 torch.cuda.empty_cache()
                 continue
             rates[f"{rows} × {length}"] = tokens.numel() / seconds_a_step
+            peaks.append(peak(device) or 0)
             break
-    return {"tokens_per_second": rates, "peak_bytes": peak(device)}
+        else:
+            rates[f"1 × {length}"] = None
+    return {"tokens_per_second": rates, "peak_bytes": max(peaks, default=0) or None}
 
 
 def median_seconds(step: Callable[[], None], device: torch.device, seconds: float) -> float:

@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 RUNS, SWEEP, SUMMARY = RESULTS / "versus_runs.jsonl", RESULTS / "versus_sweep.json", RESULTS / "versus.json"
 CHART = ROOT / "docs" / "speed.svg"
 TOOLS = ("deltaw", "trl", "unsloth")
-FIRST_STEPS, CURVES = ("short", "docstrings", "dense"), ("docstrings",)  # what the gates look at, without --workload
+FIRST_STEPS, CURVES = ("short", "docstrings", "dense", "shared"), ("docstrings",)  # of the gates, without --workload
 COLD_STEPS = 32  # of 16 short chats
 KEPT_OF_SWEEP = (
     *("tool", "workload", "setting", "examples_per_step", "versions", "tokens_per_second", "peak_bytes", "steps"),
@@ -125,8 +125,9 @@ def cold_starts(bench: Bench) -> None:
     Rows stay in their steps here, so that all learn from the same chats.
     """
     wanted = {tool: settings.same_steps(settings.best(tool, "short", SWEEP)) for tool in TOOLS}
-    if wanted["unsloth"]["compile"]:
-        wanted["unsloth, not compiled"] = {**wanted["unsloth"], "compile": False}
+    for tool in environments.RIVALS:
+        if wanted[tool].get("compile"):
+            wanted[f"{tool}, not compiled"] = {**wanted[tool], "compile": False}
     for name, setting in wanted.items():
         out = bench.folder("cold") / f"{bench.code} {name}"
         job = bench.job(name.partition(",")[0], "short", setting, steps=COLD_STEPS, out=str(out))

@@ -106,7 +106,7 @@ class Settings:
     alpha: float = setting(32.0, "Alpha; the update is scaled by alpha/r.", kind=float, within=ABOVE_0, group="adapter")
     targets: tuple[str, ...] = setting(
         ("all-linear",),
-        "all-linear, or suffixes of module names; comma-separated or repeated.",
+        "all-linear (the head left out, and what PEFT could not load), or suffixes of module names; may be repeated.",
         many=True,
         group="adapter",
     )
@@ -168,7 +168,7 @@ class Settings:
     )
 
     eval_steps: int | str = setting(
-        AUTO, "Steps between evaluations, or auto (6 in a run).", kind=int, within=ABOVE_0, group="watching"
+        AUTO, "Steps between evaluations, or auto (at most 6 in a run).", kind=int, within=ABOVE_0, group="watching"
     )
     eval_rows: int = setting(
         500,
@@ -371,7 +371,7 @@ def _contradictions(settings: Settings) -> list[str]:
     for name, parse in _PARSED.items():
         value = getattr(settings, name)
         try:
-            if value not in (None, AUTO):
+            if value != getattr(Settings, name):
                 parse(value)
         except ValueError as error:
             faults.append(f"{name} = {', '.join(value) if isinstance(value, tuple) else repr(value)}: {error}")
@@ -446,7 +446,9 @@ class _Loader(yaml.SafeLoader):
     """A safe loader that refuses what a YAML reader usually drops: the first of two values of a key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [str(key.value).replace("-", "_") for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if node.start_mark.column == 0:  # of settings, not of what one holds
+            names = [name.replace("-", "_") for name in names]
         if twice := sorted({name for name in names if names.count(name) > 1 and name != "<<"}):
             raise yaml.YAMLError(f"{', '.join(twice)} stands there twice")
         return super().construct_mapping(node, deep)

@@ -193,7 +193,7 @@ def _facts(adapter: Adapter, known: Spectra, held_out: HeldOut, ordering: int) -
         "documents": held_out.documents,
         "documents_given": held_out.given,
         "documents_for_ordering": ordering,
-        "tokens": int(held_out.tokens_D.sum()),
+        "tokens": held_out.tokens,
         "spectra": means,
     }
 

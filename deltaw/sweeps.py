@@ -108,6 +108,8 @@ def resume_sweep(folder: Path, watcher: Watcher | None = None) -> dict[str, Any]
 def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, resume: bool) -> dict[str, Any]:
     first_run, first = made[0]
     with first_run.locked():
+        for run in (Run(folder), *(run for run, _ in made)):
+            run.tidy()
         sketch = sketch_run(first_run, first, watcher)
         for name in (*SHARED, "lr", "rank"):
             for _, settings in made[1:]:

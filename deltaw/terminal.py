@@ -303,7 +303,9 @@ def _planned_time(plan: dict[str, Any]) -> str:
     about = f"{step:.2g} s a step" if step < 10 else f"{human_seconds(step)} a step"
     if plan["run_seconds"] is None:
         return f"about {about}, {rate:,.0f} tokens/s"
-    return f"about {human_seconds(plan['run_seconds'])} for {plan['steps']:,} {count}, {about}, {rate:,.0f} tokens/s"
+    low, high = map(human_seconds, plan["run_seconds_interval"])
+    run = f"about {human_seconds(plan['run_seconds'])} ({low} to {high}) for {plan['steps']:,} {count}"
+    return f"{run}, {about}, {rate:,.0f} tokens/s"
 
 
 def _chosen(choice: dict[str, Any]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from deltaw.engine.heldout import HeldOut
 from deltaw.engine.log import read_metrics
 from deltaw.engine.orders import by_activations, by_loss
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, NotFiniteError, UsageError
+from deltaw.errors import AdapterError, DataError, DeltawError, DiskError, Interrupted, NotFiniteError, UsageError
 
 HERE = {"device": "cpu", "dtype": "float32"}
 QUICK = {"steps": 4, "batch_tokens": 256, **HERE}
@@ -538,15 +538,18 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(llama_folder, chats, tmp_
     assert sweeps.resume_sweep(tmp_path / "cut") == again
 
 
-def test_a_sweep_does_not_wait_for_evaluations_and_makes_up_for_them(llama_folder, chats, tmp_path):
+@pytest.mark.parametrize("signalled", [True, False], ids=["by a signal", "as nobody can be told"])
+def test_a_sweep_does_not_wait_for_evaluations_and_makes_up_for_them(llama_folder, chats, tmp_path, signalled):
     class Stopping(Watcher):
         def step(self, line, progress, length):
-            if line["step"] == 4:
+            if line["step"] == 4 and signalled:
                 os.kill(os.getpid(), signal.SIGINT)
+            elif line["step"] == 4:
+                raise OSError(28, "No space left on device")
 
     given = {"steps": 6, "eval_steps": 2}
     sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "whole", **given), ranks=[2, 4])
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted if signalled else DiskError):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "cut", **given), ranks=[2, 4], watcher=Stopping())
     cells = sorted(path.parent for path in (tmp_path / "cut").glob("*/metrics.jsonl"))
     assert [read_metrics(cell / "metrics.jsonl")[-1]["step"] for cell in cells] == [4, 4]

@@ -174,6 +174,8 @@ def test_all_faults_are_listed_at_once_with_the_nearest_name():
         ("patience", -1, "must not be below 0"),
         ("max_length", 1, "predicts nothing"),
         ("layers", "a-b", "must look like"),
+        ("layers", "auto", "must look like"),
+        ("memory", "auto", "a number with a unit"),
     ],
 )
 def test_a_value_without_meaning_is_refused_by_name(name, value, says):

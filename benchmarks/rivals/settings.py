@@ -95,7 +95,8 @@ def sweep(workload: str) -> Iterator[tuple[str, Setting]]:
             yield "unsloth", {**UNSLOTH, "batch": batch, "compile": compiled}
     middle = batches[len(batches) // 2]
     yield "trl", {**TRL, "batch": middle, "autocast": True}
-    yield "trl", {**TRL, "batch": middle, "adapters": "bfloat16", "compile": True}
+    if not ragged:  # of rows of every length, TRL compiled no step within four minutes
+        yield "trl", {**TRL, "batch": middle, "adapters": "bfloat16", "compile": True}
     yield "unsloth", {**UNSLOTH, "batch": middle, "autocast": False}
     if batches[-1] > 1 and workload != "dense":
         yield "trl", {**TRL, "batch": batches[-1], "adapters": "bfloat16", "padding_free": True}
@@ -111,10 +112,15 @@ def swept(rows: list[dict[str, Any]], workload: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["workload"] == workload and row.get("examples_per_step", now) == now]
 
 
+def ours(workload: str) -> Setting:
+    """deltaw's setting on a workload."""
+    return DELTAW["sharing" if workload == "shared" else "plain"]
+
+
 def best(tool: str, workload: str, stored: Path) -> Setting:
     """The fastest setting of a rival in the stored sweep that passed its parity check; a guess without a sweep."""
     if tool == "deltaw":
-        return DELTAW["sharing" if workload == "shared" else "plain"]
+        return ours(workload)
     rows = json.loads(stored.read_text("utf-8")) if stored.is_file() else []
     mine = [row for row in swept(rows, workload) if row["tool"] == tool and row["parity"]]
     if mine:

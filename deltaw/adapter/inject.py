@@ -426,7 +426,7 @@ def _changed_copy(name: str, copy: Tensor, candidates: dict[str, Any]) -> list[s
         return [f"{name}: the file holds a copy of a frozen weight that the model does not have"]
     same = weight_shape(holder, parameter) == copy.shape
     if same and not getattr(holder, parameter).is_meta:  # of a model without weights the shape is all there is
-        weight = dense_weight(holder, parameter).cpu()
+        weight = (getattr(holder, parameter).detach() if parameter == "bias" else dense_weight(holder, parameter)).cpu()
         same = torch.equal(weight, copy.to(weight.dtype)) or torch.equal(weight.to(copy.dtype), copy)  # either rounded
     if not same:
         return [f"{name}: the file's copy of the frozen weight differs from the model's; this is another base"]

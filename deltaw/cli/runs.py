@@ -19,14 +19,14 @@ from deltaw.cli.options import (
     say,
     settings_options,
 )
-from deltaw.config import Settings, make_settings, read_recipe
+from deltaw.config import LENGTHS, Settings, make_settings, read_recipe
 from deltaw.errors import UsageError
 
 MEASURE = "measure"  # of --rank
 
 
 @main.command()
-@settings_options("minutes", "steps", "out", "rank", "lr", "seed", "device", "dtype", "threads")
+@settings_options(*LENGTHS, "out", "rank", "lr", "seed", "device", "dtype", "threads", "memory", "quant", "stream")
 @quiet_option
 @json_option
 def demo(as_json: bool, quiet: bool, **options: Any) -> None:

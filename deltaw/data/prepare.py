@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 MAX_LABELS = 20
 STALE_SECONDS, LEFT_SECONDS = 30 * 86_400, 86_400
-REPORT = "report.json"
+REPORT, SHARES = "report.json", "all.shares"
 Progress = Callable[[int], None]
 
 
@@ -202,10 +202,9 @@ def _is_whole(entry: Path) -> bool:
         return False
     try:
         json.loads((entry / REPORT).read_text("utf-8"))
-        TokenStore(entry / "all")
+        return (entry / SHARES).stat().st_size == 8 * len(TokenStore(entry / "all"))
     except (OSError, ValueError, IndexError):
         return False
-    return True
 
 
 def _open(entry: Path, sources: Sequence[Source], encoder: Encoding, kept: list[Row]) -> DataSet:
@@ -213,7 +212,7 @@ def _open(entry: Path, sources: Sequence[Source], encoder: Encoding, kept: list[
         report = DataReport.from_dict(json.loads((entry / REPORT).read_text("utf-8")), encoder.allow)
         with contextlib.suppress(OSError):  # another user's: it may be read all the same
             os.utime(entry)  # what is used stays in the cache
-        shares = np.fromfile(entry / "all.shares", np.float64)
+        shares = np.fromfile(entry / SHARES, np.float64)
     mix = [(count, source.weight) for count, source in zip(report.source_documents, sources, strict=True)]
     return DataSet(TokenStore(entry / "all"), report, shares, mix, kept, report.digest)
 
@@ -225,7 +224,7 @@ def _build(
     scan = _Scan(encoder, kept, progress)
     with new_folder(entry) as temporary:
         TokenStore.write(temporary / "all", scan.examples(sources))
-        np.asarray(scan.shares, np.float64).tofile(temporary / "all.shares")
+        np.asarray(scan.shares, np.float64).tofile(temporary / SHARES)
         write_text(temporary / REPORT, json.dumps(scan.finish().as_dict()))
 
 

@@ -44,6 +44,11 @@ class HeldOut:
         """How many tokens of each measured document carry loss, each counted by its weight."""
         return self._by_document(self.store.weight, self.documents)
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the measured documents carry loss."""
+        return int(self._by_document(self.store.trained, self.documents).sum())
+
     def fit_into(self, seconds: float, adapter: Adapter, passes: int) -> None:
         """Measures as many documents as `passes` passes take so long for, by the time that a few of them take."""
         count = min(FIRST_DOCUMENTS, self.given)

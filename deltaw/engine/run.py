@@ -129,7 +129,7 @@ class Run:
         try:
             stored = yaml.safe_load(self.config.read_text("utf-8"))
             values, sources = ({name: entry[part] for name, entry in stored.items()} for part in ("value", "source"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{self.config} does not hold the settings of a run ({type(error).__name__}: {error}). Each is a name "
                 "with a `value` and a `source` below it."

@@ -100,7 +100,7 @@ class Together:
         if state["cells"] != self._identities():
             raise UsageError(f"The checkpoints in {self.checkpoints} are of other cells, data or base; start anew.")
         self.flat.load_state(tensors)
-        self.progress.step, self.progress.seconds, self.owed = state["step"], state["seconds"], state["owed"]
+        self.progress.step, self.progress.seconds, self.owed = state["step"], state["seconds"], state.get("owed", [])
         for track, known in zip(self.progress.tracks, state["tracks"], strict=True):
             track.position, track.tokens, track.trained_tokens, track.last_step, track.fault = known
         for index, (cell, known) in enumerate(zip(self.cells, state["best"], strict=True)):
@@ -176,18 +176,18 @@ class Together:
         """Logs a step of every cell that took one, evaluates and saves where it is due."""
         asked = [index for index, tokens in enumerate(record.tokens) if tokens]
         stepped = [index for index in asked if progress.tracks[index].fault is None]
-        for index in set(asked) - set(stepped):
-            self._say_why(index)
+        settings, over = self.cells[0].settings, self.length.over(progress.step, progress.seconds)
+        last = over or all(track.ended for track in progress.tracks)
+        self.owed = [index for index in stepped if over or self._due(index, record.step)]
         for index in stepped:
             metrics = self.cells[index].metrics
             assert metrics is not None
             metrics.write(metrics_line(record, index))
-        settings, over = self.cells[0].settings, self.length.over(progress.step, progress.seconds)
-        last = over or all(track.ended for track in progress.tracks)
+        for index in set(asked) - set(stepped):  # from here on nobody may be listening, and the step is complete
+            self._say_why(index)
         if stepped:
             summed = {**metrics_line(record, stepped[0]), "tokens": sum(record.tokens), "seconds": record.seconds}
             self.watcher.step(summed, progress, self.length)
-        self.owed = [index for index in stepped if over or self._due(index, record.step)]
         late = time.monotonic() - self.saved_at >= settings.checkpoint_seconds
         self.settle(last or late or record.step % int(settings.checkpoint_steps) == 0)
         return True

@@ -339,7 +339,7 @@ def resolve_intervals(settings: Settings, length: Length) -> None:
         every = steps_between(length.steps)
         for name in ("eval_steps", "checkpoint_steps"):
             if getattr(settings, name) == AUTO:
-                settings.put(name, every, f"rule: {EVALUATIONS_PER_RUN} times in a run")
+                settings.put(name, every, f"rule: at most {EVALUATIONS_PER_RUN} times in a run")
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -384,6 +384,7 @@ def train(
         if not whole:
             raise stopped(trainer, f"deltaw train --resume {run.folder}")
         trainer.finish()
+        run.tidy()
         return trainer
 
 

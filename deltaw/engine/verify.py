@@ -37,7 +37,7 @@ def verify(run: Run, watcher: Watcher, steps: int = 3) -> list[Check]:
     with run.locked():
         checks = _files(run)
         if not checks and not run.has_steps():
-            raise UsageError(f"{run.folder} has taken no step yet; go on with: deltaw train --resume {run.folder}")
+            raise UsageError(f"{run.folder} has taken no step yet, so there is nothing to verify.")
         settings = run.settings()
         sketch = sketch_run(run, settings, watcher)
         trainer = Trainer(run, settings, prepare_run(sketch, settings, watcher), watcher)
@@ -48,7 +48,7 @@ def verify(run: Run, watcher: Watcher, steps: int = 3) -> list[Check]:
             checks.append(
                 _check("base, data and settings are those of the run", partial(_same_sources, trainer, good[0]))
             )
-        if run.read_summary().get("status") in ENDED:
+        if good and run.read_summary().get("status") in ENDED:
             same = partial(_same_adapters, trainer, good)
             checks.append(_check("the adapters are those of the last checkpoint", same))
         logged = {line["step"]: line for line in read_metrics(run.metrics) if "loss" in line}
@@ -102,7 +102,7 @@ def _same_tokens(data: DataSet) -> str:
 
 def _same_adapters(trainer: Trainer, good: list[Path]) -> str:
     """A run that has ended left its last factors and its best ones, both of which its newest checkpoint holds."""
-    tensors, state = read_checkpoint(good[0]) if good else ({}, {"step": None})
+    tensors, state = read_checkpoint(good[0])
     if state["step"] != trainer.run.read_summary().get("steps"):
         raise AdapterError("no good checkpoint of the last step is left that could tell")
     best = tensors.get("best", tensors["master"])

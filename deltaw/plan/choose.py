@@ -68,7 +68,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         low, high = TIME_SPREAD if self.calibrated else UNCALIBRATED_SPREAD
-        peak = self.memory.peak_bytes
+        peak, run, rate = self.memory.peak_bytes, self.run_seconds, self.tokens_per_second
         return {
             "choice": self.choice._asdict(),
             "peak_bytes": peak,
@@ -80,9 +80,11 @@ class Plan:
             "limit_source": self.room.source,
             "step_seconds": self.step_seconds,
             "step_seconds_interval": [self.step_seconds * (1 - low), self.step_seconds * (1 + high)],
-            "run_seconds": self.run_seconds,
+            "run_seconds": run,
+            "run_seconds_interval": None if run is None else [run * (1 - low), run * (1 + high)],
             "steps": self.steps,
-            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second": rate,
+            "tokens_per_second_interval": [rate / (1 + high), rate / (1 - low)],
             "way": self.way,
             "machine": self.machine,
             "calibrated": self.calibrated,

@@ -57,6 +57,7 @@ def view(contents: ReportContents) -> dict[str, Any]:
         "target_list": tables.target_list(contents),
         "chosen_settings": tables.settings(contents, defaults=False),
         "default_settings": tables.settings(contents, defaults=True),
+        "plan": tables.plan(contents),
         "data": tables.data(contents),
         "origin": tables.origin(contents),
         "machine": tables.machine(contents),
@@ -68,7 +69,8 @@ def view(contents: ReportContents) -> dict[str, Any]:
 def commands(contents: ReportContents) -> list[tuple[str, str]]:
     """What one can do with the run next, as (purpose, command line)."""
     run, summary = shlex.quote(contents.run_name), contents.summary
-    goes_on = summary.get("verb") != "sweep" and headline.status_of(contents) not in ("done", "stopped early")
+    verb, ended = str(summary.get("verb")), headline.status_of(contents) in ("done", "stopped early")
+    goes_on = verb.endswith("measure") or (verb != "sweep" and not ended)  # a rank may still have to be measured
     held_out = "" if "eval" in mapping(summary.get("data")) or not summary else " --data FILE"
     return [
         *([("Continue from the last checkpoint", f"deltaw train --resume {run}")] if goes_on else []),

@@ -18,6 +18,7 @@ from deltaw.report.quantities import (
     DASH,
     SPACE,
     by_name,
+    human_bytes,
     human_count,
     human_seconds,
     is_number,
@@ -228,6 +229,26 @@ def data(contents: ReportContents) -> Table:
 def origin(contents: ReportContents) -> Table:
     """Where the base, template, data and configuration came from: names and digests."""
     return _pairs({key: value for key, value in mapping(contents.summary.get("origin")).items() if key not in LONG})
+
+
+def plan(contents: ReportContents) -> Table:
+    """What the run was said to cost before it began, and what it cost."""
+    said, summary = mapping(contents.summary.get("plan")), contents.summary
+    if not said:
+        return Table([], [])
+    peak, steps = said.get("peak_bytes_interval") or [None, None], summary.get("steps")
+    between = [said.get("step_seconds"), *(said.get("step_seconds_interval") or [None, None])]
+    times = [human_seconds(value * steps if is_number(value) and is_number(steps) else None) for value in between]
+    parts = mapping(mapping(said.get("phases")).get(str(said.get("peak_phase"))))
+    choice = [f"{title(str(name))}: {value}" for name, value in mapping(said.get("choice")).items()]
+    rows = [
+        ["Peak memory", *(human_bytes(said.get("peak_bytes")), f"{human_bytes(peak[0])} to {human_bytes(peak[1])}"),
+         human_bytes(summary.get("peak_bytes"))],
+        ["Time of the steps", times[0], f"{times[1]} to {times[2]}", human_seconds(summary.get("train_seconds"))],
+        ["At the peak", ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size), "", ""],
+        ["How it was fitted", ", ".join(choice), "", ""],
+    ]  # fmt: skip
+    return table([("", "text"), ("planned", "text"), ("interval", "number"), ("took", "number")], rows)
 
 
 def machine(contents: ReportContents) -> Table:

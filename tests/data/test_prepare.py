@@ -254,7 +254,9 @@ def test_a_write_that_fails_leaves_no_entry(tmp_path, encoder):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("file", ["all.tokens", "all.weights", "all.offsets", "all.rows", "all.files", "report.json"])
+@pytest.mark.parametrize(
+    "file", ["all.tokens", "all.weights", "all.offsets", "all.rows", "all.files", "all.shares", "report.json"]
+)
 @pytest.mark.parametrize("left", [0, 4])
 def test_an_entry_that_was_cut_short_is_made_anew(tmp_path, file, left):
     data = write(tmp_path / "a.jsonl", pair("one"), pair("two"))

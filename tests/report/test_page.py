@@ -268,6 +268,21 @@ def test_a_run_that_got_worse_from_its_first_evaluation_on_is_said_to(tmp_path):
     assert sentence_of(run).startswith(said)
 
 
+def test_a_plan_stands_beside_what_the_run_took(tmp_path):
+    plan = {
+        "peak_bytes": 1.2e9, "peak_bytes_interval": [1e9, 1.3e9], "peak_phase": "step", "step_seconds": 2.0,
+        "step_seconds_interval": [1.5, 3.2], "choice": {"micro_tokens": 512, "stream": False},
+        "phases": {"step": {"base": 2.7e8, "loss": 0}},
+    }  # fmt: skip
+    run = write_run(tmp_path / "run", plan=plan)
+    text = Page(write_report(run)).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "1.20 GB" in text and "1.00 GB to 1.30 GB" in text and "803 MB" in text
+    assert "4 min 00 s" in text and "3 min 00 s to 6 min 24 s" in text and "6 min 20 s" in text
+    assert "base 270 MB" in text and "loss" not in text.split("At the peak")[1].split("How it was fitted")[0]
+    assert "micro tokens: 512" in text
+    assert "plan" in Page(write_report(run)).values("id")
+
+
 def test_the_peak_is_that_of_every_process_that_the_run_has_had(tmp_path):
     run = write_run(tmp_path / "run", peak_bytes=500_000_000)
     assert "800 MB" in Page(write_report(run)).text
