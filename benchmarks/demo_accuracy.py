@@ -1,7 +1,8 @@
-"""The demo's accuracy at half, once and twice the default learning rate: is the default rate right?
+"""The demo's accuracy at half, once and twice the default learning rate, and over a base in 4 and 8 bits.
 
-Runs `deltaw demo --json` once per rate in a fresh process and writes benchmarks/results/demo_accuracy.json, a row per
-finished run; a rate that has its row already is not run again. Usage: python benchmarks/demo_accuracy.py [FACTOR ...]
+Is the default rate right, and what does quantising cost? Runs `deltaw demo --json` once per case in a fresh process and
+writes benchmarks/results/demo_accuracy.json, a row per finished run; a case that has its row already is not run again.
+Usage: python benchmarks/demo_accuracy.py [FACTOR[:QUANT] ...], as in 1 0.5 1:nf4
 """
 
 from __future__ import annotations
@@ -10,38 +11,50 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deltaw.config import default_rate
 
 RESULTS = Path(__file__).parent / "results" / "demo_accuracy.json"
 HIDDEN = 576  # of SmolLM2-135M
+CASES = ("1", "0.5", "2", "1:nf4", "1:int8")
 
 
-def main(factors: list[float]) -> None:
+def main(cases: Sequence[str]) -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    for factor in factors:
-        if all(row["rate_factor"] != factor for row in rows):
-            rows.append(measure(factor))
-            rows.sort(key=lambda row: row["rate_factor"])
+    for case in cases:
+        factor, _, quant = case.partition(":")
+        key = (float(factor), quant or "none")
+        if all((row["rate_factor"], row["quant"]) != key for row in rows):
+            rows.append(measure(*key))
+            rows.sort(key=lambda row: (row["quant"] != "none", row["quant"], row["rate_factor"]))
             RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"{'rate':>10} {'base':>7} {'adapter':>8} {'95 % interval':>16} {'val. loss':>10} {'minutes':>8}")
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """What docs/guides/rank-and-rate.md shows of the rows."""
+    lines = [
+        "| rate | base in | base | adapter, test accuracy (95 % interval) | validation loss |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
-        interval = f"{row['adapter']['low']:.3f} – {row['adapter']['high']:.3f}"
-        print(
-            f"{row['rate']:>10.2e} {row['base']['accuracy']:>7.3f} {row['adapter']['accuracy']:>8.3f} {interval:>16} "
-            f"{row['best_eval_loss']:>10.4f} {row['train_seconds'] / 60:>8.1f}"
-        )
-    print(
-        json.dumps({"rows": len(rows), "accuracies": {row["rate_factor"]: row["adapter"]["accuracy"] for row in rows}})
-    )
+        base, adapter = row["base"]["accuracy"], row["adapter"]
+        accuracy = f"{100 * adapter['accuracy']:.1f} % ({100 * adapter['low']:.1f} – {100 * adapter['high']:.1f})"
+        held = row["dtype"] if row["quant"] == "none" else row["quant"]
+        rate = f"{row['rate']:.3g} ({row['rate_factor']:g}×)"
+        lines.append(f"| {rate} | {held} | {100 * base:.1f} % | {accuracy} | {row['best_eval_loss']:.3f} |")
+    return "\n".join(lines)
 
 
-def measure(factor: float) -> dict[str, object]:
-    """One row: the numbers of a demo at `factor` times the default rate."""
+def measure(factor: float, quant: str) -> dict[str, Any]:
+    """One row: the numbers of a demo at `factor` times the default rate, over a base that is stored like that."""
     rate = default_rate(HIDDEN, "llama")[0] * factor
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "deltaw", "demo", "--lr", f"{rate:.4g}", "--out", f"{folder}/run", "--json"]
+        command = [sys.executable, "-m", "deltaw", "demo", "--lr", f"{rate:.4g}", "--quant", quant]
+        command += ["--out", f"{folder}/run", "--json"]
         print(" ".join(["deltaw", *command[3:]]), file=sys.stderr)
         summary = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     kept = ("accuracy", "low", "high", "rows", "loss", "exact_match")
@@ -57,8 +70,9 @@ def measure(factor: float) -> dict[str, object]:
         "dtype",
     )
     return {
-        "command": f"deltaw demo --lr {rate:.4g}",
+        "command": f"deltaw demo --lr {rate:.4g} --quant {quant}",
         "rate_factor": factor,
+        "quant": quant,
         "rate": rate,
         "base": results["base model"],
         "adapter": results["adapter"],
@@ -70,4 +84,4 @@ def measure(factor: float) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main([float(argument) for argument in sys.argv[1:]] or [1.0, 0.5, 2.0])
+    main(sys.argv[1:] or CASES)

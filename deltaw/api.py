@@ -153,10 +153,10 @@ class Model:
 
 
 def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None = None) -> dict[str, Any]:
-    """The numbers of one prepared data set, with the labels' names where there are any."""
+    """The numbers of one prepared data set; how many rows were cut or lost; the labels' names where there are any."""
     result = run_evaluation(base, data, EVALUATION_TOKENS, progress).as_dict()
-    labels = data.labels()
-    return {**result, "labels": labels.names} if labels is not None else dict(result)
+    labels, counts = data.labels(), {"rows_cut": data.report.cut, "rows_lost": data.report.lost}
+    return {**result, **counts, **({} if labels is None else {"labels": labels.names})}
 
 
 def load(name: str | Path, adapter: str | Path | None = None, **options: Any) -> Model:

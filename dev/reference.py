@@ -19,6 +19,7 @@ from deltaw.cli import main as command
 from deltaw.cli.group import EXIT_BROKEN_PIPE
 from deltaw.config import settings_fields
 from deltaw.data.findings import CATALOGUE
+from deltaw.plan.devices import DEVICES
 
 HEADER = "<!-- Written by `make docs` from the code; change the code instead. -->\n\n"
 
@@ -139,12 +140,29 @@ def _members(kind: type) -> Iterator[str]:
         yield f"- `{shown}`: {_documented(value).splitlines()[0]}"
 
 
+def machines_page() -> str:
+    """The machines that `deltaw plan --on` knows."""
+    lines = [
+        HEADER + "# Machines of `deltaw plan --on`\n",
+        "By their data sheets; deltaw has measured none of them.\n",
+        "| name | memory | TFLOP/s | computes in | source |",
+        "|---|---|---|---|---|",
+    ]
+    for name, device in DEVICES.items():
+        dtype = str(device.dtype).removeprefix("torch.")
+        lines.append(
+            f"| `{name}` | {device.memory_bytes / 1e9:.0f} GB | {device.tflops:g} | {dtype} | {device.source} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {
     "cli.md": cli_page,
     "settings.md": settings_page,
     "errors.md": errors_page,
     "python.md": python_page,
     "findings.md": findings_page,
+    "machines.md": machines_page,
 }
 
 if __name__ == "__main__":

@@ -324,6 +324,19 @@ def test_eval_prints_a_table_or_one_json_document(tiny_run, chats):
     assert f"{numbers['loss']:.4f}" in shown.stdout and numbers["rows"] == 60
 
 
+def test_eval_tells_of_rows_that_it_cut_or_could_not_use(tmp_path, llama_folder, chats):
+    run = tmp_path / "run"
+    short = _run(*_training(llama_folder, chats, run, "--steps=1", "--max-length=48", "--allow-lost=1"))
+    assert short.exit_code == 0, short.stderr
+    data = tmp_path / "held-out.jsonl"
+    rows = [{"text": "long " * 40}, {"prompt": "one two three", "completion": "four " * 20}, {"prompt": "a"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = _run("eval", run, "--data", data, "--allow-lost=1")
+    assert done.exit_code == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("rows ")]
+    assert "1 of them cut at max-length; 1 more cannot be used" in line
+
+
 def test_a_base_is_streamed_or_stored_in_4_bits_for_other_verbs_than_train_too(tiny_run, chats, tmp_path):
     def evaluated(*flags):
         done = _run("eval", tiny_run.folder, "--data", chats, "--dtype", "float32", *flags, "--json")

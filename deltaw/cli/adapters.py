@@ -67,11 +67,18 @@ def evaluate(
     ):
         if key in result:
             shown[name] = f"{percent(result[key])} ({percent(result[low])} – {percent(result[high])})"
-    pairs(make_console(), {**shown, "rows": f"{result['rows']:,}", "tokens": f"{result['tokens']:,}"})
+    pairs(make_console(), {**shown, "rows": _rows(result), "tokens": f"{result['tokens']:,}"})
     if "forgetting" in result:
         from deltaw.tables import forgetting_table
 
         forgetting_table(make_console(), result["forgetting"])
+
+
+def _rows(result: dict[str, Any]) -> str:
+    """How many were measured, and what `deltaw data check` would say more of."""
+    cut = f", {result['rows_cut']:,} of them cut at max-length" if result["rows_cut"] else ""
+    lost = f"; {result['rows_lost']:,} more cannot be used" if result["rows_lost"] else ""
+    return f"{result['rows']:,}{cut}{lost}"
 
 
 @main.command()
