@@ -340,6 +340,7 @@ def plan_page(console: Console, plan: dict[str, Any]) -> None:
             filled += cells
         line.append(" " * (PLAN_BAR - filled) + f"  {human_bytes(total)}")
         console.print(line)
+    console.print(f"{'merging':<{12 + PLAN_BAR}}  {human_bytes(sum(plan['merging'].values()))}", highlight=False)
     marks = Text(" " * 12)
     for part, (mark, style) in PART_STYLES.items():
         marks.append(f"{mark} ", style=style).append(f"{part}  ")

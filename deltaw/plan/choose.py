@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from deltaw import hardware
 from deltaw.base.quant import BYTES
 from deltaw.errors import DoesNotFitError, bullet_list
 from deltaw.plan.demand import Choice, Demand
-from deltaw.plan.memory import Memory, memory
+from deltaw.plan.memory import Memory, memory, merging
 from deltaw.plan.speed import Clock
 
 # How far peaks and times lie below and above what is predicted: the extremes of a grid (benchmarks/plan_accuracy.py),
@@ -59,6 +59,7 @@ class Plan:
     way: str
     machine: str
     calibrated: bool
+    merging: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def needed_bytes(self) -> int:
@@ -76,6 +77,7 @@ class Plan:
             "peak_phase": self.memory.peak_phase,
             "peak_is": self.memory.measure,
             "phases": {phase: dict(parts) for phase, parts in self.memory.phases.items()},
+            "merging": dict(self.merging),
             "limit_bytes": self.room.limit_bytes,
             "limit_source": self.room.source,
             "step_seconds": self.step_seconds,
@@ -95,11 +97,12 @@ def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
     """The fastest choice that fits. Raises DoesNotFitError with three ways out."""
     plans = [_plan(demand, choice, room, clock) for choice in _choices(demand)]
     fitting = [plan for plan in plans if plan.needed_bytes <= room.limit_bytes]
-    if plans[0] in fitting:
-        return plans[0]  # as the settings have it: no timing, however noisy, shall change a run that fits
     if not fitting:
         raise _refusal(demand, room, clock.way)
-    return min(fitting, key=lambda plan: (plan.choice.quant != demand.settings.quant, plan.step_seconds))
+    fastest = min(fitting, key=lambda plan: (plan.choice.quant != demand.settings.quant, plan.step_seconds))
+    # As the settings have it where that fits: no timing, however noisy, shall change such a run.
+    chosen = plans[0] if plans[0] in fitting else fastest
+    return replace(chosen, merging=merging(demand, room.fixed_bytes))
 
 
 def require_room(demand: Demand, room: Room, way: str) -> None:

@@ -10,11 +10,13 @@ V vocabulary, L blocks; b bytes of a number in the compute dtype.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from deltaw.base.formed import stored_weights
 from deltaw.base.load import most_together
 from deltaw.hardware import prepares_products, remembered_products
 from deltaw.kernels.attention import TILE_TOKENS
@@ -93,6 +95,18 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     }
     measure = "lowest memory limit" if choice.stream else "high-water mark of the process"
     return Memory({name: {part: parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}, measure)
+
+
+def merging(demand: Demand, fixed_bytes: int) -> dict[str, int]:
+    """What `deltaw merge` will hold after the run, by part: no phase of the run, and no reason to refuse it.
+
+    The base is read, a shard of it is read once more and written with its sums; then both models are read and compared.
+    """
+    shards: Counter[str] = Counter()
+    for each in stored_weights(demand.outline.folder).values():
+        shards[each.shard] += math.prod(each.shape) * each.dtype.itemsize
+    whole, largest = shards.total(), max(shards.values(), default=0)
+    return {"fixed": fixed_bytes, "base": whole, "workspace": max(2 * largest, whole)}
 
 
 def _running_bytes(demand: Demand, choice: Choice) -> int:

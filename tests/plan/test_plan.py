@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import save_base
 
-from deltaw import api, hardware, training
+from deltaw import api, hardware, terminal, training
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.adapter.weight import stored_tensors
 from deltaw.base.builtin import cache_folder
@@ -497,6 +497,15 @@ def test_other_machines_are_planned_by_their_data_sheet_and_marked(llama_folder,
     assert not made.calibrated and made.machine == name and made.step_seconds > 0
     assert made.room.limit_bytes < DEVICES[name].memory_bytes
     assert made.choice.micro_tokens == min(1024, DEFAULT_MICRO_TOKENS[DEVICES[name].kind])
+
+
+def test_merging_is_told_of_and_is_no_phase_of_the_run(llama_folder, chats, capsys):
+    made = api.plan(model=llama_folder, data=[chats], steps=3).as_dict()
+    stored = sum(file.stat().st_size for file in llama_folder.glob("*.safetensors"))
+    assert made["merging"]["base"] == pytest.approx(stored, rel=0.1)
+    assert made["merging"]["workspace"] == 2 * made["merging"]["base"] and "merging" not in made["phases"]
+    terminal.plan_page(terminal.make_console(), made)
+    assert re.search(r"^merging .* [0-9.]+ MB$", capsys.readouterr().out, re.M)
 
 
 def test_another_machine_is_planned_with_its_own_passes_and_ways_whatever_is_here(llama_folder, tmp_path, monkeypatch):
