@@ -245,14 +245,23 @@ def place_on(machine: str, settings: Settings) -> tuple[torch.device, torch.dtyp
     return torch.device(device.kind), device.dtype
 
 
-def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Plan:
-    """The plan of a sketched run, here or on the machine that it was placed on."""
+def plan_sketch(
+    sketch: Sketch, settings: Settings, on: str | None = None, adapters: Sequence[float] | None = None
+) -> Plan:
+    """The plan of a sketched run, here or on the machine that it was placed on.
+
+    `adapters` are the sizes of several that take turns over one base, as shares of the sketched one. Memory is then of
+    all of them, and times are the largest's.
+    """
     fixed_bytes, file_bytes = hardware.rss_bytes(), hardware.file_rss_bytes()
     device = None if on is None else DEVICES[on]
     if device is not None and device.kind == "cuda":
         fixed_bytes = GPU_FIXED_BYTES
     streams = None if device is None else device.streams
-    demand = Demand(sketch.outline, settings, sketch.targets, sketch.data, streams=streams)
+    demand = one = Demand(sketch.outline, settings, sketch.targets, sketch.data, streams=streams)
+    if adapters is not None:
+        one = dataclasses.replace(demand, rank_share=max(adapters))
+        demand = dataclasses.replace(demand, rank_share=sum(adapters), active_share=max(adapters))
     if settings.stream and not demand.may_stream(settings.quant):
         raise UsageError(
             f"--stream: the base {sketch.outline.name} cannot be read block by block on {on or 'this machine'}. That "
@@ -261,7 +270,7 @@ def plan_sketch(sketch: Sketch, settings: Settings, on: str | None = None) -> Pl
     room = _room(settings, fixed_bytes, file_bytes, on)
     if on is None:
         require_room(demand, room, likely_way(demand))  # timing needs time and memory, which a refusal can do without
-    clock = Clock(demand, None if device else measure_pace(demand), device)
+    clock = Clock(one, None if device else measure_pace(one), device)
     return make_plan(demand, room, clock)
 
 
@@ -324,12 +333,17 @@ def train_run(
 def _fit(run: Run, settings: Settings, watcher: Watcher, sketch: Sketch) -> None:
     """Has the plan's choices carried out, and keeps the plan in the run folder."""
     plan = plan_sketch(sketch, settings)
-    for name, value in plan.choice._asdict().items():
-        if getattr(settings, name) != value:
-            settings.put(name, value, f"plan: the fastest that fits ({plan.room.source})")
+    carry_out(plan, settings)
     run.write_settings(settings)  # first, so that whoever finds a plan finds what it chose
     write_text(run.plan, json.dumps(plan.as_dict(), indent=2) + "\n")
     watcher.planned(plan.as_dict())
+
+
+def carry_out(plan: Plan, settings: Settings) -> None:
+    """Notes in the settings what a plan has chosen."""
+    for name, value in plan.choice._asdict().items():
+        if getattr(settings, name) != value:
+            settings.put(name, value, f"plan: the fastest that fits ({plan.room.source})")
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:

@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from deltaw.adapter import read_adapter
+from deltaw.adapter import choose, read_adapter
 from deltaw.analysis.curve import mean_interval
-from deltaw.api import EVALUATION_TOKENS, one_of
+from deltaw.api import EVALUATION_TOKENS, carry_out, one_of, plan_sketch
 from deltaw.config import AUTO, Settings, make_settings
 from deltaw.disk import disk_errors, write_text
+from deltaw.engine.checkpoint import list_checkpoints
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.log import read_metrics
-from deltaw.engine.prepare import prepare_run, sketch_run
+from deltaw.engine.prepare import Sketch, prepare_run, sketch_run, spec_from
 from deltaw.engine.run import Run, create_run
 from deltaw.engine.together import Cell, Together
 from deltaw.engine.train import peak_of
@@ -35,10 +36,11 @@ from deltaw.report import write_report
 from deltaw.report.sweep_page import FILE_NAME as SWEEP_PAGE
 from deltaw.report.sweep_page import write_sweep_page
 
-PLAN_FILE, RESULT_FILE, VERB = "sweep.json", "result.json", "sweep"
+CELLS_FILE, PLAN, RESULT_FILE, VERB = "sweep.json", "plan.json", "result.json", "sweep"
 # Of the settings that rules decide, those that all cells take from the first; and those that make no sense here.
 SHARED = ("batch_tokens", "micro_tokens", "max_length", "dtype", "device", "threads")
-NOT_SWEPT = ("adapter", "memory", "patience", "track")
+FITTED = ("recompute", "stream", "quant")
+NOT_SWEPT = ("adapter", "patience", "track")
 
 
 def sweep(
@@ -82,7 +84,7 @@ def sweep(
             each.put("lr", rate, "sweep")
             each.put("seed", settings.seed + seed, "sweep")
             made.append((create_run(each), each))
-        write_text(folder / PLAN_FILE, json.dumps({"cells": names}, indent=2) + "\n")
+        write_text(folder / CELLS_FILE, json.dumps({"cells": names}, indent=2) + "\n")
         return _run(folder, made, watcher or Watcher(), resume=False)
     except DeltawError:
         if not any(Run(folder / name).has_steps() for name in names):
@@ -98,9 +100,9 @@ def resume_sweep(folder: Path, watcher: Watcher | None = None) -> dict[str, Any]
         if not (folder / SWEEP_PAGE).is_file():
             write_sweep_page(folder, found)
         return found
-    if not (folder / PLAN_FILE).is_file():
-        raise UsageError(f"{folder} is no sweep: it has no {PLAN_FILE}.")
-    names = json.loads((folder / PLAN_FILE).read_text("utf-8"))["cells"]
+    if not (folder / CELLS_FILE).is_file():
+        raise UsageError(f"{folder} is no sweep: it has no {CELLS_FILE}.")
+    names = json.loads((folder / CELLS_FILE).read_text("utf-8"))["cells"]
     runs = [Run(folder / name) for name in names]
     return _run(folder, [(run, run.settings()) for run in runs], watcher or Watcher(), resume=True)
 
@@ -111,10 +113,17 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
         for run in (Run(folder), *(run for run, _ in made)):
             run.tidy()
         sketch = sketch_run(first_run, first, watcher)
-        for name in (*SHARED, "lr", "rank"):
+        planned, begun = (folder / PLAN).is_file(), bool(list_checkpoints(folder / "checkpoints"))
+        told = None if planned or begun else _fit(sketch, [settings for _, settings in made], watcher)
+        shared = SHARED if begun and not planned else (*SHARED, *FITTED)  # as it began before sweeps were planned
+        for name in (*shared, "lr", "rank"):
             for _, settings in made[1:]:
-                if name in SHARED or getattr(settings, name) == AUTO:
+                if name in shared or getattr(settings, name) == AUTO:
                     settings.put(name, getattr(first, name), first.sources.get(name, "default"))
+        if told is not None:  # settings first, so that whoever finds a plan finds what it chose
+            for run, settings in made:
+                run.write_settings(settings)
+            write_text(folder / PLAN, json.dumps(told, indent=2) + "\n")
         ready = prepare_run(sketch, first, watcher)
         together = Together(folder, [Cell(run, settings) for run, settings in made], ready, watcher)
         for run, settings in made:
@@ -132,6 +141,7 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
             "seconds": together.progress.seconds,  # of all steps, whatever was stopped between
             "steps": together.progress.step,
             "peak_bytes": max(peak_of(cell.run) for cell in together.cells),
+            "planned": _planned(folder),
         }
     for index, cell in enumerate(together.cells):
         cell.run.write_summary(_summary(index, together))
@@ -139,6 +149,32 @@ def _run(folder: Path, made: list[tuple[Run, Settings]], watcher: Watcher, *, re
     write_text(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
     write_sweep_page(folder, result)
     return result
+
+
+def _fit(sketch: Sketch, cells: Sequence[Settings], watcher: Watcher) -> dict[str, Any]:
+    """Plans all cells together, and notes in the first one's settings how they are fitted. Raises DoesNotFitError.
+
+    They share the base and each pass's memory and take turns, so that only factors and times add up.
+    """
+    first = cells[0]
+    specs = [spec_from(first, int(first.rank if settings.rank == AUTO else settings.rank)) for settings in cells]
+    sizes = [sum(target.parameters for target in choose(sketch.outline.model, spec)) for spec in specs]
+    plan = plan_sketch(sketch, first, adapters=[size / sketch.trained for size in sizes])
+    carry_out(plan, first)
+    told = plan.as_dict()
+    for name in ("step_seconds", "run_seconds", "step_seconds_interval", "run_seconds_interval"):
+        value = told[name]
+        told[name] = [each * len(cells) for each in value] if isinstance(value, list) else value and value * len(cells)
+    watcher.planned(told)
+    return told
+
+
+def _planned(folder: Path) -> dict[str, int] | None:
+    """The planned peaks of all cells together and of the largest one alone; None of a sweep that has no plan."""
+    if not (folder / PLAN).is_file():
+        return None
+    told = json.loads((folder / PLAN).read_text("utf-8"))
+    return {name: told[name] for name in ("peak_bytes", "largest_alone_bytes")}
 
 
 def _summary(index: int, together: Together) -> dict[str, Any]:
@@ -180,7 +216,8 @@ def _compared(together: Together) -> dict[str, Any]:
     data = together.ready.held_out
     if data is None:
         return {"cells": rows, "groups": [], "documents": 0}
-    held_out = HeldOut(together.ready.base, data.store, EVALUATION_TOKENS)
+    most = min(EVALUATION_TOKENS, int(together.cells[0].settings.micro_tokens))  # as it was fitted
+    held_out = HeldOut(together.ready.base, data.store, most)
     whole = [index for index, row in enumerate(rows) if row["fault"] is None]
     if not whole:
         return {"cells": rows, "groups": [], "documents": held_out.given}

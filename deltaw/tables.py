@@ -10,7 +10,7 @@ from rich.console import Console
 from deltaw.analysis.curve import FEWEST
 from deltaw.report.adapter_page import compared_notes
 from deltaw.report.quantities import DASH, is_number
-from deltaw.report.sweep_page import HEADINGS, cautions, cell_row
+from deltaw.report.sweep_page import HEADINGS, cautions, cell_row, peak_of
 from deltaw.terminal import human_bytes, human_seconds, pairs, percent, plain_table
 
 
@@ -171,7 +171,7 @@ def sweep_page(console: Console, found: dict[str, Any]) -> None:
     pairs(console, {
         "time of the steps": f"{human_seconds(found['seconds'])} for {len(cells)} adapters of at most "
         f"{found['steps']} steps",
-        "peak memory": human_bytes(found["peak_bytes"]),
+        "peak memory": peak_of(found),
         "page": f"{found['folder']}/sweep.html",
     })  # fmt: skip
 

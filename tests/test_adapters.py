@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw import adapters, api, ranks, sweeps, training
+from deltaw import adapters, api, hardware, ranks, sweeps, training
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 from deltaw.analysis.spectrum import matrices, spectra
 from deltaw.analysis.truncate import truncate
@@ -22,8 +22,18 @@ from deltaw.config import make_settings
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.log import read_metrics
 from deltaw.engine.orders import by_activations, by_loss
+from deltaw.engine.run import open_run
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import AdapterError, DataError, DeltawError, DiskError, Interrupted, NotFiniteError, UsageError
+from deltaw.errors import (
+    AdapterError,
+    DataError,
+    DeltawError,
+    DiskError,
+    DoesNotFitError,
+    Interrupted,
+    NotFiniteError,
+    UsageError,
+)
 
 HERE = {"device": "cpu", "dtype": "float32"}
 QUICK = {"steps": 4, "batch_tokens": 256, **HERE}
@@ -561,6 +571,35 @@ def test_a_sweep_does_not_wait_for_evaluations_and_makes_up_for_them(llama_folde
         assert measured[0] == measured[1] and [step for step, _ in measured[0]] == [2, 4, 6]
 
 
+def test_a_sweep_is_planned_as_a_whole_and_its_cells_are_fitted_alike(llama_folder, chats, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "rss_bytes", lambda: 400_000_000)  # what other tests left here says nothing of it
+    monkeypatch.setattr(hardware, "file_rss_bytes", lambda: 0)
+    given = {"model": llama_folder, "data": chats, "lr": 1e-2, **{**QUICK, "steps": 2}}
+    alone = api.plan(**given, rank=4).as_dict()
+    sweeps.sweep(**given, out=tmp_path / "sweep", ranks=[4, 8, 512])
+    told = json.loads((tmp_path / "sweep" / "plan.json").read_text())
+    factors = [plan["phases"]["step"]["factors"] for plan in (alone, told)]
+    assert factors[1] == pytest.approx(factors[0] * (4 + 8 + 512) / 4, rel=1e-3)
+    given_ranks = {"rank_pattern": ["down_proj=4"], "ranks": [4, 512]}
+    sweeps.sweep(**given, **given_ranks, out=tmp_path / "patterns")
+    patterned = json.loads((tmp_path / "patterns" / "plan.json").read_text())["phases"]["step"]["factors"]
+    assert factors[0] < patterned < 0.95 * factors[0] * (4 + 512) / 4  # what has a rank of its own is counted as it is
+    assert told["phases"]["step"]["base"] == alone["phases"]["step"]["base"]
+    assert alone["peak_bytes"] < told["largest_alone_bytes"] < told["peak_bytes"]
+    assert "; the largest alone " in (tmp_path / "sweep" / "sweep.html").read_text()
+    assert told["steps"] == 2 and told["step_seconds_interval"][0] < told["step_seconds"]
+    assert told["choice"] == {"micro_tokens": 256, "recompute": 0, "stream": False, "quant": "none"}
+    recomputed = api.plan(**given, rank=4, recompute=2).as_dict()
+    saved = alone["peak_bytes_interval"][1] - recomputed["peak_bytes_interval"][1]
+    tight = told["peak_bytes_interval"][1] - saved // 2
+    sweeps.sweep(**given, out=tmp_path / "tight", ranks=[4, 8, 512], memory=f"{tight}B")
+    chosen = json.loads((tmp_path / "tight" / "plan.json").read_text())["choice"]
+    assert chosen != told["choice"]
+    for path in (tmp_path / "tight").glob("*/config.yaml"):
+        cell = open_run(path.parent).settings()
+        assert {name: getattr(cell, name) for name in chosen} == chosen
+
+
 def test_a_sweep_that_was_moved_says_where_its_page_is_and_makes_it_anew(llama_folder, chats, tmp_path):
     given = {"model": llama_folder, "data": chats, "out": tmp_path / "sweep", "lr": 1e-2, **{**QUICK, "steps": 2}}
     found = sweeps.sweep(**given, ranks=[2, 4])
@@ -598,8 +637,11 @@ def test_orders_of_an_adapter_of_rank_1_have_one_point(llama_folder, chats, tmp_
 def test_a_sweep_of_one_cell_or_into_what_exists_is_refused(llama_folder, chats, tmp_path):
     with pytest.raises(UsageError, match="several --rank"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), ranks=[4])
-    with pytest.raises(UsageError, match="knows no --memory, --patience"):
-        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one", memory="4GB", patience=2), ranks=[2, 4])
+    with pytest.raises(UsageError, match="knows no --patience"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one", patience=2), ranks=[2, 4])
+    with pytest.raises(DoesNotFitError, match="needs at least"):
+        sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one", memory="50MB"), ranks=[2, 4])
+    assert not (tmp_path / "one").exists()
     with pytest.raises(UsageError, match="none may be auto"):
         sweeps.sweep(settings_of(llama_folder, chats, tmp_path / "one"), ranks=[4, "auto"])
     with pytest.raises(UsageError, match="lr"):

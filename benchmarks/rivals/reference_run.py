@@ -31,9 +31,9 @@ def adapted(job: Job, dtype: torch.dtype) -> Any:
 
 
 def row_loss(model: Any, rows: Rows, row: int) -> tuple[torch.Tensor, int]:
-    """(sum of token losses, labelled tokens) of one row."""
+    """(sum of token losses, labelled tokens) of one row. The softmax is taken in fp64: torch's in fp32 is 1e-5 off."""
     ids, labels = rows.ids_and_labels(row)
-    logits_TV = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+    logits_TV = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
     targets_T = torch.tensor(labels[1:])
     return F.cross_entropy(logits_TV, targets_T, reduction="sum", ignore_index=-100), int((targets_T != -100).sum())
 

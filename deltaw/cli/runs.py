@@ -171,7 +171,7 @@ def _as_planned(summary: dict[str, Any]) -> dict[str, str]:
 
 @main.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@settings_options(without=("rank", "lr", "minutes", "adapter", "memory", "patience", "track"))
+@settings_options(without=("rank", "lr", "minutes", "adapter", "patience", "track"))
 @click.option("--rank", "ranks", metavar="N,N", default="", help="Ranks to train, such as 2,4,8,16,32.")
 @click.option("--lr", "rates", metavar="X,X", default="", help="Learning rates to train, such as 5e-4,1e-3,2e-3.")
 @click.option("--seeds", type=click.IntRange(1), metavar="N", help="Seeds of each.  [default: 1]")

@@ -65,6 +65,7 @@ class Together:
         ]
         self.injection = inject(base.model, *adapters, trainable=True, dtype=torch.float32)
         del adapters
+        ready.adapter = self.injection.adapters[0]  # the first one's numbers, which nobody needs any more
         self.flat = FlatFactors(self.injection, [optim_settings(cell.settings) for cell in cells])
         share = cells[0].settings.share_prefixes and base.shares_prefixes
         tracks = []

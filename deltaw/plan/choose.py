@@ -60,6 +60,7 @@ class Plan:
     machine: str
     calibrated: bool
     merging: Mapping[str, int] = field(default_factory=dict)
+    largest_alone_bytes: int | None = None  # the peak of the largest of several adapters, were it alone
 
     @property
     def needed_bytes(self) -> int:
@@ -78,6 +79,7 @@ class Plan:
             "peak_is": self.memory.measure,
             "phases": {phase: dict(parts) for phase, parts in self.memory.phases.items()},
             "merging": dict(self.merging),
+            **({} if self.largest_alone_bytes is None else {"largest_alone_bytes": self.largest_alone_bytes}),
             "limit_bytes": self.room.limit_bytes,
             "limit_source": self.room.source,
             "step_seconds": self.step_seconds,
@@ -102,7 +104,11 @@ def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
     fastest = min(fitting, key=lambda plan: (plan.choice.quant != demand.settings.quant, plan.step_seconds))
     # As the settings have it where that fits: no timing, however noisy, shall change such a run.
     chosen = plans[0] if plans[0] in fitting else fastest
-    return replace(chosen, merging=merging(demand, room.fixed_bytes))
+    alone = None
+    if demand.active_share is not None:
+        one = replace(demand, rank_share=demand.active_share)
+        alone = _held(one, chosen.choice, room, clock.way).peak_bytes
+    return replace(chosen, merging=merging(demand, room.fixed_bytes), largest_alone_bytes=alone)
 
 
 def require_room(demand: Demand, room: Room, way: str) -> None:
@@ -223,7 +229,7 @@ def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
     on_cpu = demand.device.type == "cpu" and settings.by_rule("dtype")
     if on_cpu and demand.dtype == torch.float32 and not hardware.emulates_bf16(hardware.look()):
         yield "--dtype bfloat16", _with_setting(demand, "dtype", "bfloat16")
-    rank, starts_anew = int(settings.rank), settings.adapter is None
+    rank, starts_anew = int(settings.rank), settings.adapter is None and demand.active_share is None
     if starts_anew and rank > 1:
         yield f"--rank {max(1, rank // 4)}", replace(demand, rank_share=max(1, rank // 4) / rank)
         yield f"--rank 1 --max-length {LEAST_MICRO}", replace(demand, rank_share=1 / rank, longest_tokens=LEAST_MICRO)

@@ -54,6 +54,7 @@ class Demand:
     data: Mapping[str, DataSet]
     longest_tokens: int = MAX_CONTEXT  # what if documents were cut here,
     rank_share: float = 1.0  # and the adapter so many times as large
+    active_share: float | None = None  # of the largest, where several adapters take turns over one base
     streams: bool | None = None  # whether its machine reads blocks from mapped files; None: as the one that is here
     _steps: dict[tuple[int, bool], list[list[Pass]]] = field(default_factory=dict, repr=False)
 
@@ -75,8 +76,9 @@ class Demand:
 
     @cached_property
     def ranks(self) -> int:
-        """The sum of the ranks of all adapted layers."""
-        return round(self.rank_share * sum(target.rank for target in self.targets))
+        """The sum of the ranks of all adapted layers, of the adapter that is active."""
+        share = self.rank_share if self.active_share is None else self.active_share
+        return round(share * sum(target.rank for target in self.targets))
 
     def loader(self, micro_tokens: int, *, share: bool) -> Loader:
         """The order in which the run takes its documents."""

@@ -100,13 +100,15 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
 def merging(demand: Demand, fixed_bytes: int) -> dict[str, int]:
     """What `deltaw merge` will hold after the run, by part: no phase of the run, and no reason to refuse it.
 
-    The base is read, a shard of it is read once more and written with its sums; then both models are read and compared.
+    The base is opened as for training, a shard is read once more and written with its sums; then both models are read
+    as they are stored, and compared.
     """
     shards: Counter[str] = Counter()
     for each in stored_weights(demand.outline.folder).values():
         shards[each.shard] += math.prod(each.shape) * each.dtype.itemsize
     whole, largest = shards.total(), max(shards.values(), default=0)
-    return {"fixed": fixed_bytes, "base": whole, "workspace": max(2 * largest, whole)}
+    opened = base_bytes(demand, Choice(0))
+    return {"fixed": fixed_bytes, "base": opened, "workspace": max(2 * largest, 2 * whole - opened)}
 
 
 def _running_bytes(demand: Demand, choice: Choice) -> int:

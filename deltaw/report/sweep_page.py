@@ -37,7 +37,7 @@ def write_sweep_page(folder: Path, result: dict[str, Any]) -> Path:
 
 def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     spent = f"{len(result['cells'])} adapters over one base in {human_seconds(result['seconds'])}"
-    spent += f", up to {result['steps']} steps each; peak memory {human_bytes(result['peak_bytes'])}."
+    spent += f", up to {result['steps']} steps each; peak memory {peak_of(result)}."
     spent = " ".join([spent, *cautions(result)])
     if not cells:
         return spent
@@ -52,6 +52,15 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
     if smallest["parameters"] < best["parameters"]:
         text += f" Rank {smallest['rank']} at {smallest['lr']:g} is smaller and not surely worse."
     return f"{text} Intervals are over documents, and know nothing of what another seed would give."
+
+
+def peak_of(result: dict[str, Any]) -> str:
+    """The peak, beside what was planned for all together and for the largest alone."""
+    peak, planned = human_bytes(result["peak_bytes"]), result.get("planned")
+    if not planned:
+        return peak
+    together, alone = (human_bytes(planned[name]) for name in ("peak_bytes", "largest_alone_bytes"))
+    return f"{peak} (planned {together}; the largest alone {alone})"
 
 
 def cautions(result: dict[str, Any]) -> list[str]:
