@@ -74,8 +74,8 @@ def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, ra
 # SmolLM2-135M has 106,168,320 parameters in the linear layers of its 30 blocks. Each costs 2 FLOP per token forward and
 # 2 backward: a frozen weight has no gradient of its own. The head counts for labelled tokens only, and is left out.
 FLOP_PER_TOKEN = 4 * 106_168_320
-# What steps of short chats (rank 16, 2 CPU cores) reached of the rate of one product by this count: 992 tokens/s at 932
-# GFLOP/s in bf16 (benchmarks/results/versus.json), 428 at 324 and 268 at 170 in fp32 (dev/LOG.md).
+# What steps of short chats (rank 16, 2 CPU cores) reached of the rate of one product by this count: 1,027 tokens/s at
+# 946 GFLOP/s in bf16 (benchmarks/results/versus.json), 428 at 324 and 268 at 170 in fp32 (dev/LOG.md).
 TRAINING_SHARE = {torch.bfloat16: 0.45, torch.float32: 0.6}
 
 
