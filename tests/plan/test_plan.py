@@ -507,7 +507,7 @@ def test_merging_is_told_of_and_is_no_phase_of_the_run(llama_folder, chats, caps
     cast = api.plan(model=llama_folder, data=[chats], steps=3, dtype="bfloat16").as_dict()["merging"]
     assert cast["base"] < made["merging"]["base"] and cast["workspace"] == made["merging"]["workspace"]
     terminal.plan_page(terminal.make_console(), made)
-    assert re.search(r"^merging .* [0-9.]+ MB$", capsys.readouterr().out, re.M)
+    assert re.search(r"^merging .* [0-9.]+ [MG]B$", capsys.readouterr().out, re.M)
 
 
 def test_another_machine_is_planned_with_its_own_passes_and_ways_whatever_is_here(llama_folder, tmp_path, monkeypatch):
