@@ -264,7 +264,7 @@ def _bytes_read() -> int:
 def _found(folder: Path, shape: Outline, reads: float) -> dict[str, Any]:
     """What a finished run took, and how near it came to its bounds. Medians are of the steps after the first."""
     run = open_run(folder)
-    summary, plan = run.read_summary(), json.loads(run.plan.read_text())
+    summary, plan = run.read_summary(), run.read_plan()
     watched = json.loads((folder / "watched.json").read_text())
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     steps = [line for line in lines if "seconds" in line]
@@ -282,7 +282,7 @@ def _found(folder: Path, shape: Outline, reads: float) -> dict[str, Any]:
     return {
         "choice": plan["choice"],
         "planned_way": plan["way"],
-        "plain_reason": summary["plain_reason"],
+        "way": summary["way"],
         "planned_peak_bytes": plan["peak_bytes"],
         "peak_bytes": summary["peak_bytes"],
         "steps": summary["steps"],

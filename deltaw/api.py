@@ -359,12 +359,13 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "opened_bytes": trainer.opened_bytes,  # the peak until the base was open
         "tokens": track.tokens,
         "trained_tokens": track.trained_tokens,
-        "plan": json.loads(trainer.run.plan.read_text("utf-8")) if trainer.run.plan.is_file() else None,
+        "plan": trainer.run.read_plan() or None,
         "gemm_gflops": hardware.measure_gemm(base.dtype, seconds=0.1, device=str(base.device)),
         "device": str(base.device),
         "dtype": str(base.dtype).removeprefix("torch."),
         "machine": {"cpu_name": machine.cpu_name, "cores": machine.cores, "total_bytes": machine.total_bytes},
-        "plain_reason": base.plain_reason,
+        "way": base.way,
+        "slow_reason": base.plain_reason or base.slow_reason,
         "sizes": {
             "adapter_bytes": (trainer.run.adapter / WEIGHTS).stat().st_size,
             "base_bytes": base.weight_bytes,

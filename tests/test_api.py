@@ -18,6 +18,7 @@ from models import byte_tokenizer, lively_model, save_base, small_model
 import deltaw
 from deltaw import api, demonstration, doctor, hardware, ranks, training
 from deltaw.adapter import read_adapter
+from deltaw.base import forward
 from deltaw.cli.runs import _show_demo
 from deltaw.config import make_settings
 from deltaw.engine.train import Watcher
@@ -59,7 +60,19 @@ def test_models_that_do_not_attend_as_others_are_planned_and_trained(kind, exclu
     byte_tokenizer().save_pretrained(tmp_path / "base")
     run = training.train(model=tmp_path / "base", data=chats, out=tmp_path / "run", exclude=exclude, **QUICK)
     summary = run.read_summary()
-    assert summary["status"] == "done" and summary["plain_reason"] and summary["plan"]["way"] == "plain"
+    assert summary["status"] == "done" and summary["slow_reason"]
+    assert summary["way"] == summary["plan"]["way"] == "plain"
+
+
+def test_a_base_that_runs_otherwise_than_its_plan_counted_on_says_so(tmp_path, llama_folder, chats, monkeypatch):
+    refused = "this test refuses its kernels"
+    monkeypatch.setattr("deltaw.base.load.prove", lambda model: (forward.prove(model), None, refused))
+    listener = Listener()
+    settings = make_settings({"model": llama_folder, "data": chats, "out": tmp_path / "run", **QUICK})
+    summary = training.train(settings, watcher=listener).read_summary()
+    assert any("The plan counted on kernels" in line for line in listener.said)
+    assert summary["plan"]["way"] == "kernels" and summary["way"] == "modules"
+    assert summary["slow_reason"] == refused
 
 
 def test_what_training_put_up_with_in_the_data_is_put_up_with_in_evaluation(tmp_path, llama_folder, chats):

@@ -18,6 +18,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deltaw.adapter.files import DTYPES
-from deltaw.adapter.weight import READER, dense_weight
+from deltaw.adapter.weight import READER, dense_weight, stored_tensors
 from deltaw.base.stream import blocks_of, release
 from deltaw.errors import BaseError
 
@@ -89,6 +90,37 @@ class Cast:
     def __call__(self) -> Tensor:
         stored = self.tensors[0]
         return BUFFERS.lend(stored.shape, self.dtype, stored.device).copy_(stored)
+
+
+class _Widened:
+    """W of one layer in fp32, at each call from what gives it otherwise."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.tensors: Sequence[Tensor] = list(stored_tensors(layer))
+        self.dtype = torch.float32
+        self._read = layer.__dict__.get(READER) or partial(getattr, layer, "weight")
+
+    def __call__(self) -> Tensor:
+        return self._read().to(self.dtype)
+
+
+@contextlib.contextmanager
+def widened(layers: Iterable[nn.Linear]) -> Iterator[None]:
+    """While inside, these layers have the weights that they have in fp32, and compute in it."""
+    before = [(layer, layer.__class__, layer.__dict__.get(READER), layer.bias) for layer in layers]
+    for layer, _, _, bias in before:
+        layer.__dict__[READER] = _Widened(layer)
+        layer.__class__ = FormedLinear
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(torch.float32), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, kind, reader, bias in before:
+            layer.__class__, layer.bias = kind, bias
+            layer.__dict__.pop(READER)
+            if reader is not None:
+                layer.__dict__[READER] = reader
 
 
 class Buffers:

@@ -43,9 +43,9 @@ class Unreadable(Exception):
 class Gate:
     """A gated MLP: gate and up (or both in one layer), activation, down."""
 
-    layers: tuple[nn.Module, ...]
+    layers: tuple[nn.Linear, ...]
     activation: str
-    down: nn.Module
+    down: nn.Linear
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Block:
     """One decoder layer. A norm that the architecture does not have is None; `mlp` is None where `other` stands."""
 
     heads: Heads
-    qkv: tuple[nn.Module, ...]
+    qkv: tuple[nn.Linear, ...]
     widths: tuple[int, int, int]
-    out: nn.Module
+    out: nn.Linear
     mlp: Gate | None
     other: nn.Module | None
     before_attention: Norm | None
@@ -64,7 +64,7 @@ class Block:
     after_mlp: Norm | None
     angles: str | None
 
-    def layers(self) -> Iterator[nn.Module]:
+    def layers(self) -> Iterator[nn.Linear]:
         """The linear layers that the kernels take part of themselves, without calling them."""
         yield from self.qkv
         yield self.out
@@ -100,7 +100,7 @@ def read_block(layer: nn.Module, angles: str | None) -> Block:
     )  # fmt: skip
 
 
-def _attention(part: Any) -> tuple[Heads, tuple[nn.Module, ...], tuple[int, int, int], nn.Module]:
+def _attention(part: Any) -> tuple[Heads, tuple[nn.Linear, ...], tuple[int, int, int], nn.Linear]:
     children = dict(part.named_children())
     norms = {name: children.pop(name) for name in ("q_norm", "k_norm") if name in children}
     if set(children) not in ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"qkv_proj", "o_proj"}):

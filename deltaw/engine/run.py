@@ -151,6 +151,10 @@ class Run:
         """The summary, empty when the run has not ended yet."""
         return json.loads(self.summary.read_text("utf-8")) if self.summary.is_file() else {}
 
+    def read_plan(self) -> dict[str, Any]:
+        """What the run was planned to take, empty where it was not planned."""
+        return json.loads(self.plan.read_text("utf-8")) if self.plan.is_file() else {}
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes the summary."""
         write_text(self.summary, json.dumps(summary, indent=2) + "\n")

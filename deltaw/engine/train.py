@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deltaw import __version__, hardware
 from deltaw.adapter import Injection, inject, write_adapter
+from deltaw.base.load import Base
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
 from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader, loader_of
@@ -71,8 +72,7 @@ class Trainer:
         # fp32 factors also on a bf16 base: with a bf16 copy of them, gradients are 1.15 times as far from the exact
         # ones as PEFT's (tests/oracle); with fp32 they are as near.
         self.injection: Injection = inject(ready.base.model, ready.adapter, trainable=True, dtype=torch.float32)
-        if ready.base.way == "modules":
-            watcher.say(f"By the model's own modules, which is slower: {ready.base.slow_reason}.")
+        _tell_way(run, ready.base, watcher)
         self.flat = FlatFactors(self.injection, [optim_settings(settings)])
         ready.adapter = self.injection.adapters[0]
         share = settings.share_prefixes and ready.base.shares_prefixes
@@ -269,6 +269,15 @@ class Trainer:
         last = self.flat.master.detach().cpu()
         self._write(last, self.run.last)
         self._write(last if self.best is None else self.best, self.run.adapter)
+
+
+def _tell_way(run: Run, base: Base, watcher: Watcher) -> None:
+    """Says so where the base is not computed by the kernels, or otherwise than its plan counted on."""
+    if base.way == "modules":
+        watcher.say(f"By the model's own modules, which is slower: {base.slow_reason}.")
+    planned = run.read_plan().get("way", base.way)
+    if base.way != planned:
+        watcher.say(f"The plan counted on {planned}: without them, the run may take more memory and time than it says.")
 
 
 def origin_of(ready: Prepared, settings: Settings) -> dict[str, str]:

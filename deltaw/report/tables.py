@@ -247,6 +247,7 @@ def plan(contents: ReportContents) -> Table:
         ["Time of the steps", times[0], f"{times[1]} to {times[2]}", human_seconds(summary.get("train_seconds"))],
         ["At the peak", ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size), "", ""],
         ["How it was fitted", ", ".join(choice), "", ""],
+        ["Computed by", said.get("way") or "", "", summary.get("way") or ""],
     ]  # fmt: skip
     return table([("", "text"), ("planned", "text"), ("interval", "number"), ("took", "number")], rows)
 
