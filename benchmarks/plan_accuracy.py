@@ -4,10 +4,11 @@
 
 Each case is a fresh `deltaw train` that plans with a pace of its own, measured then, and trains a few steps. Peak
 memory is the kernel's high-water mark of the process; of a streamed base, whose pages can be taken back at any time,
-the lowest cgroup limit under which the run finishes within three times its time, to 2 % of the plan. Cases by whose
-figures no constant of deltaw/plan was chosen are reported apart. Rows go to results/plan_accuracy.jsonl as they are
-measured; a case that has its row is not run again. results/plan_accuracy.json holds rows and errors. `--replan` plans
-the memory of the rows anew, when its formula changed and what runs do did not; times stay as planned beside the run.
+the lowest cgroup limit under which the run finishes within three times its time, to 2 % of the plan. Runs without
+options are merged too, and that peak is compared. Cases by whose figures no constant of deltaw/plan was chosen are
+reported apart. Rows go to results/plan_accuracy.jsonl as they are measured; a case that has its row is not run again.
+results/plan_accuracy.json holds rows and errors. `--replan` plans the memory of the rows anew, when its formula changed
+and what runs do did not; times stay as planned beside the run.
 On a processor that computes in fp32, results are plan_accuracy_fp32.*.
 Rows marked "busy" were measured while other work used the machine, and their times do not count.
 """
@@ -29,7 +30,7 @@ import torch
 from bases import FOLDER, base
 from limits import finishes_under
 
-from deltaw import hardware
+from deltaw import api, hardware
 from deltaw.config import make_settings
 from deltaw.engine.run import create_run
 from deltaw.engine.train import train
@@ -134,6 +135,7 @@ def measure(case: Case) -> dict[str, Any]:
         write_chats(data, case)
         summary, plan, seconds = _train(case, folder, data, cache, Path(work) / "run")
         found = summary["peak_bytes"]
+        merged = {} if case.options else _merged(plan, Path(work) / "run", Path(work) / "merged", cache)
         if "--stream" in case.options:
             found = _lowest_limit(case, folder, data, cache, Path(work), plan["peak_bytes"], summary["train_seconds"])
     return {
@@ -143,10 +145,12 @@ def measure(case: Case) -> dict[str, Any]:
         **_planned(plan, found),
         "high_water_bytes": summary["peak_bytes"],
         "opened_bytes": summary["opened_bytes"],
+        **merged,
         "step_seconds": seconds,
         "planned_step_seconds": plan["step_seconds"],
         "time_error": plan["step_seconds"] / seconds - 1,
-        "way": plan["way"],
+        "planned_way": plan["way"],
+        "way": summary["way"],
         "gemm_gflops": summary["gemm_gflops"],
     }
 
@@ -198,6 +202,15 @@ def _train(case: Case, folder: Path, data: Path, cache: Path, run: Path) -> tupl
     return json.loads(done.stdout), json.loads((run / "plan.json").read_text()), seconds
 
 
+def _merged(plan: dict[str, Any], run: Path, out: Path, cache: Path) -> dict[str, int]:
+    """What `deltaw merge` of the run holds at its peak, and was said to hold. The folder is removed again."""
+    command = [sys.executable, __file__, "--merge", str(run), str(out)]
+    environment = {**os.environ, "DELTAW_CACHE": str(cache)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    shutil.rmtree(out)
+    return {"merging_bytes": int(done.stdout), "planned_merging_bytes": sum(plan["merging"].values())}
+
+
 def _lowest_limit(case: Case, folder: Path, data: Path, cache: Path, work: Path, planned: int, seconds: float) -> int:
     """By bisection, of runs without a plan, which would fit itself into each limit in another way, or refuse it."""
     files = [*folder.glob("*.safetensors"), *(cache / "quantised").rglob("*.safetensors")]
@@ -224,6 +237,12 @@ def child(given: dict[str, Any]) -> None:
     """Trains these settings as they are."""
     settings = make_settings(given)
     train(create_run(settings), settings, Watcher())
+
+
+def merge(run: Path, out: Path) -> None:
+    """Merges a run and prints this process's high-water mark."""
+    api.merge(run, out)
+    print(hardware.peak_rss_bytes())
 
 
 def write_chats(path: Path, case: Case) -> None:
@@ -258,6 +277,14 @@ def errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "time_median": statistics.median(times),
                 "time_most": max(times),
             }
+    merged = [row["planned_merging_bytes"] / row["merging_bytes"] - 1 for row in rows if "merging_bytes" in row]
+    if merged:
+        found["merging"] = {
+            "runs": len(merged),
+            "peak_median": statistics.median(map(abs, merged)),
+            "peak_most_under": -min(0.0, *merged),
+            "peak_most_over": max(merged),
+        }
     return found
 
 
@@ -292,5 +319,7 @@ def _line(row: dict[str, Any]) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(json.loads(sys.argv[2]))
+    elif sys.argv[1:2] == ["--merge"]:
+        merge(*map(Path, sys.argv[2:]))
     else:
         main(sys.argv[1:])
