@@ -152,6 +152,7 @@ def measure(case: Case) -> dict[str, Any]:
         "planned_way": plan["way"],
         "way": summary["way"],
         "gemm_gflops": summary["gemm_gflops"],
+        "cpu": summary["machine"]["cpu_name"],
     }
 
 

@@ -1,4 +1,4 @@
-"""What a caller does in one call: load, plan, train, evaluate, merge, inspect. Joins base, data, engine and report.
+"""What a caller does in one call: load, plan, evaluate, merge, inspect. Joins base, data, engine and report.
 
 Every function takes plain values and returns plain values or folders; it prints nothing. The command line is a thin
 layer over these names.
@@ -304,7 +304,6 @@ def train_run(
 ) -> dict[str, Any]:
     """Runs the engine and, whatever happens, leaves a summary and a report."""
     with disk_errors("open", run.folder), run.locked():  # not while another process trains it
-        run.forgetting.unlink(missing_ok=True)  # it tells of factors that will be others
         run.write_summary({"status": "running", "verb": verb})  # what to go on as, should the process be killed
     try:
         # A run that was stopped before its plan was kept is planned when it goes on.
@@ -566,8 +565,3 @@ def _answer(model: Model, row: Row, options: dict[str, Any]) -> dict[str, Any]:
     except DataError as error:
         return {"error": str(error)}
     return {"answer": answer, **({} if known is None else {"reference": known})}
-
-
-def as_json_line(value: dict[str, Any]) -> str:
-    """One line of JSON."""
-    return json.dumps(value, ensure_ascii=False)

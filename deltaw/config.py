@@ -98,7 +98,7 @@ class Settings:
 
     rank: int | str = setting(
         AUTO,
-        "Rank r of the update, or auto; for the verb train also measure.",
+        "Rank r of the update, or auto; for the verbs train and plan also measure.",
         kind=int,
         within=ABOVE_0,
         group="adapter",
@@ -150,7 +150,10 @@ class Settings:
         1.0, "Rate of B divided by rate of A (LoRA+).", kind=float, within=ABOVE_0, group="optimiser"
     )
     schedule: str = setting(
-        "linear", "How the rate falls to zero.", choices=("linear", "cosine", "constant"), group="optimiser"
+        "linear",
+        "How the rate goes on after the warm-up: in a line or a cosine to zero, or as it is.",
+        choices=("linear", "cosine", "constant"),
+        group="optimiser",
     )
     warmup: float = setting(
         0.03, "Share of the run over which the rate rises.", kind=float, within=SHARE, group="optimiser"

@@ -6,6 +6,7 @@ no escape code at all. Nothing is computed here.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
@@ -205,6 +206,11 @@ def _done_and_left(progress: RunProgress, length: Length, rates: list[tuple[int,
 def show_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """One line of JSON for stdout, in letters that it has."""
+    return json.dumps(value, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what is tested here is the processor's way
@@ -17,6 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import save_base
 
 from deltaw import training
+from deltaw.base.builtin import cache_folder
+
+# A cache of our own, so that nothing which is computed here was computed by an earlier session, and nothing of the user's
+# is touched; but for the built-in base, which would be fetched again.
+CACHE = tempfile.TemporaryDirectory(prefix="deltaw-cache-")
+for entry in cache_folder().glob("smollm2-135m-v*"):
+    Path(CACHE.name, entry.name).symlink_to(entry)
+os.environ["DELTAW_CACHE"] = CACHE.name
 
 
 def pytest_collection_modifyitems(items):

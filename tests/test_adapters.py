@@ -17,6 +17,7 @@ from deltaw import adapters, api, hardware, ranks, sweeps, training
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 from deltaw.analysis.spectrum import matrices, spectra
 from deltaw.analysis.truncate import truncate
+from deltaw.base import forward
 from deltaw.base.forward import plain_attention
 from deltaw.config import make_settings
 from deltaw.engine.heldout import HeldOut
@@ -569,6 +570,19 @@ def test_a_sweep_does_not_wait_for_evaluations_and_makes_up_for_them(llama_folde
         logs = (read_metrics(run / cell.name / "metrics.jsonl") for run in (tmp_path / "whole", tmp_path / "cut"))
         measured = [[(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line] for log in logs]
         assert measured[0] == measured[1] and [step for step, _ in measured[0]] == [2, 4, 6]
+
+
+def test_a_sweep_says_that_it_runs_otherwise_than_planned(llama_folder, chats, tmp_path, monkeypatch):
+    class Listening(Watcher):
+        def say(self, text):
+            said.append(text)
+
+    said = []
+    monkeypatch.setattr("deltaw.base.load.prove", lambda model: (forward.prove(model), None, "this test refuses them"))
+    settings = settings_of(llama_folder, chats, tmp_path / "sweep", steps=1)
+    sweeps.sweep(settings, ranks=[2, 4], watcher=Listening())
+    assert "By the model's own modules, which is slower: this test refuses them." in said
+    assert any("The plan counted on kernels" in line for line in said)
 
 
 def test_a_sweep_is_planned_as_a_whole_and_its_cells_are_fitted_alike(llama_folder, chats, tmp_path, monkeypatch):

@@ -216,12 +216,12 @@ def test_an_adapter_of_another_shape_is_refused(tiny_run, chats, tmp_path):
     assert not (tmp_path / "run").exists()  # nothing was trained, and the corrected command may use the name
 
 
-def test_evaluating_a_run_agrees_with_its_own_evaluation(tiny_run, chats):
-    numbers = api.evaluate(tiny_run.folder, [chats], device="cpu", dtype="float32")
+def test_evaluating_a_run_agrees_with_its_own_evaluation(llama_folder, chats, tmp_path):
+    run = training.train(model=llama_folder, data=chats, eval_data=[chats], out=tmp_path / "run", **QUICK)
+    numbers = api.evaluate(run.folder, [chats], device="cpu", dtype="float32")
     assert numbers["rows"] == 60
     assert {"loss", "perplexity", "exact_match", "exact_match_low", "exact_match_high", "seconds"} <= numbers.keys()
-    summary = tiny_run.read_summary()
-    assert numbers["loss"] == pytest.approx(summary["best_eval_loss"], rel=0.1)
+    assert numbers["loss"] == pytest.approx(run.read_summary()["best_eval_loss"], rel=1e-5)
 
 
 def test_a_base_that_takes_more_memory_than_is_free_is_streamed_and_said_to_be(tiny_run, chats, tmp_path, monkeypatch):
@@ -374,6 +374,28 @@ def test_the_advice_counts_the_parameters_of_the_base_that_it_speaks_of():
     blocks, hidden, key, inner = 30, 576, 192, 1536
     linear = blocks * (2 * hidden * hidden + 2 * hidden * key + 3 * hidden * inner)
     assert 4 * linear == doctor.FLOP_PER_TOKEN
+
+
+def test_what_was_measured_of_an_adapter_stays_where_a_resume_is_refused(tmp_path, llama_folder, chats):
+    class Stop(Listener):
+        def step(self, line, progress, length):
+            if progress.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    data = shutil.copy(chats, tmp_path / "chats.jsonl")
+    given = {"model": llama_folder, "data": data, "out": tmp_path / "run", **QUICK, "steps": 4}
+    with pytest.raises(Interrupted):
+        training.train(watcher=Stop(), **given)
+    measured = tmp_path / "run" / "forgetting.json"
+    measured.write_text("[]")
+    kept = data.read_text()
+    data.write_text(kept.replace("w1", "w2"))
+    with pytest.raises(UsageError):
+        training.train(resume=tmp_path / "run")
+    assert measured.read_text() == "[]"
+    data.write_text(kept)
+    training.train(resume=tmp_path / "run")
+    assert not measured.exists(), "it told of other factors"
 
 
 def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goes_on_after_a_stop(

@@ -99,7 +99,7 @@ def test_every_verb_has_help_and_every_option_of_it_a_sentence():
 def test_every_setting_is_a_flag_of_train():
     shown = _run("train", "--help").stdout
     for field in settings_fields():
-        assert f"--{field.name.replace('_', '-')}" in shown
+        assert re.search(rf"^ +--{field.name.replace('_', '-')}\b(?!-)", shown, re.M), field.name
 
 
 # -- training: a process of its own, where signals and time matter -----------------------------------------------------
@@ -261,6 +261,8 @@ def test_a_recipe_may_ask_for_a_day_and_for_a_measured_rank(tmp_path, llama_fold
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["measured"]["documents"] == 60
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["date"]["value"] == "2026-01-31"
+    planned = _run("plan", recipe, "--model", llama_folder, "--steps=2", "--json")
+    assert planned.exit_code == 0 and json.loads(planned.stdout)["steps"] == 2, planned.stderr
 
 
 def test_json_has_no_word_for_numbers_that_are_not_finite_and_errors_of_usage_are_json_too(tiny_run, tmp_path):
@@ -709,6 +711,28 @@ def test_standard_streams_may_be_closed(closed, tiny_run):
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=120)
     assert done.returncode == 0 and done.stderr == b""
     assert (b"q_proj" in done.stdout) == (closed == "2>&-")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_below_the_standard_streams_is_an_error_of_the_disk(tiny_run, llama_folder, chats, tmp_path):
+    shown = f"{sys.executable} -m deltaw inspect {tiny_run.folder} >/dev/full"
+    done = subprocess.run(["sh", "-c", shown], capture_output=True, check=False, text=True, timeout=120)
+    assert (
+        done.returncode == 5 and done.stderr == "Error: What is said could not be written: No space left on device.\n"
+    )
+    trained = f"{sys.executable} -m deltaw train --model {llama_folder} --data {chats} --steps 2 --rank 2 --out"
+    for number, stream in enumerate(("2>/dev/full", ">/dev/full 2>&1")):
+        command = f"{trained} {tmp_path / str(number)} {stream}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=120)
+        assert done.returncode == 5
+
+
+def test_lines_of_json_are_json_on_a_stdout_that_is_not_utf_8():
+    code = 'from deltaw.terminal import json_line; print(json_line({"answer": "“quoted” 中"}))'
+    for encoding in ("latin-1", "utf-8"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+        assert json.loads(done.stdout.decode(encoding)) == {"answer": "“quoted” 中"}
 
 
 def test_a_stdout_that_is_not_utf_8_gets_what_it_can_hold(tiny_run):

@@ -96,7 +96,7 @@ def _reference():
     return module
 
 
-@pytest.mark.parametrize("name", ["cli.md", "settings.md", "errors.md", "python.md", "findings.md"])
+@pytest.mark.parametrize("name", ["cli.md", "settings.md", "errors.md", "python.md", "findings.md", "machines.md"])
 def test_the_reference_pages_are_what_the_code_says(name):
     assert (ROOT / "docs" / "reference" / name).read_text() == _reference().PAGES[name](), "run `make docs`"
 
@@ -104,7 +104,11 @@ def test_the_reference_pages_are_what_the_code_says(name):
 def test_no_path_of_a_machine_stands_in_the_project():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     pattern = re.compile(r"(?<![\w.])/(work|root|home|tmp)/[\w.]")
-    texts = [p for p in tracked if Path(p).suffix in (".py", ".md", ".toml", ".json", ".txt", ".jinja", ".css", "")]
+    texts = [
+        p
+        for p in tracked
+        if Path(p).suffix in (".py", ".md", ".toml", ".json", ".jsonl", ".svg", ".txt", ".jinja", ".css", "")
+    ]
     found = [
         p
         for p in texts

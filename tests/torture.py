@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -147,14 +148,16 @@ def kills(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
     """`kill -9` at any time, up to three times a run."""
     done, outcomes, number = 0, [], 0
     while done < count:
-        name, number = f"run-{number}", number + 1
+        name, number, before = f"run-{number}", number + 1, done
         for _ in range(random_.randint(2, 3)):
             code = ground.attempt(name, kill_after=random_.uniform(0, 0.9 * ground.seconds))
             done += code == -9
             if code == 0:
                 break
             assert code == -9, code
-        outcomes.append(ground.finish(name))
+        outcome = ground.finish(name)
+        if done > before:
+            outcomes.append(outcome)
     return {"kills": done, "runs": len(outcomes), **_counts(outcomes)}
 
 
@@ -173,7 +176,7 @@ def ways(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
 
 
 def _at_operation(number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """Counts what a save does to files, and acts at the given operation: before it, or in the middle of a write."""
+    """Counts what a save does to files, and acts before the given one."""
 
     def install() -> None:
         seen = 0
@@ -288,6 +291,10 @@ def signals(ground: Ground, count: int, random_: random.Random) -> dict[str, Any
     }
 
 
+# The rows of the batch, or where else it was.
+_NAMED = re.compile(r"The batch held .*row \d|factors are not finite|validation loss")
+
+
 def nans(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
     """NaN or infinity in a factor, gradient, activation or loss at a random step: stopped, and in no file."""
     stopped = clean = named = 0
@@ -304,7 +311,7 @@ def nans(ground: Ground, count: int, random_: random.Random) -> dict[str, Any]:
         except NotFiniteError as error:
             stopped += 1
             last = [line["step"] for line in read_metrics(run.metrics) if "loss" in line][-1:]
-            named += "row" in str(error) or "factors are not finite" in str(error) or "validation loss" in str(error)
+            named += bool(_NAMED.search(str(error)))
         assert not last or last[0] <= at + 1, (where, at, last)
         clean += _all_finite(folder)
         shutil.rmtree(folder)
@@ -333,7 +340,9 @@ def _all_finite(folder: Path) -> bool:
 
     tensors = [t for file in folder.rglob("*.safetensors") for t in safetensors.torch.load_file(file).values()]
     tensors += [t for path in list_checkpoints(folder / "checkpoints") for t in read_checkpoint(path)[0].values()]
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    logged = [value for line in read_metrics(folder / "metrics.jsonl") for value in line.values()]
+    numbers_finite = all(math.isfinite(value) for value in logged if isinstance(value, float))
+    return numbers_finite and all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _counts(outcomes: list[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Launches a tool's runner in a fresh process, watches its memory, and keeps one JSON row for every finished run.
 
-A row is found again by its key and by the code that it measured: rows of other code stay in the file and count for
-nothing.
+A row is found again by its key, the code that it measured and the machine: rows of others stay in the file and count
+for nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from rivals import environments
 from rivals.job import Job
 from rivals.settings import WORKLOADS, Setting
 
+from deltaw import hardware
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RUNNERS = {
@@ -31,7 +33,7 @@ RUNNERS = {
     "reference": "reference_run.py",
     "gemm": "gemm_run.py",
 }
-HOT = ("adapter", "base", "data", "engine", "kernels")
+HOT = ("adapter", "base", "data", "engine", "kernels", "hardware.py")
 SAMPLE_SECONDS = 2.0
 Row = dict[str, Any]
 
@@ -51,14 +53,16 @@ class Bench:
     deadline: float = float("inf")
     rows: dict[str, Row] = field(default_factory=dict)
     code: str = ""
+    cpu: str = ""
 
     def open(self) -> None:
-        """Reads the stored rows of this code."""
-        self.code = code_digest()
+        """Reads the stored rows of this code and this machine."""
+        self.code, self.cpu = code_digest(), hardware.look().cpu_name
         stored = [json.loads(line) for line in self.file.read_text("utf-8").splitlines()] if self.file.is_file() else []
-        self.rows = {row["key"]: row for row in stored if row["code"] == self.code}
-        if other := len([row for row in stored if row["code"] != self.code]):
-            tell(f"{other} stored rows measured other code and are left aside (--fresh drops them)")
+        ours = [row for row in stored if (row["code"], row["cpu"], row["cores"]) == (self.code, self.cpu, self.cores)]
+        self.rows = {row["key"]: row for row in ours}
+        if other := len(stored) - len(ours):
+            tell(f"{other} stored rows are of other code or another machine and left aside (--fresh drops them)")
 
     def job(self, tool: str, workload: str, setting: Setting, **given: Any) -> Job:
         """A job over the training rows of a workload; `given` replaces what is usual."""
@@ -96,7 +100,7 @@ class Bench:
 
     def keep(self, key: str, row: Row) -> None:
         """Stores a row under a key."""
-        self.rows[key] = {"key": key, "code": self.code, **row}
+        self.rows[key] = {"key": key, "code": self.code, "cpu": self.cpu, "cores": self.cores, **row}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[key]) + "\n")
@@ -110,7 +114,8 @@ class Bench:
 
 def code_digest() -> str:
     """sha256 over deltaw's hot path, the runners, the workloads and the pinned versions."""
-    files = [path for part in HOT for path in sorted((ROOT / "deltaw" / part).rglob("*.py"))]
+    parts = [ROOT / "deltaw" / part for part in HOT]
+    files = [path for part in parts for path in ([part] if part.is_file() else sorted(part.rglob("*.py")))]
     files += [HERE / "job.py", HERE / "workloads.py", *sorted(HERE.glob("*_run.py")), *sorted(HERE.glob("*.txt"))]
     content = [*(path.read_bytes() for path in files), repr(WORKLOADS).encode()]
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]

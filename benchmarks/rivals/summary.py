@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rivals.measure import Bench, Row
-from rivals.settings import BASE, WORKLOADS, label
+from rivals.settings import BASE, WORKLOADS, label, ours
 
 RIVALS = ("trl", "unsloth")
 RANK = 16
@@ -22,6 +22,7 @@ def summarise(bench: Bench, kind: str, gates: list[dict[str, Any]]) -> dict[str,
     worst = min(ratios, key=lambda pair: ratios[pair], default=None)
     return {
         "machine": machine(bench),
+        "code": bench.code,
         "base": BASE,
         "workloads": cells,
         "geometric_mean": {tool: _geometric([r for (_, t), r in ratios.items() if t == tool]) for tool in RIVALS},
@@ -43,7 +44,8 @@ def workload_cell(bench: Bench, kind: str, workload: str) -> dict[str, Any]:
         "defaults": {tool: _default(row) for tool, row in defaults.items()},
         "ratios": {tool: paired(runs["deltaw"], runs[tool]) for tool in RIVALS if runs[tool].keys() & runs["deltaw"]},
         "memory_ratios": {tool: memory(tools["deltaw"], tools[tool]) for tool in RIVALS if tool in tools},
-        "gemm_share": gemm_shares(bench, workload, tools),
+        # Where beginnings are shared, deltaw's tokens are not all computed, and such a share would mean nothing.
+        "gemm_share": {} if ours(workload).get("share") else gemm_shares(bench, workload, tools),
     }
 
 
@@ -148,10 +150,8 @@ def cold(bench: Bench) -> dict[str, Any]:
 
 def machine(bench: Bench) -> dict[str, Any]:
     """What it was measured on."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gemm = {key.removeprefix("gemm/"): row.get("gflops") for key, row in bench.rows.items() if key.startswith("gemm/")}
-    return {"cpu": names[0] if names else "unknown", "cores": bench.cores, "gemm_gflops": gemm}
+    return {"cpu": bench.cpu, "cores": bench.cores, "gemm_gflops": gemm}
 
 
 def _geometric(values: list[float]) -> float | None:

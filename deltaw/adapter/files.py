@@ -84,6 +84,7 @@ DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"F8_E8M0": torch.float8_e8m0fnu, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16},
 }
 
 

@@ -341,8 +341,8 @@ def _text_files(header: Header, arch: str, sizes: _Sizes) -> dict[str, str]:
 
 
 def _require_free(folder: Path, needed_bytes: int) -> None:
-    """Nothing where the disk of `folder` has so much room; raises DiskError otherwise."""
-    free_bytes = shutil.disk_usage(folder).free
+    """Nothing where the disk on which `folder` will lie has so much room; raises DiskError otherwise."""
+    free_bytes = shutil.disk_usage(folder.parent).free
     if free_bytes < needed_bytes:
         raise DiskError(f"{folder} needs {needed_bytes / 1e6:,.0f} MB, but {free_bytes / 1e6:,.0f} MB are free there")
 
@@ -365,7 +365,7 @@ def convert_gguf(path: str | Path, folder: str | Path) -> None:
 
     num_weights = sum(math.prod(weight.source.shape) for weight in weights)
     with new_folder(folder) as partial:
-        _require_free(partial, 2 * num_weights + sum(4 * len(text) for text in texts.values()))
+        _require_free(folder, 2 * num_weights + sum(4 * len(text) for text in texts.values()))
         for name, text in texts.items():
             write_text(partial / name, text)
         _write_weights(path, partial / "model.safetensors", weights)

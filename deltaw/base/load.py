@@ -69,6 +69,7 @@ MAX_JSON_BYTES = 128 << 20  # a tokenizer.json of 256,000 tokens has 33 MB
 _COUNTS, MAX_COUNT = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4096
 MAX_CONTEXT = 1 << 20
 FREE_SHARE = 0.9  # of the free memory, which the weights of a base may take
+WAYS = ("kernels", "modules", "plain")  # how a batch is computed, the fastest first
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""The proof, on every loaded model, that the kernels compute what its modules compute: loss and gradients compared."""
+"""The proof, on every loaded model, that the kernels compute what its modules compute: hidden states and gradients."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def _reason_against_rows(model: Any) -> str | None:
 
 
 def prove_decoder(model: Any) -> tuple[Decoder | None, str | None]:
-    """(the decoder, None) when loss and gradients of two documents are those of the model's own forward; else why not.
+    """(the decoder, None) when it computes two documents as the modules do; else why not.
 
-    The gradients are those of a small random adapter on every linear layer, and of the embedded tokens.
+    Compared are the final hidden states, and the gradients of a small random adapter on every linear layer and of the
+    embedded tokens; the head is none of the kernels', and what follows it is proved by `forward.prove`.
     """
     try:
         decoder = Decoder(model)

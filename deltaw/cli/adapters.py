@@ -108,7 +108,7 @@ def generate(
     if (prompt is None) == (not data):
         raise UsageError("Give either --prompt TEXT or --data FILE.")
     from deltaw import api
-    from deltaw.terminal import show_json
+    from deltaw.terminal import json_line, show_json
 
     opened = api.open_adapter(adapter, model, say, **machine_of(options))
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -117,7 +117,7 @@ def generate(
         show_json(list(answers) if data else next(answers))
         return
     for answer in answers:
-        click.echo(api.as_json_line(answer) if data else answer["answer"])
+        click.echo(json_line(answer) if data else answer["answer"])
 
 
 @main.command()

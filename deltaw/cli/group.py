@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -16,13 +17,22 @@ from typing import Any, TextIO
 import click
 
 from deltaw import __version__
-from deltaw.errors import EXIT_INTERRUPTED, EXIT_TERMINATED, DeltawError, Interrupted, UsageError, does_not_fit
+from deltaw.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    DeltawError,
+    DiskError,
+    Interrupted,
+    UsageError,
+    does_not_fit,
+)
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 bad data or input (or what a check found), 2 usage, 3 does not fit, 4 not finite, 5 disk, "
     "130 and 143 stopped by a signal, 141 nobody read the output."
 )
 EXIT_BROKEN_PIPE = 141
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 AS_JSON = "deltaw.as_json"  # in the context's notes: whether the verb was asked for JSON
 _JSON_GIVEN = "deltaw.json_given"
 # Libraries whose warnings speak to programmers. PYTHONWARNINGS and -W bring them back.
@@ -68,6 +78,12 @@ class _Group(click.Group):
         except BrokenPipeError:  # whoever read our output has enough, as in `deltaw inspect RUN | head`
             _forget(sys.stdout, sys.stderr)
             ctx.exit(EXIT_BROKEN_PIPE)
+        except OSError as error:  # what writes files tells of them by DiskError; this is what is said, or shown
+            if error.errno not in UNWRITABLE:
+                raise
+            _tell(ctx, DiskError(f"What is said could not be written: {error.strerror}."))
+            _forget(sys.stdout, sys.stderr)
+            ctx.exit(DiskError.exit_code)
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -97,7 +113,7 @@ def _echo(text: str, *, err: bool = False) -> None:
     """On stdout or stderr, where somebody reads it."""
     try:
         click.echo(text, err=err)
-    except BrokenPipeError:
+    except OSError:  # a pipe that nobody reads any more, or a file on a full disk
         _forget(sys.stderr if err else sys.stdout)
 
 

@@ -85,16 +85,23 @@ def train(recipe: Path | None, resume: Path | None, quiet: bool, as_json: bool, 
             )
         _finish_training(resume, None, None, quiet, as_json)
         return
-    written = read_recipe(recipe) if recipe else {}
-    if given.get("rank", written.get("rank")) == MEASURE:
-        plain = [{name: value for name, value in one.items() if name != "rank"} for one in (given, written)]
-        _train_measured(make_settings(*plain), quiet, as_json)
+    settings, measured = _settings_of(given, recipe)
+    if measured:
+        _train_measured(settings, quiet, as_json)
         return
     from deltaw.engine.run import create_run
 
-    settings = make_settings(given, written)
     # The folder stands before anything heavy is imported.
     _finish_training(None, settings, create_run(settings), quiet, as_json)
+
+
+def _settings_of(given: dict[str, Any], recipe: Path | None) -> tuple[Settings, bool]:
+    """The settings, and whether the rank is to be measured: then they ask for the one that is trained first."""
+    written = read_recipe(recipe) if recipe else {}
+    measured = given.get("rank", written.get("rank")) == MEASURE
+    if measured:
+        given, written = ({name: one[name] for name in one if name != "rank"} for one in (given, written))
+    return make_settings(given, written), measured
 
 
 def _train_measured(settings: Settings, quiet: bool, as_json: bool) -> None:
@@ -127,7 +134,7 @@ def plan(recipe: Path | None, on: str | None, as_json: bool, **options: Any) -> 
     from deltaw import api
     from deltaw.terminal import TerminalWatcher, make_console, plan_page, show_json
 
-    settings = make_settings(given_of(options), read_recipe(recipe) if recipe else None)
+    settings, _ = _settings_of(given_of(options), recipe)
     found = api.plan(settings, TerminalWatcher(make_console(stderr=True)), on=on).as_dict()
     if as_json:
         show_json(found)

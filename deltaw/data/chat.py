@@ -225,7 +225,7 @@ class Encoder:
         faults = [
             fault
             for position, fault in located.faults.items()
-            if position in told_apart or (position in wanted and fault[0] == "answer-missing")
+            if position in (wanted if fault[0] == "answer-missing" else told_apart)
         ]
         if faults:
             raise _Refused(*faults[0])

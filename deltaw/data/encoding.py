@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deltaw.data.chat import Encoder
 
 # Raised when the same rows would give other examples or findings, so that no entry of an older version is used.
-ENCODING_VERSION = 4
+ENCODING_VERSION = 5
 MASKS = ("assistant", "last", "completion", "all")
 
 

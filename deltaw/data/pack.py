@@ -53,7 +53,7 @@ class Batch:
     @property
     def weight(self) -> float:
         """Sum of the weights: what the loss of a step is divided by."""
-        return float(self.weights_T.sum(dtype=torch.float64))
+        return float(self.weights_T.cpu().sum(dtype=torch.float64))  # not every device has fp64
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

@@ -29,17 +29,24 @@ class TokenStore:
 
     def __init__(self, stem: Path, chosen: np.ndarray | None = None) -> None:
         self.stem, self.chosen = stem, chosen
-        with disk_errors("open", stem):
-            self.offsets = np.fromfile(_file(stem, "offsets"), np.int64)
-            self._rows = np.fromfile(_file(stem, "rows"), np.int64)
-            self._files = json.loads(_file(stem, "files").read_text("utf-8"))
-            empty = self.offsets[-1] == 0
-            self._tokens = np.zeros(0, np.int32) if empty else np.memmap(_file(stem, "tokens"), np.int32, "r")
-            self._weights = np.zeros(0, np.float32) if empty else np.memmap(_file(stem, "weights"), np.float32, "r")
+        cut_short = f"The token files {stem}.* were cut short. Remove {stem.parent}; they are made anew."
+        try:
+            with disk_errors("open", stem):
+                self._open()
+        except (ValueError, IndexError) as error:  # of numpy and json, where a file ends amid a number
+            raise DiskError(cut_short) from error
         lengths = {"tokens": len(self._tokens), "weights": len(self._weights), "rows": len(self._rows)}
         whole = {"tokens": self.offsets[-1], "weights": self.offsets[-1], "rows": len(self.offsets) - 1}
         if lengths != whole:
-            raise DiskError(f"The token files {stem}.* were cut short. Remove {stem.parent}; they are made anew.")
+            raise DiskError(cut_short)
+
+    def _open(self) -> None:
+        self.offsets = np.fromfile(_file(self.stem, "offsets"), np.int64)
+        self._rows = np.fromfile(_file(self.stem, "rows"), np.int64)
+        self._files = json.loads(_file(self.stem, "files").read_text("utf-8"))
+        empty = self.offsets[-1] == 0
+        self._tokens = np.zeros(0, np.int32) if empty else np.memmap(_file(self.stem, "tokens"), np.int32, "r")
+        self._weights = np.zeros(0, np.float32) if empty else np.memmap(_file(self.stem, "weights"), np.float32, "r")
 
     @classmethod
     def write(cls, stem: Path, examples: Iterable[Example]) -> TokenStore:

@@ -20,6 +20,7 @@ from deltaw.adapter import Injection
 from deltaw.analysis.curve import FEWEST, mean_interval
 from deltaw.base.load import Base
 from deltaw.errors import DataError
+from deltaw.kernels import log_probabilities
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST_DOCUMENTS, LONGEST_TOKENS, LEAST_TOKENS = 48, 256, 8
@@ -111,7 +112,7 @@ def _documents(base: Base, texts: Sequence[str]) -> list[Tensor]:
 
 def _log_probabilities(base: Base, tokens_T: Tensor) -> Tensor:
     """Of each next token, [T - 1, V] in fp32."""
-    return base.document_logits(tokens_T)[:-1].float().log_softmax(-1)
+    return log_probabilities(base.document_logits(tokens_T)[:-1].float())
 
 
 def _loss(log_TV: Tensor, tokens_T: Tensor) -> float:

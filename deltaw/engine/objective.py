@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltaw import hardware
@@ -19,7 +18,7 @@ from deltaw.base.decoder import Row
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base, most_together
 from deltaw.data.pack import Batch
-from deltaw.kernels import continued_spans, labelled_loss, token_losses
+from deltaw.kernels import continued_spans, labelled_loss, log_probabilities, token_losses
 
 
 class Scores(NamedTuple):
@@ -145,7 +144,7 @@ def _plain_losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:
             logits.append(logits_tV[batch.weights_T[start:stop] != 0])
     logits_NV = torch.cat(logits).float()
     targets_N = batch.targets_T[batch.weights_T != 0]
-    return F.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV
+    return -log_probabilities(logits_NV).gather(1, targets_N[:, None])[:, 0], logits_NV
 
 
 def head_factors(base: Base, injection: Injection) -> list[Tensor]:

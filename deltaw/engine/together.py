@@ -37,6 +37,7 @@ from deltaw.engine.train import (
     saved_unheard,
     signals,
     stopped,
+    tell_way,
 )
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import NotFiniteError, UsageError
@@ -65,6 +66,7 @@ class Together:
         ]
         self.injection = inject(base.model, *adapters, trainable=True, dtype=torch.float32)
         del adapters
+        tell_way(base, Run(folder).read_plan(), watcher)
         ready.adapter = self.injection.adapters[0]  # the first one's numbers, which nobody needs any more
         self.flat = FlatFactors(self.injection, [optim_settings(cell.settings) for cell in cells])
         share = cells[0].settings.share_prefixes and base.shares_prefixes

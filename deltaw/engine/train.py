@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deltaw import __version__, hardware
 from deltaw.adapter import Injection, inject, write_adapter
-from deltaw.base.load import Base
+from deltaw.base.load import WAYS, Base
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
 from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader, loader_of
@@ -72,7 +72,7 @@ class Trainer:
         # fp32 factors also on a bf16 base: with a bf16 copy of them, gradients are 1.15 times as far from the exact
         # ones as PEFT's (tests/oracle); with fp32 they are as near.
         self.injection: Injection = inject(ready.base.model, ready.adapter, trainable=True, dtype=torch.float32)
-        _tell_way(run, ready.base, watcher)
+        tell_way(ready.base, run.read_plan(), watcher)
         self.flat = FlatFactors(self.injection, [optim_settings(settings)])
         ready.adapter = self.injection.adapters[0]
         share = settings.share_prefixes and ready.base.shares_prefixes
@@ -271,13 +271,12 @@ class Trainer:
         self._write(last if self.best is None else self.best, self.run.adapter)
 
 
-def _tell_way(run: Run, base: Base, watcher: Watcher) -> None:
-    """Says so where the base is not computed by the kernels, or otherwise than its plan counted on."""
+def tell_way(base: Base, plan: Mapping[str, Any], watcher: Watcher) -> None:
+    """Says so where the base is not computed by the kernels, and where a plan counted on a faster way."""
     if base.way == "modules":
         watcher.say(f"By the model's own modules, which is slower: {base.slow_reason}.")
-    planned = run.read_plan().get("way", base.way)
-    if base.way != planned:
-        watcher.say(f"The plan counted on {planned}: without them, the run may take more memory and time than it says.")
+    if plan and WAYS.index(base.way) > WAYS.index(plan["way"]):
+        watcher.say(f"The plan counted on {plan['way']}: this may take more memory and time than it says.")
 
 
 def origin_of(ready: Prepared, settings: Settings) -> dict[str, str]:
@@ -383,6 +382,7 @@ def train(
             probe(trainer)
         if before is not None:
             before(trainer)
+        run.forgetting.unlink(missing_ok=True)  # it tells of factors that will be others
         trainer.metrics = MetricsLog(run.metrics, trainer.progress.step, trackers)
         watcher.start(trainer)
         try:

@@ -3,7 +3,7 @@
 from deltaw.kernels.attention import Span, continued_spans, document_attention, spans_of
 from deltaw.kernels.block import Heads, gated_sum, normed, normed_projections, projected_sum, rotary_attention
 from deltaw.kernels.linear import Branch
-from deltaw.kernels.loss import labelled_loss, token_losses
+from deltaw.kernels.loss import labelled_loss, log_probabilities, token_losses
 from deltaw.kernels.pointwise import Norm
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "document_attention",
     "gated_sum",
     "labelled_loss",
+    "log_probabilities",
     "normed",
     "normed_projections",
     "projected_sum",

@@ -52,6 +52,12 @@ def labelled_loss(
 
 
 @torch.no_grad()
+def log_probabilities(logits_NV: Tensor) -> Tensor:
+    """log p of every token, [N, V]. Not by torch's log_softmax: in fp32, its sum over a vocabulary is 1e-5 off."""
+    below = logits_NV - logits_NV.amax(-1, keepdim=True)
+    return below - below.logsumexp(-1, keepdim=True)
+
+
 def token_losses(
     h_NH: Tensor,
     head: Head,
@@ -69,9 +75,7 @@ def token_losses(
             logits, target = logits_NV[part].float(), targets[part]
             hits.append(logits.argmax(-1) == target)
             chosen.append(logits[:, list(columns)])
-            # Not by torch's log_softmax: in fp32, its sum over a vocabulary is 1e-5 off.
-            below = logits - logits.amax(-1, keepdim=True)
-            losses.append(below.logsumexp(-1) - below.gather(1, target[:, None])[:, 0])
+            losses.append(-log_probabilities(logits).gather(1, target[:, None])[:, 0])
     if not losses:
         nothing = h_NH.new_zeros(0, dtype=torch.float32)
         return nothing, nothing.bool(), nothing.view(0, len(columns))

@@ -43,6 +43,7 @@ MOST_BLOCKS, MOST_PARAMETERS = 3, 24_000_000
 MOST_UPDATED = MOST_DENSE = 1 << 21
 USUAL_DENSE_SECONDS = 0.5e-9
 MOST_VOCABULARY = 512
+_VERSION = 2  # raised when the same blocks would be timed, or proved, otherwise
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _key(demand: Demand, passes: list[Pass]) -> str:
     machine, settings = hardware.look(), demand.settings
     config = demand.outline.model.config.to_json_string()
     parts = [
-        machine.cpu_name, machine.cores, machine.gpu, machine.versions, settings.device, settings.dtype,
+        _VERSION, machine.cpu_name, machine.cores, machine.gpu, machine.versions, settings.device, settings.dtype,
         settings.threads, config, str(demand.stored_dtype),
         demand.ranks, demand.trained, settings.dora, settings.dropout, settings.quant,
         [list(map(int, p.lengths)) for p in passes],

@@ -341,6 +341,10 @@ def test_dropout_acts_in_training_only_and_on_the_low_rank_branch_only():
         assert not torch.equal(output(model, tokens()), output(model, tokens()))
         injection.train(False)
         assert torch.equal(quiet, output(model, tokens()))
+    plain = output(model, tokens())
+    with inject(model, new_adapter(choose(model, spec), spec)) as injection:  # B is zero, so nothing is left to drop
+        injection.train()
+        assert torch.equal(output(model, tokens()), plain)
 
 
 # -- networks without text --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A flat batch as it is, and a store that gives back what was put in, a page at a time."""
 
 import errno
+import os
 
 import numpy as np
 import pytest
@@ -105,6 +106,16 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="Could not write"):
         pack.TokenStore.write(tmp_path / "file" / "train", [])
+
+
+@pytest.mark.parametrize("kind", ["tokens", "weights", "offsets", "rows", "files"])
+@pytest.mark.parametrize("left", [0, 5])
+def test_a_token_file_that_was_cut_short_is_told_of_by_name(kind, left, tmp_path):
+    TokenStore.write(tmp_path / "all", [Example(np.arange(7), np.ones(7)), Example(np.arange(3), np.ones(3))])
+    assert len(TokenStore(tmp_path / "all")) == 2
+    os.truncate(tmp_path / f"all.{kind}", left)
+    with pytest.raises(DiskError, match=r"all\.\* were cut short. Remove"):
+        TokenStore(tmp_path / "all")
 
 
 # -- what documents have in common ------------------------------------------------------------------------------------

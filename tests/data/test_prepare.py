@@ -244,6 +244,17 @@ def test_an_encoder_is_not_opened_where_the_entry_stands(tmp_path):
     assert prepare([file], lazy, tmp_path / "cache").report.used == 1
 
 
+def test_what_a_killed_process_left_is_removed_and_what_one_still_writes_is_not(tmp_path, encoder):
+    begun = [tmp_path / "cache" / name for name in (".left", ".written")]
+    for folder in begun:
+        folder.mkdir(parents=True)
+        (folder / "all.tokens").write_bytes(b"1234")
+        os.utime(folder, (1, 1))  # when its last name was added
+    os.utime(begun[0] / "all.tokens", (1, 1))
+    prepare([write(tmp_path / "a.jsonl", pair("one"))], encoder, tmp_path / "cache")
+    assert not begun[0].exists() and begun[1].exists()
+
+
 def test_a_write_that_fails_leaves_no_entry(tmp_path, encoder):
     def broken(_rows):
         raise OSError(28, "No space left on device")

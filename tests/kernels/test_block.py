@@ -215,7 +215,7 @@ def test_a_whole_layer_in_bf16_is_as_near_to_the_exact_one_as_plain_torch_in_bf1
 
     kernels, plain, exact = gradients(0, torch.bfloat16), gradients(1, torch.bfloat16), gradients(1, torch.float64)
     ratios = [float((a - c).norm() / (b - c).norm()) for a, b, c in zip(kernels, plain, exact, strict=True)]
-    assert statistics.median(ratios) < 1.1 and max(ratios) < 2
+    assert all(ratio < 2 for ratio in ratios) and statistics.median(ratios) < 1.1
     assert all(grad.dtype == torch.float64 for grad in kernels[1:])  # factors keep their own precision
 
 

@@ -227,7 +227,7 @@ def test_in_bf16_gradients_of_fp32_factors_are_as_exact_as_those_of_peft(dora, m
     """What training uses. Measured over 5 seeds: LoRA 1.000 for each tensor; DoRA 0.9996, the worst tensor 1.33."""
     ratios = bf16_ratios(tmp_path, LoraSpec(rank=8, alpha=16, dora=dora), torch.float32, seeds=3)
     assert statistics.median(ratios) <= median
-    assert max(ratios) <= largest
+    assert all(ratio <= largest for ratio in ratios)
 
 
 @pytest.mark.parametrize(("dora", "median", "largest"), [(False, 1.2, 1.7), (True, 1.3, 2.2)])
@@ -239,4 +239,4 @@ def test_in_bf16_gradients_of_a_bf16_working_copy_lose_a_stated_part(dora, media
     """
     ratios = bf16_ratios(tmp_path, LoraSpec(rank=8, alpha=16, dora=dora), torch.bfloat16, seeds=3)
     assert statistics.median(ratios) <= median
-    assert max(ratios) <= largest
+    assert all(ratio <= largest for ratio in ratios)
