@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "deltaw.adapter",
+    "Injection": "deltaw.adapter",
     "LoraSpec": "deltaw.adapter",
     "choose": "deltaw.adapter",
     "inject": "deltaw.adapter",
@@ -22,6 +23,7 @@ _HOME = {
     "Model": "deltaw.api",
     "load": "deltaw.api",
     "train": "deltaw.training",
+    "Run": "deltaw.engine.run",
     "evaluate": "deltaw.api",
     "merge": "deltaw.api",
     "inspect": "deltaw.api",

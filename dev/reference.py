@@ -144,7 +144,7 @@ def machines_page() -> str:
     """The machines that `deltaw plan --on` knows."""
     lines = [
         HEADER + "# Machines of `deltaw plan --on`\n",
-        "By their data sheets; deltaw has measured none of them.\n",
+        "By their data sheets; deltaw has measured none of them. A GB is 10⁹ bytes: 24 GiB are 26 GB.\n",
         "| name | memory | TFLOP/s | computes in | source |",
         "|---|---|---|---|---|",
     ]

@@ -152,8 +152,10 @@ class Run:
         return json.loads(self.summary.read_text("utf-8")) if self.summary.is_file() else {}
 
     def read_plan(self) -> dict[str, Any]:
-        """What the run was planned to take, empty where it was not planned."""
-        return json.loads(self.plan.read_text("utf-8")) if self.plan.is_file() else {}
+        """What the run was planned to take, empty where it was not planned or the file is damaged."""
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads(self.plan.read_text("utf-8")))
+        return {}
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes the summary."""

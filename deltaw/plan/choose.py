@@ -17,6 +17,7 @@ import torch
 
 from deltaw import hardware
 from deltaw.base.quant import BYTES
+from deltaw.base.stream import CACHED_SHARE
 from deltaw.errors import DoesNotFitError, bullet_list
 from deltaw.plan.demand import Choice, Demand
 from deltaw.plan.memory import Memory, memory, merging
@@ -133,8 +134,8 @@ def _held(demand: Demand, choice: Choice, room: Room, way: str) -> Memory:
 def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
     steps = demand.steps(choice.micro_tokens, share=clock.share)
     held = _held(demand, choice, room, clock.way)
-    short = _short_bytes(demand, choice, held, room)
-    seconds = sum(clock.step(choice, step, short) for step in steps) / len(steps)
+    short, cached = _short_bytes(demand, choice, held, room), _stays_cached(demand, choice, held, room)
+    seconds = sum(clock.step(choice, step, short, cached=cached) for step in steps) / len(steps)
     tokens = sum(one.tokens for step in steps for one in step) / len(steps)
     count = demand.step_count
     run = None if count is None else count * seconds + demand.evaluations * clock.evaluation(choice)
@@ -154,6 +155,12 @@ def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> in
     head = math.prod(demand.outline.head_shape) * demand.dtype.itemsize if demand.as_stored else 0  # else it is cast
     wanted = max(2 * block, head) - block + room.file_bytes
     return max(0, min(wanted, round(held.peak_bytes * (1 + MEMORY_SPREAD[1] / 2)) + wanted - room.limit_bytes))
+
+
+def _stays_cached(demand: Demand, choice: Choice, held: Memory, room: Room) -> bool:
+    """Whether the system keeps the blocks of a streamed base once it has read them: they fit beside the run."""
+    size = demand.outline.layers * demand.block_bytes(choice)
+    return size <= CACHED_SHARE * room.limit_bytes and _needed(held) + size <= room.limit_bytes
 
 
 # -- choices ----------------------------------------------------------------------------------------------------------

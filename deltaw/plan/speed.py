@@ -44,14 +44,17 @@ class Clock:
         """How fast the base's files are read when they lie in no cache."""
         return SHEET_DISK_BYTES_PER_SECOND if self.device is not None else read_rate(self.demand.outline.folder)
 
-    def step(self, choice: Choice, passes: Sequence[Pass], short_bytes: int = 0) -> float:
-        """One optimiser step of these passes; `short_bytes` of what a streamed base needs at hand have no room."""
+    def step(self, choice: Choice, passes: Sequence[Pass], short_bytes: int = 0, *, cached: bool = False) -> float:
+        """One optimiser step of these passes; `short_bytes` of what a streamed base needs at hand have no room.
+
+        Where the system keeps all of its blocks (`cached`), they are read from the disk in the first step alone.
+        """
         most, groups = self.demand.tokens_a_reading(choice, self.way), [list(passes[:1])]
         for one in passes[1:]:
             if len(groups[-1]) == most_together() or sum(each.tokens for each in (*groups[-1], one)) > most:
                 groups.append([])
             groups[-1].append(one)
-        return sum(self._reading(choice, group, short_bytes) for group in groups) + self._update()
+        return sum(self._reading(choice, group, short_bytes, cached) for group in groups) + self._update()
 
     def evaluation(self, choice: Choice) -> float:
         """One evaluation: forward alone."""
@@ -66,13 +69,13 @@ class Clock:
         forward = outline.layers * self.pace.forward_seconds(size) * tokens / size
         return forward + labelled * self.pace.label_seconds / 2
 
-    def _reading(self, choice: Choice, group: Sequence[Pass], short_bytes: int) -> float:
+    def _reading(self, choice: Choice, group: Sequence[Pass], short_bytes: int, cached: bool) -> float:
         """The passes that one reading of a streamed base serves; elsewhere one pass."""
         seconds, outline = sum(self._pass(choice, one) for one in group), self.demand.outline
         if not choice.stream:
             return seconds
         blocks, rate = 2 * outline.layers, self.disk_bytes_per_second
-        reading = blocks * self.demand.block_bytes(choice) / rate
+        reading = 0.0 if cached else blocks * self.demand.block_bytes(choice) / rate
         # What is short is taken back by the system before each block ends, and products wait until it is read again.
         return max(seconds * (1 + STREAMED_SHARE), reading) + blocks * short_bytes / rate
 

@@ -17,6 +17,7 @@ from deltaw.report.templates import template
 FILE_NAME = "sweep.html"
 # Lines of different rates: solid, dashed, dotted, dash-dotted, and again.
 DASHES = ("-", "--", ":", "-.")
+LABEL_POINTS = 11.0  # from the middle of one name at the end of a line to that of the next
 HEADINGS = ("cell", "rank", "rate", "seed", "parameters", "held-out loss", "behind the best", "none smaller as good")
 
 
@@ -94,18 +95,20 @@ def _by_rank(cells: list[dict[str, Any]]) -> Plot:
     ranks = sorted({cell["rank"] for cell in cells})
 
     def paint(axes: Axes) -> None:
+        ends = []
         for number, rate in enumerate(sorted({cell["lr"] for cell in cells})):
             mine = sorted((cell for cell in cells if cell["lr"] == rate), key=lambda cell: cell["rank"])
             means = [_mean([cell["loss"] for cell in mine if cell["rank"] == rank]) for rank in ranks]
             known = [(rank, mean) for rank, mean in zip(ranks, means, strict=True) if mean is not None]
             axes.plot(*zip(*known, strict=True), DASHES[number % len(DASHES)], color=ACCENT, linewidth=2)
-            axes.annotate(f"{rate:g}", known[-1], xytext=(4, 0), textcoords="offset points", color=MUTED, va="center")
+            ends.append((*known[-1], f"{rate:g}"))
         for cell in cells:
             span = [best + cell["behind_low"], best + cell["behind_high"]]
             axes.plot([cell["rank"]] * 2, span, color=ACCENT_2, linewidth=1.2, alpha=0.6)
             axes.plot([cell["rank"]], [cell["loss"]], "o", color=ACCENT_2, markersize=5)
         _logarithmic(axes, ranks, [str(rank) for rank in ranks])
         axes.margins(x=0.12)
+        _label_ends(axes, ends)
 
     label = "Held-out loss against rank, a line for each learning rate"
     caption = "Lines are learning rates; bars are 95 % intervals of the distance to the best cell, paired by document."
@@ -115,6 +118,16 @@ def _by_rank(cells: list[dict[str, Any]]) -> Plot:
         [("points", "a cell")],
         *both("by-rank", label, HALF, paint, significant, steps=False),
     )
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
+    """Names lines at their ends (x, y, text), each name far enough above the one below it."""
+    axes.autoscale_view()
+    free = 0.0
+    for x, y, text in sorted(ends, key=lambda end: end[1]):
+        height = float(axes.transData.transform((x, y))[1]) * 72 / axes.figure.dpi  # in points
+        up, free = max(0.0, free - height), max(free, height) + LABEL_POINTS
+        axes.annotate(text, (x, y), xytext=(4, up), textcoords="offset points", color=MUTED, va="center")
 
 
 def _by_parameters(cells: list[dict[str, Any]]) -> Plot:

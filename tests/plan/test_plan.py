@@ -250,6 +250,15 @@ def test_a_streamed_run_waits_for_what_is_read_again_where_pages_of_libraries_ha
     assert seconds[0] > seconds[1] > seconds[2] == seconds[3]
 
 
+def test_a_streamed_base_waits_for_the_disk_only_where_its_blocks_do_not_stay_in_memory(demand):
+    asked = demand(stream=True, recompute=0, micro_tokens=64)
+    size = asked.outline.layers * asked.block_bytes(Choice(64, stream=True))
+    tight, clock = needed(asked, Choice(64, stream=True)), Clock(asked, PACE)
+    clock.__dict__["disk_bytes_per_second"] = size / 10
+    seconds = [make_plan(asked, room(tight + more), clock).step_seconds for more in (size - 1, size, 10**12)]
+    assert seconds[0] > 20 > 1 > seconds[1] == seconds[2]
+
+
 def test_what_the_user_set_is_not_changed(demand):
     asked = demand(micro_tokens=512, recompute=0, stream=False, quant="none")
     peak = needed(asked, Choice(512))
