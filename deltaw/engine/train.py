@@ -25,6 +25,7 @@ from deltaw.base.load import WAYS, Base
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
 from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader, loader_of
+from deltaw.disk import disk_errors
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.clock import WrittenClock
 from deltaw.engine.evaluate import held_out_loss
@@ -382,7 +383,8 @@ def train(
             probe(trainer)
         if before is not None:
             before(trainer)
-        run.forgetting.unlink(missing_ok=True)  # it tells of factors that will be others
+        with disk_errors("write", run.folder):
+            run.forgetting.unlink(missing_ok=True)  # it tells of factors that will be others
         trainer.metrics = MetricsLog(run.metrics, trainer.progress.step, trackers)
         watcher.start(trainer)
         try:

@@ -51,13 +51,13 @@ def labelled_loss(
     return _LabelledLoss.apply(h_NH, head, targets_N, weights_N, rows, *factors)
 
 
-@torch.no_grad()
 def log_probabilities(logits_NV: Tensor) -> Tensor:
     """log p of every token, [N, V]. Not by torch's log_softmax: in fp32, its sum over a vocabulary is 1e-5 off."""
     below = logits_NV - logits_NV.amax(-1, keepdim=True)
     return below - below.logsumexp(-1, keepdim=True)
 
 
+@torch.no_grad()
 def token_losses(
     h_NH: Tensor,
     head: Head,
