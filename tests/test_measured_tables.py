@@ -41,10 +41,13 @@ def test_what_is_said_of_plans_is_what_the_grid_measured(monkeypatch):
     said = f"{fitted} of the {len(found['rows'])} are those by which its constants were chosen"
     assert said in " ".join((ROOT / "README.md").read_text().split())
     held_out, chosen_by = found["errors"]["held out"], found["errors"]["fitted"]
-    assert chosen_by["peak_most_under"] < 0.0285 < 0.03
-    low = [row["name"] for row in found["rows"] if row["peak_error"] < -0.03]
-    assert low == ["qwen3-0.6b r16 256 --stream", "qwen3-1.7b r16 128 --quant nf4 --stream"], "the README names them"
-    assert held_out["peak_most_under"] == found["errors"]["all"]["peak_most_under"]
+    low = sorted(-row["peak_error"] for row in found["rows"] if row["peak_error"] < -0.03)
+    assert len(low) == 2 and low[-1] == held_out["peak_most_under"], "the README names them"
+    said = (
+        f"none is planned more than {100 * chosen_by['peak_most_under']:.1f} % too low, of the others two: streamed bases "
+        f"with a vocabulary of 152,000, by {100 * low[0]:.1f} and {100 * low[1]:.1f} %"
+    )
+    assert said in " ".join((ROOT / "README.md").read_text().split())
     assert {case.name for case in plan_accuracy.CASES} == {row["name"] for row in found["rows"]}
     guide = (ROOT / "docs" / "guides" / "memory.md").read_text()
     assert plan_accuracy.table(found["rows"]) in guide
