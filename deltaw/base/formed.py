@@ -95,21 +95,23 @@ class Cast:
 class _Widened:
     """W of one layer in fp32, at each call from what gives it otherwise."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, buffers: Buffers) -> None:
         self.tensors: Sequence[Tensor] = list(stored_tensors(layer))
         self.dtype = torch.float32
         self._read = layer.__dict__.get(READER) or partial(getattr, layer, "weight")
+        self._buffers = buffers
 
     def __call__(self) -> Tensor:
-        return self._read().to(self.dtype)
+        weight = self._read()
+        return self._buffers.lend(weight.shape, self.dtype, weight.device).copy_(weight)
 
 
 @contextlib.contextmanager
 def widened(layers: Iterable[nn.Linear]) -> Iterator[None]:
     """While inside, these layers have the weights that they have in fp32, and compute in it."""
-    before = [(layer, layer.__class__, layer.__dict__.get(READER), layer.bias) for layer in layers]
+    before, buffers = [(layer, layer.__class__, layer.__dict__.get(READER), layer.bias) for layer in layers], Buffers()
     for layer, _, _, bias in before:
-        layer.__dict__[READER] = _Widened(layer)
+        layer.__dict__[READER] = _Widened(layer, buffers)
         layer.__class__ = FormedLinear
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(torch.float32), requires_grad=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -155,6 +157,29 @@ def test_in_bf16_the_proof_compares_in_fp32_what_is_stored_and_leaves_it_as_it_w
         assert layer.__class__ is kind_before and layer.__dict__ == attributes
         assert layer.weight is weight and layer.bias is bias
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_proof_forms_weights_in_memory_that_does_not_grow_with_the_blocks():
+    """In a process of its own: how far the proof raises its high-water mark, beside all blocks in fp32."""
+    code = (
+        "import torch, transformers\n"
+        "from deltaw.base import forward\n"
+        "from deltaw.base.proof import prove_decoder\n"
+        "from deltaw.hardware import peak_rss_bytes\n"
+        "torch.set_default_dtype(torch.bfloat16)\n"
+        "sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=16, vocab_size=512)\n"
+        "model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=8, **sizes))\n"
+        "model.requires_grad_(False)\n"
+        "torch.set_default_dtype(torch.float32)\n"
+        "assert forward.prove(model) is None\n"
+        "before = peak_rss_bytes()\n"
+        "decoder, reason = prove_decoder(model)\n"
+        "assert decoder is not None, reason\n"
+        "print(peak_rss_bytes() - before, 4 * sum(weight.numel() for weight in model.model.layers.parameters()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    raised, blocks = map(int, done.stdout.split())
+    assert 0 < raised < blocks / 4, (raised, blocks)
 
 
 def test_kernels_that_are_wrong_in_bf16_alone_are_found_out(monkeypatch):
