@@ -297,7 +297,9 @@ def _put(settings: Settings, field: dataclasses.Field[Any], raw: Any, source: st
     try:
         settings.put(field.name, _convert(field, raw), source)
     except (TypeError, ValueError, OverflowError) as error:
-        faults.append(f"{field.name} = {raw!r}: {error}")
+        words = field.default == AUTO and not field.metadata["choices"]  # the help names those it takes too
+        about = field.metadata["help"].rstrip(".") if words else ""
+        faults.append(f"{field.name} = {raw!r}: {error}" + (f" ({about})" if about else ""))
 
 
 def _convert(field: dataclasses.Field[Any], raw: Any) -> Any:

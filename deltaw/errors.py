@@ -16,6 +16,10 @@ DeltawError, give it an exit code and a line in this drawing. Broken invariants 
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
+
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 
@@ -59,6 +63,15 @@ class DiskError(DeltawError):
     """A file could not be written completely."""
 
     exit_code = 5
+
+
+def command(rest: str) -> str:
+    """The command line to go on with, as this user calls deltaw: by its name, or, where no shell finds that, as now."""
+    called = Path(sys.argv[0])
+    as_module = called.parts[-2:] == ("deltaw", "__main__.py")
+    if shutil.which("deltaw") is not None or not (as_module or called.name == "deltaw"):
+        return f"deltaw {rest}"
+    return f"{Path(sys.executable).name} -m deltaw {rest}" if as_module else f"{called} {rest}"
 
 
 class Interrupted(BaseException):

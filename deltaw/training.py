@@ -13,7 +13,7 @@ from deltaw.demonstration import train_demo
 from deltaw.disk import write_text
 from deltaw.engine.run import ENDED, Run, create_run, open_run
 from deltaw.engine.watcher import Watcher
-from deltaw.errors import UsageError
+from deltaw.errors import UsageError, command
 from deltaw.ranks import rank as rank_of
 
 MEASURED = "train --rank measure"  # in the summary of a run whose rank is measured when it has ended
@@ -52,7 +52,8 @@ def _resume(run: Run, watcher: Watcher) -> Run:
     elif known.get("status") in ENDED:
         watcher.say(f"{run.folder} has ended already; nothing is left to do.")
     elif known.get("verb") == "sweep":
-        raise UsageError(f"{run.folder} is a part of a sweep; go on with: deltaw sweep --resume {run.folder.parent}")
+        whole = command(f"sweep --resume {run.folder.parent}")
+        raise UsageError(f"{run.folder} is a part of a sweep; go on with: {whole}")
     elif known.get("verb") == "demo":
         train_demo(run, run.settings(), watcher, resume=True)
     else:

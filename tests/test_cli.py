@@ -27,6 +27,7 @@ from deltaw.config import settings_fields
 from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint
 from deltaw.engine.log import read_metrics
 from deltaw.engine.run import open_run
+from deltaw.errors import command
 
 STEP_KEYS = ["step", "loss", "tokens", "computed_tokens", "trained_tokens", "seconds", "lr", "grad_norm", "peak_bytes"]
 EVALUATION_KEYS = ["step", "eval_loss", "eval_tokens", "eval_seconds"]
@@ -144,13 +145,33 @@ def test_the_run_folder_stands_within_a_second_with_absolute_paths(stopped_twice
     assert first["config"]["model"]["value"] == str(llama_folder) and first["config"]["lr"]["source"] == "given"
 
 
+@pytest.mark.parametrize(
+    ("called", "found", "says"),
+    [
+        ("/somewhere/.venv/bin/deltaw", False, "/somewhere/.venv/bin/deltaw"),
+        ("/somewhere/.venv/bin/deltaw", True, "deltaw"),
+        ("/somewhere/deltaw/__main__.py", False, f"{Path(sys.executable).name} -m deltaw"),
+        ("/somewhere/pytest/__main__.py", False, "deltaw"),
+        ("my_script.py", False, "deltaw"),
+    ],
+)
+def test_commands_to_go_on_with_are_spelt_as_this_user_calls_deltaw(called, found, says, monkeypatch, tmp_path):
+    if found:
+        (tmp_path / "deltaw").write_text("#!/bin/sh\n")
+        (tmp_path / "deltaw").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [called])
+    assert command("chat run") == f"{says} chat run"
+
+
 def test_signals_end_a_run_with_their_exit_code_and_say_how_to_go_on(stopped_twice):
     out, (first, second) = stopped_twice
     assert (first["code"], second["code"]) == (143, 130)
     assert "Stopping; the state will be saved" in first["talk"]
     for seen in (first, second):
         assert seen["output"] == "" and ESCAPE not in seen["talk"] and "Traceback" not in seen["talk"]
-        assert seen["talk"].splitlines()[-1].endswith(f"Go on with: deltaw train --resume {out}")
+        said = rf"Go on with: (python\S* -m )?deltaw train --resume {re.escape(str(out))}"
+        assert re.search(said + "$", seen["talk"].splitlines()[-1])
     assert open_run(out).read_summary()["status"] == "interrupted" and list_checkpoints(out / "checkpoints")
 
 

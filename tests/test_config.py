@@ -133,7 +133,8 @@ def test_all_faults_are_listed_at_once_with_the_nearest_name():
         "  - recipe: unknown setting 'batch-token'; did you mean 'batch_tokens'?",
         "  - given: unknown setting 'learning_rat'",
         "  - given: unknown setting 'rnak'; did you mean 'rank'?",
-        "  - rank = 1.5: must be a whole number",
+        "  - rank = 1.5: must be a whole number (Rank r of the update, or auto; for the verbs train and plan also "
+        "measure)",
         "  - dtype = 'float16': must be one of auto, float32, bfloat16",
         "  - steps = -1: must be above 0",
     ]

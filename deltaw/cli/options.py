@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -96,14 +93,6 @@ def reading_of(options: dict[str, Any]) -> dict[str, Any]:
     """How data files are read: columns, allow and allow_lost of the options, or their defaults; takes them out."""
     given = make_settings(given_of({name: options.pop(name) for name in READING}))
     return {name: getattr(given, name) for name in READING}
-
-
-def command() -> str:
-    """How the user calls deltaw: by its name, or, where the shell does not find that, as it was called now."""
-    called = Path(sys.argv[0])
-    if shutil.which("deltaw") is not None or called.name not in ("deltaw", "__main__.py"):
-        return "deltaw"
-    return str(called) if called.name == "deltaw" else f"{Path(sys.executable).name} -m deltaw"
 
 
 def say(text: str) -> None:

@@ -9,7 +9,6 @@ import click
 
 from deltaw.cli.group import main
 from deltaw.cli.options import (
-    command,
     given_of,
     json_option,
     machine_of,
@@ -20,7 +19,7 @@ from deltaw.cli.options import (
     settings_options,
 )
 from deltaw.config import LENGTHS, Settings, make_settings, read_recipe
-from deltaw.errors import UsageError
+from deltaw.errors import UsageError, command
 
 MEASURE = "measure"  # of --rank
 
@@ -61,7 +60,7 @@ def _show_demo(summary: dict[str, Any]) -> None:
     })  # fmt: skip
     console.print("\nTry next:", highlight=False)
     for verb in (f"chat {summary['run']}", f"merge {summary['run']} --out merged", "train --data your-chats.jsonl"):
-        console.print(f"  {command()} {verb}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {command(verb)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @main.command()
@@ -159,7 +158,7 @@ def _finish_training(resume: Path | None, settings: Settings | None, run: Any, q
         **_as_planned(summary),
         "adapter": str(run.adapter),
         "report": str(run.report),
-        "next": f"{command()} chat {run.folder}",
+        "next": command(f"chat {run.folder}"),
     })  # fmt: skip
 
 

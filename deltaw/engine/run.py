@@ -26,7 +26,7 @@ from deltaw.data.findings import refuse_unknown
 from deltaw.data.formats import parse_sources
 from deltaw.data.source import Source
 from deltaw.disk import disk_errors, write_text
-from deltaw.errors import AdapterError, UsageError
+from deltaw.errors import AdapterError, UsageError, command
 
 CONFIG = "config.yaml"
 ENDED = ("done", "stopped early")  # what the summary says of a run that has nothing left to do
@@ -251,7 +251,7 @@ def adapter_folder(path: str | Path) -> Path:
     if not (path / "adapter").is_dir():
         raise AdapterError(
             f"The run {path} has no adapter yet: it was stopped before one was saved. Go on with: "
-            f"deltaw train --resume {path}"
+            + command(f"train --resume {path}")
         )
     return path / "adapter"
 

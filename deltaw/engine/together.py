@@ -161,7 +161,7 @@ class Together:
                 if not whole:
                     self.checkpoint()
         if not whole:
-            raise stopped(self, f"deltaw sweep --resume {self.folder}")
+            raise stopped(self, f"sweep --resume {self.folder}")
         for index, cell in enumerate(self.cells):
             last = self._slice(index).clone()
             self._write(index, last, cell.run.last)

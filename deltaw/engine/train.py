@@ -44,6 +44,7 @@ from deltaw.errors import (
     NotFiniteError,
     UsageError,
     bullet_list,
+    command,
 )
 
 SPIKE, SPIKE_WINDOW = 4.0, 20
@@ -393,7 +394,7 @@ def train(
             watcher.stop()
             trainer.metrics.close()
         if not whole:
-            raise stopped(trainer, f"deltaw train --resume {run.folder}")
+            raise stopped(trainer, f"train --resume {run.folder}")
         trainer.finish()
         run.tidy()
         return trainer
@@ -449,10 +450,10 @@ def abandonable(trainer: Stoppable) -> Iterator[None]:
         trainer.progress.abandonable = False
 
 
-def stopped(trainer: Stoppable, command: str) -> Interrupted:
-    """What a loop that a signal ended raises: its exit code, and the command that goes on."""
+def stopped(trainer: Stoppable, verb: str) -> Interrupted:
+    """What a loop that a signal ended raises: its exit code, and the command that goes on, by its verb."""
     code = EXIT_TERMINATED if trainer.signal == signal.SIGTERM else EXIT_INTERRUPTED
-    return Interrupted(code, f"Stopped after step {trainer.progress.step}. Go on with: {command}")
+    return Interrupted(code, f"Stopped after step {trainer.progress.step}. Go on with: {command(verb)}")
 
 
 @contextmanager
