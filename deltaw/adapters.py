@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from deltaw.analysis.weights import beside
 from deltaw.api import base_of, open_adapter, train_run
 from deltaw.base.formed import stored_dtype
 from deltaw.base.save import require_new
-from deltaw.config import make_settings, parse_bytes
+from deltaw.config import make_settings, parse_bytes, parted
 from deltaw.engine.heldout import HeldOut, Progress
 from deltaw.engine.run import adapter_folder, create_run, run_of
 from deltaw.engine.watcher import Watcher
@@ -59,9 +59,6 @@ def compress(
     heal: int | None = None,
     train_data: Sequence[str | Path] = (),
     model: str | None = None,
-    columns: Sequence[str] = (),
-    allow_lost: float = 0.01,
-    allow: Sequence[str] = (),
     say: Say = lambda _: None,
     progress: Progress | None = None,
     watcher: Watcher | None = None,
@@ -73,6 +70,7 @@ def compress(
     `keep` (the share of the gain in held-out loss that must be kept, by the lower end of its interval) decides; the
     latter two choose ranks layer by layer. With `data` the held-out loss is measured before and after, and `keep` needs
     it; without, no base is opened. `heal` trains the result for so many steps on `train_data`. The dtype stays.
+    Options: those of `evaluate`.
     Raises UsageError, AdapterError or DataError, and writes nothing then.
     """
     if [rank, keep, budget].count(None) != 2:
@@ -88,7 +86,7 @@ def compress(
     with tempfile.TemporaryDirectory() as folder:
         held_out = None
         if data:
-            held_out = open_held_out(path, data, model, Path(folder), columns, allow_lost, allow, say, **options)
+            held_out = open_held_out(path, data, model, Path(folder), say, **options)
         before = np.zeros(0) if held_out is None else held_out.curve_losses([None, adapter])
         if rank is not None:
             ranks = uniform_ranks(adapter, rank)
@@ -100,16 +98,14 @@ def compress(
         made = truncate(adapter, ranks, known)
         if heal is not None:
             name = model or base_of(Path(path), adapter)
-            alike = {**_healed_alike(Path(path), adapter), **options}
-            alike |= {"columns": columns} if columns else {}
-            alike["allow"] = sorted({*alike.get("allow", ()), *allow})
-            alike["allow_lost"] = max(alike.get("allow_lost", 0.0), allow_lost)
+            alike = _healed_alike(Path(path), adapter, options)
             made = _healed(made, name, heal, train_data, Path(folder), watcher or Watcher(), alike)
         measured = {} if held_out is None else _before_and_after(held_out, before, made)
     write_adapter(made, Path(out))
     return {
         "folder": str(out),
         "variant": _what_became(adapter),
+        "one_scale": made.spec.one_scale,
         "ranks": {"least": min(ranks.values()), "most": max(ranks.values())},
         "parameters": made.parameters,
         "parameters_before": adapter.parameters,
@@ -210,8 +206,11 @@ HEALED_ALIKE = ("batch_tokens", "max_length", "train_on", "columns", "allow", "a
 FITTED = ("dtype", "micro_tokens", "recompute", "stream", "quant")
 
 
-def _healed_alike(path: Path, adapter: Adapter) -> dict[str, Any]:
-    """The settings that healing takes from the run that the adapter is of, or from what the adapter says of it."""
+def _healed_alike(path: Path, adapter: Adapter, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that healing takes from the run that the adapter is of, or from what the adapter says of it.
+
+    Options that were given win; what is put up with in the data is what either puts up with.
+    """
     run = run_of(path)
     if run is None:  # nobody knows who chose them
         known, names = adapter.settings, list(HEALED_ALIKE)
@@ -220,7 +219,12 @@ def _healed_alike(path: Path, adapter: Adapter) -> dict[str, Any]:
         known, names = vars(settings), [*HEALED_ALIKE, *filter(settings.asked_for, FITTED)]
     if known.get("quant", "none") != "none":
         names.append("quant")  # the base that it was trained on
-    return {name: known[name] for name in names if known.get(name) is not None}
+    alike = {name: known[name] for name in names if known.get(name) is not None}
+    read, machine = parted(options)
+    alike |= {**machine, **{name: value for name, value in read._asdict().items() if value}}
+    alike["allow"] = sorted({*known.get("allow", ()), *read.allow})
+    alike["allow_lost"] = max(known.get("allow_lost", 0.0), read.allow_lost)
+    return alike
 
 
 def _healed(

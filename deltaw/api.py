@@ -32,7 +32,7 @@ from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN
 from deltaw.base.formed import stored_dtype
 from deltaw.base.save import check_merged, require_new, write_merged
-from deltaw.config import AUTO, DEFAULT_MAX_LENGTH, Settings, make_settings, parse_bytes
+from deltaw.config import AS_TRAINED, AUTO, DEFAULT_MAX_LENGTH, Reading, Settings, make_settings, parse_bytes, parted
 from deltaw.data.chat import Encoder
 from deltaw.data.formats import Row, parse_sources, read_rows
 from deltaw.data.prepare import DataSet, prepare
@@ -73,12 +73,14 @@ class Model:
     ) -> None:
         self.base, self.injection, self.known = base, injection, known
 
-    def encoder(self, allow: Sequence[str] = ()) -> Encoder:
-        """What makes tokens of rows as the adapter's training did."""
-        longest = int(self.known.get("max_length", min(self.base.context_tokens, DEFAULT_MAX_LENGTH)))
-        day, allowed = self.known.get("date", AUTO), {*self.known.get("allow", ()), *allow}
+    def encoder(self, reading: Reading = AS_TRAINED) -> Encoder:
+        """What makes tokens of rows as the adapter's training did, but for what `reading` says."""
+        longest = reading.max_length or self.known.get("max_length", min(self.base.context_tokens, DEFAULT_MAX_LENGTH))
+        train_on = reading.train_on or self.known.get("train_on", "assistant")
+        day = reading.date or self.known.get("date", AUTO)
         today = None if day == AUTO else datetime.date.fromisoformat(day)
-        return Encoder(self.base.tokenizer, longest, self.known.get("train_on", "assistant"), allowed, today)
+        allowed = {*self.known.get("allow", ()), *reading.allow}
+        return Encoder(self.base.tokenizer, int(longest), train_on, allowed, today)
 
     @property
     def strength(self) -> float:
@@ -99,20 +101,17 @@ class Model:
             raise UsageError("There is no adapter whose strength could be set.")
 
     def generate(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> str:
-        """The answer to a prompt or a list of messages. Options: max_new_tokens, temperature, seed, on_text."""
+        """The answer to a prompt or a list of messages. Options: max_new_tokens, temperature, seed, on_text, on_cut."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return generate(self.base, messages, **options)
 
-    def evaluate(
-        self,
-        data: Sequence[str | Path],
-        progress: Progress | None = None,
-        allow_lost: float = 0.01,
-        columns: Sequence[str] = (),
-        allow: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with intervals."""
-        with self._encoded(data, allow_lost, columns, allow) as prepared:
+    def evaluate(self, data: Sequence[str | Path], progress: Progress | None = None, **reading: Any) -> dict[str, Any]:
+        """Loss, perplexity, exact match and, where answers are labels, accuracy over data files, with intervals.
+
+        `reading`: columns, allow, allow_lost, max_length, train_on and date, as for `train`; the last three are by
+        default those of the adapter's training.
+        """
+        with self._encoded(data, reading) as prepared:
             return evaluate_set(self.base, prepared, progress)
 
     def forgetting(
@@ -120,13 +119,11 @@ class Model:
         text: str | Path | None = None,
         strengths: Sequence[float] = STRENGTHS,
         data: Sequence[str | Path] = (),
-        allow_lost: float = 0.01,
-        columns: Sequence[str] = (),
-        allow: Sequence[str] = (),
+        **reading: Any,
     ) -> list[dict[str, Any]]:
         """Loss on neutral text and KL to the base at several strengths (deltaw/engine/forgetting.py).
 
-        With `data`, the loss on it at each strength too (`data_loss`).
+        With `data`, the loss on it at each strength too (`data_loss`); `reading` as for `evaluate`.
         """
         if self.injection is None:
             raise UsageError("There is no adapter, so nothing is forgotten.")
@@ -134,7 +131,7 @@ class Model:
         if data:
             usual = self.strength
             try:
-                with self._encoded(data, allow_lost, columns, allow) as prepared:
+                with self._encoded(data, reading) as prepared:
                     for row in rows:
                         self.strength = row["strength"]
                         row["data_loss"], _, _ = held_out_loss(self.base, prepared.store, EVALUATION_TOKENS, None)
@@ -143,13 +140,14 @@ class Model:
         return rows
 
     @contextlib.contextmanager
-    def _encoded(
-        self, data: Sequence[str | Path], allow_lost: float, columns: Sequence[str], allow: Sequence[str]
-    ) -> Iterator[DataSet]:
+    def _encoded(self, data: Sequence[str | Path], reading: Mapping[str, Any]) -> Iterator[DataSet]:
         """Data files as this adapter reads them, for as long as that is needed."""
+        read, rest = parted(reading)
+        if rest:
+            raise UsageError(f"Nothing of how data is read: {', '.join(rest)}; there is {', '.join(Reading._fields)}.")
         with tempfile.TemporaryDirectory() as folder:
-            sources = parse_sources(data, columns)
-            yield prepare(sources, self.encoder(allow), Path(folder), refuse_above=allow_lost, keep_rows=True)
+            sources = parse_sources(data, read.columns)
+            yield prepare(sources, self.encoder(read), Path(folder), refuse_above=read.allow_lost, keep_rows=True)
 
 
 def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None = None) -> dict[str, Any]:
@@ -159,26 +157,21 @@ def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None 
     return {**result, **counts, **({} if labels is None else {"labels": labels.names})}
 
 
-def load(name: str | Path, adapter: str | Path | None = None, **options: Any) -> Model:
+def load(name: str | Path | None = None, adapter: str | Path | None = None, **options: Any) -> Model:
     """Opens a base, and an adapter or run folder over it. Options: device, dtype, revision, threads, quant, stream.
 
-    `stream` "auto" (default) reads the base's blocks from its files where the memory does not suffice for all of it.
+    Without `name`, the base that the adapter was trained on. `stream` "auto" (default) reads the base's blocks from its
+    files where the memory does not suffice for all of it. Warns of a base that is not the one the adapter saw.
     """
-    value = None if adapter is None else read_adapter(adapter_folder(adapter))
-    base = base_load.load(name, **{"stream": AUTO, **options})
-    for line in [] if value is None else origin_warnings(value, base):
-        warnings.warn(line, stacklevel=2)
-    return _over(base, value)
-
-
-def _over(base: base_load.Base, adapter: Adapter | None) -> Model:
-    if adapter is None:
-        return Model(base, None)
-    return Model(base, inject(base.model, adapter, dtype=base.dtype), adapter.settings)
+    if adapter is not None:
+        return open_adapter(adapter, name, lambda line: warnings.warn(line, stacklevel=4), **options)
+    if name is None:
+        raise UsageError("Name a base, an adapter, or both.")
+    return Model(base_load.load(name, **{"stream": AUTO, **options}), None)
 
 
 def open_adapter(
-    path: str | Path, model: str | None = None, say: Callable[[str], None] = lambda _: None, **options: Any
+    path: str | Path, model: str | Path | None = None, say: Callable[[str], None] = lambda _: None, **options: Any
 ) -> Model:
     """An adapter or run over the base it was trained on, found by its origin unless `model` names one.
 
@@ -190,7 +183,7 @@ def open_adapter(
     base = base_load.load(model or base_of(Path(path), adapter), tell=say, **{"stream": AUTO, **options})
     for line in origin_warnings(adapter, base):
         say(line)
-    return _over(base, adapter)
+    return Model(base, inject(base.model, adapter, dtype=base.dtype), adapter.settings)
 
 
 def base_of(path: Path, adapter: Adapter) -> str:
@@ -353,6 +346,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.progress.step,
         "best_step": trainer.best_step,
         "best_eval_loss": trainer.best_loss if trainer.best_step else None,
+        "base_eval_loss": trainer.base_loss,
         "train_seconds": trainer.progress.seconds,
         "peak_bytes": engine.peak_of(trainer.run),
         "opened_bytes": trainer.opened_bytes,  # the peak until the base was open
@@ -382,8 +376,9 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
 
 
 def evaluate(path: str | Path, data: Sequence[str | Path], model: str | None = None, **options: Any) -> dict[str, Any]:
-    """`Model.evaluate` of an adapter or run folder over data files."""
-    return open_adapter(path, model, **options).evaluate(data)
+    """`Model.evaluate` of an adapter or run folder over data files. Options: those of `load`, and its own."""
+    read, machine = parted(options)
+    return open_adapter(path, model, **machine).evaluate(data, **read._asdict())
 
 
 # What rounding may change in a logit, as a share of the largest one, where all is fp32. In bf16 there is no such bound:
@@ -509,6 +504,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "rank": adapter.spec.rank,
         "alpha": adapter.spec.alpha,
         "variant": "DoRA" if adapter.spec.dora else "rsLoRA" if adapter.spec.rslora else "LoRA",
+        "one_scale": adapter.spec.one_scale,
         "parameters": adapter.parameters,
         "bytes": (folder / WEIGHTS).stat().st_size,
         "layers": _layer_kinds(adapter),
@@ -542,26 +538,45 @@ def _update_norm(adapter: Adapter, name: str) -> float:
     return math.sqrt(max(0.0, inner_product(adapter, adapter, name)))
 
 
-def answers(model: Model, prompt: str | None, data: Sequence[str | Path], **options: Any) -> Iterator[dict[str, Any]]:
-    """An answer to the prompt, and to every row of the data files.
+def answers(
+    model: Model,
+    prompt: str | None,
+    data: Sequence[str | Path],
+    *,
+    system: str | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """An answer to the prompt, and to every row of the data files; `cut_at` tells after how many tokens it was cut.
 
-    Of a chat, the last answer is left out and becomes the `reference`; a text is asked as it stands. A row that cannot
-    be used or answered gets an `error` instead.
+    Of a chat, the last answer, where it has one, is left out and becomes the `reference`; a text is asked as it stands.
+    `system` stands before the prompt, and before rows that have no system message. A row that cannot be used or
+    answered gets an `error` instead. Options: `columns` as for `train`, and those of `Model.generate`.
     """
+    read, options = parted(options)
+    before = [] if system is None else [{"role": "system", "content": system}]
     if prompt is not None:
-        yield {"prompt": prompt, "answer": model.generate(prompt, **options)}
-    for row in read_rows(parse_sources(data)):
+        yield {"prompt": prompt, **_said(model, [*before, {"role": "user", "content": prompt}], options)}
+    for row in read_rows(parse_sources(data, read.columns), to_answer=True):
         where = {"file": row.file, "row": row.number}
-        yield {**where, "error": row.reason} if isinstance(row, Fault) else {**where, **_answer(model, row, options)}
+        found = {"error": row.reason} if isinstance(row, Fault) else _answer(model, row, before, options)
+        yield {**where, **found}
 
 
-def _answer(model: Model, row: Row, options: dict[str, Any]) -> dict[str, Any]:
+def _answer(model: Model, row: Row, before: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
     if row.tokens:
         return {"error": "it holds tokens; an answer needs a text or messages"}
     messages = list(row.messages) or [{"role": "user", "content": row.text}]
     known = messages.pop().get("content") if messages[-1]["role"] == "assistant" else None
+    if not messages or messages[0]["role"] != "system":
+        messages = [*before, *messages]
     try:
-        answer = model.generate(messages, tools=row.tools, **options)
+        said = _said(model, messages, {"tools": row.tools, **options})
     except DataError as error:
         return {"error": str(error)}
-    return {"answer": answer, **({} if known is None else {"reference": known})}
+    return {**said, **({} if known is None else {"reference": known})}
+
+
+def _said(model: Model, messages: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
+    cut: list[int] = []
+    answer = model.generate(messages, on_cut=cut.append, **options)
+    return {"answer": answer, **({"cut_at": cut[0]} if cut else {})}

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -401,6 +401,28 @@ def parse_pattern(entries: tuple[str, ...], kind: type) -> dict[str, Any]:
     return found
 
 
+class Reading(NamedTuple):
+    """How data files are read where an adapter is measured; None: as those it was trained on."""
+
+    columns: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    allow_lost: float = 0.01
+    max_length: int | None = None
+    train_on: str | None = None
+    date: str | None = None
+
+
+AS_TRAINED = Reading()
+
+
+def parted(options: Mapping[str, Any]) -> tuple[Reading, dict[str, Any]]:
+    """(how data is read, the other options) of keywords that are spelt as for `train`. Raises UsageError."""
+    given = {name: value for name, value in options.items() if name in Reading._fields and value is not None}
+    settings = make_settings(given)
+    read = {name: getattr(settings, name) for name in given if getattr(settings, name) != AUTO}
+    return Reading(**read), {name: value for name, value in options.items() if name not in Reading._fields}
+
+
 _UNITS = {
     **{unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
     **{unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib", "tib"), 1)},
@@ -462,7 +484,8 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises UsageError when it is no such file.
 
-    Paths of what exists (data, adapters, a model folder) are relative to the file; `out` is relative to where one is.
+    Of a run's config.yaml, those that someone asked for, but for `out`: the same again. Paths of what exists (data,
+    adapters, a model folder) are relative to the file; `out` is relative to where one is.
     """
     try:
         values = yaml.load(path.read_text("utf-8"), _Loader) or {}
@@ -470,6 +493,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read as a YAML recipe: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold settings as `name: value`, not {type(values).__name__}.")
+    if values and all(isinstance(each, dict) and each.keys() == {"value", "source"} for each in values.values()):
+        asked = {name: each["value"] for name, each in values.items() if each["source"] in ("given", "recipe")}
+        values = {name: value for name, value in asked.items() if name != "out"}
     paths = {field.name for field in settings_fields() if field.metadata["path"]}
     return {
         name: _beside(path.parent, value, str(name)) if str(name).replace("-", "_") in paths else value

@@ -19,7 +19,7 @@ from deltaw.analysis.curve import Curve, Needed, half_of, retained_gain
 from deltaw.analysis.spectrum import ranks_of, spectra
 from deltaw.analysis.truncate import Spectra, ranks_within, truncate
 from deltaw.api import EVALUATION_TOKENS, Model, open_adapter
-from deltaw.config import AUTO
+from deltaw.config import AS_TRAINED, AUTO, Reading, parted
 from deltaw.data.formats import parse_sources
 from deltaw.data.prepare import prepare
 from deltaw.engine.heldout import HeldOut, Progress
@@ -44,9 +44,6 @@ def rank(
     everything: bool = False,
     seconds: float | None = None,
     orders: bool = False,
-    columns: Sequence[str] = (),
-    allow_lost: float = 0.01,
-    allow: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
     **options: Any,
@@ -55,16 +52,16 @@ def rank(
 
     Without `data`, what the run held out itself serves, which chose its best adapter too. As many documents as fit into
     `seconds` (default: 15 % of the run's training time) are measured, all of them with `everything`. `orders` compares
-    ways to choose directions at equal numbers of parameters. Returns `points` (rank, numbers, loss, gain, low, high),
-    `needed` at 95 and 99 % of the gain, `verdict`, and what it is based on. Raises DataError and AdapterError as
-    `evaluate` does, and UsageError where there is nothing to measure on.
+    ways to choose directions at equal numbers of parameters. Options are those of `evaluate`. Returns `points` (rank,
+    numbers, loss, gain, low, high), `needed` at 95 and 99 % of the gain, `verdict`, and what it is based on. Raises
+    DataError and AdapterError as `evaluate` does, and UsageError where there is nothing to measure on.
     """
     since = time.monotonic()
     adapter = read_adapter(adapter_folder(path))
     if orders:
         require_plain(adapter)
     with tempfile.TemporaryDirectory() as folder:
-        held_out = open_held_out(path, data, model, Path(folder), columns, allow_lost, allow, say, **options)
+        held_out = open_held_out(path, data, model, Path(folder), say, **options)
         ordering = _set_apart(held_out) if orders else 0
         known = spectra(adapter)
         ladder = ladder_of(known)
@@ -93,9 +90,6 @@ def open_held_out(
     data: Sequence[str | Path],
     model: str | None,
     folder: Path,
-    columns: Sequence[str] = (),
-    allow_lost: float = 0.01,
-    allow: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> HeldOut:
@@ -103,13 +97,16 @@ def open_held_out(
 
     Without `data`, those that the run held out. UsageError when it held out none, its data changed, or there is no run.
     """
+    read, machine = parted(options)
     if not data:
-        return _of_run(Path(path), say, {**options, **({} if model is None else {"model": model})})
-    opened: Model = open_adapter(path, model, say, **options)
+        if read != AS_TRAINED:
+            raise UsageError(f"{', '.join(Reading._fields)} say how --data FILE is read; give it, or leave them out.")
+        return _of_run(Path(path), say, {**machine, **({} if model is None else {"model": model})})
+    opened: Model = open_adapter(path, model, say, **machine)
     assert opened.injection is not None
     opened.injection.eject()
-    encoder = opened.encoder(allow)
-    prepared = prepare(parse_sources(data, columns), encoder, folder, refuse_above=allow_lost)
+    sources = parse_sources(data, read.columns)
+    prepared = prepare(sources, opened.encoder(read), folder, refuse_above=read.allow_lost)
     return HeldOut(opened.base, prepared.store, EVALUATION_TOKENS)
 
 

@@ -189,6 +189,8 @@ def _summary(index: int, together: Together) -> dict[str, Any]:
         "best_eval_loss": cell.best_loss if cell.best_step else None,
         "train_seconds": sum(line.get("seconds", 0.0) for line in read_metrics(cell.run.metrics)),
         "peak_bytes": peak_of(cell.run),
+        "way": together.ready.base.way,
+        "slow_reason": together.ready.base.plain_reason or together.ready.base.slow_reason,
         "data": {name: part.as_dict() for name, part in together.ready.data.items()},
     }
 

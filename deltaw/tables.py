@@ -11,7 +11,7 @@ from deltaw.analysis.curve import FEWEST
 from deltaw.report.adapter_page import compared_notes
 from deltaw.report.quantities import DASH, is_number
 from deltaw.report.sweep_page import HEADINGS, cautions, cell_row, peak_of
-from deltaw.terminal import human_bytes, human_seconds, pairs, percent, plain_table
+from deltaw.terminal import human_bytes, human_seconds, pairs, percent, plain_table, served_elsewhere
 
 
 def rank_page(console: Console, found: dict[str, Any]) -> None:
@@ -75,6 +75,8 @@ def compress_page(console: Console, record: dict[str, Any]) -> None:
             lines["gain kept"] = f"{percent(record['retained_gain'])} ({percent(low)} – {percent(high)})"
             if record["chosen_by_gain"]:
                 lines["gain kept"] += "; these documents chose the ranks, so others may keep a little less"
+    if not record["one_scale"]:
+        lines["elsewhere"] = served_elsewhere(record["folder"], record["variant"], most)
     pairs(console, lines)
 
 

@@ -275,8 +275,20 @@ def inspect_page(console: Console, facts: dict[str, Any]) -> None:
     """Where an adapter comes from, and one line per kind of adapted layer."""
     size = f"{facts['parameters'] / 1e6:.2f}M parameters, {human_bytes(facts['bytes'])}"
     origin = {name: value for name, value in facts["origin"].items() if name not in ("config", "template_examples")}
-    pairs(console, {"adapter": f"{facts['folder']} ({facts['variant']}, {size})", **origin})
+    most = max(layer["rank"] for layer in facts["layers"])
+    served = {} if facts["one_scale"] else {"elsewhere": served_elsewhere(facts["folder"], facts["variant"], most)}
+    pairs(console, {"adapter": f"{facts['folder']} ({facts['variant']}, {size})", **served, **origin})
     inspect_table(console, facts["layers"])
+
+
+def served_elsewhere(folder: str, variant: str, rank: int) -> str:
+    """What to do where a server knows one r and one alpha for all layers, and this adapter says more than that."""
+    if variant.startswith("DoRA"):
+        return f"few servers know DoRA; all know the model that deltaw merge {folder} --out FOLDER writes"
+    return (
+        "PEFT reads it; some servers take one rank and alpha for all layers, and would scale some wrongly. "
+        f"The same for them: deltaw compress {folder} --rank {rank} --out FOLDER"
+    )
 
 
 def inspect_table(console: Console, layers: list[dict[str, Any]]) -> None:
@@ -496,11 +508,15 @@ def visible(text: str) -> str:
     return text.translate(_PICTURES)
 
 
-def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
-    """Reads prompts from `lines` and streams the answers of base and adapter; each keeps its own conversation."""
+def chat_loop(console: Console, model: Any, lines: TextIO, system: str | None = None, **sampling: Any) -> None:
+    """Reads prompts from `lines` and streams the answers of base and adapter; each keeps its own conversation.
+
+    Every conversation begins with the `system` message; `sampling` as for `Model.generate`.
+    """
     _print(console, CHAT_HELP)
     speakers, strength = ["base", "adapter"], 1.0
-    histories: dict[str, list[dict[str, str]]] = {"base": [], "adapter": []}
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    histories: dict[str, list[dict[str, str]]] = {"base": beginning[:], "adapter": beginning[:]}
     while True:
         console.print("> ", end="")
         line = lines.readline()
@@ -512,7 +528,7 @@ def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
         if text in ("/base", "/adapter", "/both"):
             speakers = ["base", "adapter"] if text == "/both" else [text[1:]]
         elif text == "/new":
-            histories = {"base": [], "adapter": []}
+            histories = {"base": beginning[:], "adapter": beginning[:]}
         elif text.split()[:1] == ["/scale"]:
             strength = _scale(console, text, strength)
         elif text.startswith("/"):
@@ -520,7 +536,7 @@ def chat_loop(console: Console, model: Any, lines: TextIO) -> None:
         elif text:
             for speaker in speakers:
                 model.strength = 0.0 if speaker == "base" else strength
-                _answer(console, model, speaker, histories[speaker], text)
+                _answer(console, model, speaker, histories[speaker], text, sampling)
 
 
 def _print(console: Console, text: str, end: str = "\n") -> None:
@@ -541,11 +557,16 @@ def _scale(console: Console, text: str, strength: float) -> float:
     return wanted
 
 
-def _answer(console: Console, model: Any, speaker: str, history: list[dict[str, str]], text: str) -> None:
+def _answer(
+    console: Console, model: Any, speaker: str, history: list[dict[str, str]], text: str, sampling: dict[str, Any]
+) -> None:
     console.print(f"{speaker}: ", end="", style="bold" if speaker == "adapter" else "dim")
     asked = [*history, {"role": "user", "content": text}]
+    cut: list[int] = []
     try:
-        answer = model.generate(asked, on_text=lambda piece: _print(console, piece, end=""))
+        answer = model.generate(
+            asked, on_text=lambda piece: _print(console, piece, end=""), on_cut=cut.append, **sampling
+        )
     except DeltawError as error:  # a conversation grown too long, say: /new helps, and chatting goes on
         _print(console, str(error))
         return
@@ -553,4 +574,4 @@ def _answer(console: Console, model: Any, speaker: str, history: list[dict[str, 
         _print(console, " …")
         return
     history[:] = [*asked, {"role": "assistant", "content": answer}]
-    console.print()
+    _print(console, f" … (cut at {cut[0]} tokens; --max-new-tokens allows more)" if cut else "")

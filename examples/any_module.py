@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deltaw import LoraSpec, choose, inject, new_adapter, write_adapter
+from deltaw import LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 
 torch.manual_seed(0)
 network = nn.Sequential(
@@ -34,5 +34,9 @@ for step in range(100):
 
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()) / "adapter"
 write_adapter(injection.extract(), folder)
+trained = network(images)
 injection.eject()
 print("saved:", sorted(path.name for path in folder.iterdir()))
+
+inject(network, read_adapter(folder))  # in another program, over the same network
+print("read back, the same outputs:", torch.allclose(network(images), trained, atol=1e-5))

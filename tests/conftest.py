@@ -18,13 +18,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import save_base
 
 from deltaw import training
-from deltaw.base.builtin import cache_folder
+from deltaw.base.builtin import BUILTIN, _is_complete, cache_folder
 
 # A cache of our own, so that nothing which is computed here was computed by an earlier session, and nothing of the user's
-# is touched; but for the built-in base, which would be fetched again.
+# is touched; but for the built-in base, or the file it is made of, which would be fetched again.
 CACHE = tempfile.TemporaryDirectory(prefix="deltaw-cache-")
-for entry in cache_folder().glob("smollm2-135m-v*"):
-    Path(CACHE.name, entry.name).symlink_to(entry)
+for entry in [
+    *filter(_is_complete, cache_folder().glob("smollm2-135m-v*")),
+    cache_folder() / BUILTIN["smollm2-135m"].wheel,
+]:
+    if entry.exists():
+        Path(CACHE.name, entry.name).symlink_to(entry)
 os.environ["DELTAW_CACHE"] = CACHE.name
 
 

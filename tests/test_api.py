@@ -21,6 +21,9 @@ from deltaw.adapter import read_adapter
 from deltaw.base import forward
 from deltaw.cli.runs import _show_demo
 from deltaw.config import make_settings
+from deltaw.engine import generate as generating
+from deltaw.engine import train as engine
+from deltaw.engine.prepare import origin_warnings
 from deltaw.engine.train import Watcher
 from deltaw.errors import AdapterError, BaseError, DataError, DiskError, Interrupted, UsageError
 
@@ -99,6 +102,14 @@ def test_an_adapter_is_evaluated_on_documents_as_long_and_with_the_day_as_in_its
     opened = api.open_adapter(run.folder)
     assert opened.encoder().max_length == 1000 and str(opened.encoder().today) == "2026-01-31"
     assert api.evaluate(run.folder, [data])["rows"] == 30
+    told = api.evaluate(run.folder, [data], train_on="all", max_length=500)
+    assert (told["rows_cut"], told["tokens"]) == (30, 30 * 499)
+    with pytest.raises(UsageError, match="max_length = 'long': must be a whole number"):
+        api.evaluate(run.folder, [data], max_length="long")
+    with pytest.raises(UsageError, match="Nothing of how data is read: rank"):
+        opened.evaluate([data], rank=3)
+    with pytest.raises(UsageError, match="say how --data FILE is read"):
+        ranks.rank(run.folder, max_length=500)
 
 
 def test_where_every_token_is_trained_no_accuracy_of_labels_is_made_up(tmp_path, llama_folder):
@@ -193,6 +204,30 @@ def test_another_base_of_the_same_shape_is_said(tiny_run, tmp_path):
     assert said[-1].endswith("but renders the adapter's three examples alike.")
 
 
+def test_a_base_stored_otherwise_than_in_training_is_said(tiny_run):
+    said, adapter = [], read_adapter(tiny_run.adapter)
+    known = {**adapter.settings, "quant": "nf4"}
+    adapter.origin["config"] = json.dumps(known)
+    base = api.load(tiny_run.settings().model, device="cpu", dtype="float32").base
+    (line,) = origin_warnings(adapter, base)
+    assert "over its base in nf4, and here the base is as it is" in line and "--quant nf4" in line
+    base.quant = "nf4"
+    assert origin_warnings(adapter, base) == said == []
+
+
+def test_the_adapter_alone_names_its_base_to_load(tiny_run):
+    opened = api.load(adapter=tiny_run.folder, device="cpu", dtype="float32")
+    assert opened.base.name == "tiny-llama" and opened.strength == 1.0
+    with pytest.raises(UsageError, match="a base, an adapter, or both"):
+        api.load()
+
+
+def test_base_paths_are_folders_for_other_tools(llama_folder):
+    assert deltaw.base_path(llama_folder) == llama_folder
+    with pytest.raises(BaseError, match="no such folder"):
+        deltaw.base_path("nowhere")
+
+
 def test_training_goes_on_from_an_adapter(tiny_run, llama_folder, chats, tmp_path):
     given = {name: value for name, value in QUICK.items() if name != "rank"}
     run = training.train(model=llama_folder, data=chats, out=tmp_path / "more", adapter=tiny_run.folder, **given)
@@ -221,7 +256,23 @@ def test_evaluating_a_run_agrees_with_its_own_evaluation(llama_folder, chats, tm
     numbers = api.evaluate(run.folder, [chats], device="cpu", dtype="float32")
     assert numbers["rows"] == 60
     assert {"loss", "perplexity", "exact_match", "exact_match_low", "exact_match_high", "seconds"} <= numbers.keys()
-    assert numbers["loss"] == pytest.approx(run.read_summary()["best_eval_loss"], rel=1e-5)
+    summary = run.read_summary()
+    assert numbers["loss"] == pytest.approx(summary["best_eval_loss"], rel=1e-5)
+    alone = api.load(llama_folder, device="cpu", dtype="float32").evaluate([chats])["loss"]
+    assert alone == pytest.approx(summary["base_eval_loss"], rel=1e-5) and alone > numbers["loss"]
+
+
+def test_a_signal_while_the_base_is_measured_ends_that_alone(llama_folder, chats, tmp_path, monkeypatch):
+    measured = engine.Trainer.measure_base
+
+    def signalled(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        measured(trainer)
+
+    monkeypatch.setattr(engine.Trainer, "measure_base", signalled)
+    run = training.train(model=llama_folder, data=chats, out=tmp_path / "run", **QUICK)
+    summary = run.read_summary()
+    assert (summary["status"], summary["base_eval_loss"]) == ("done", None) and run.adapter.is_dir()
 
 
 def test_a_base_that_takes_more_memory_than_is_free_is_streamed_and_said_to_be(tiny_run, chats, tmp_path, monkeypatch):
@@ -289,14 +340,30 @@ def test_answers_leave_the_last_answer_out_and_name_rows_that_cannot_be_used(tin
         "file": "rows.jsonl",
         "row": 1,
         "answer": model.generate("w1", max_new_tokens=3),
+        "cut_at": 3,
         "reference": "w2",
     }
     asked = model.generate([user, assistant, user], max_new_tokens=3)
-    assert found[1] == {"file": "rows.jsonl", "row": 2, "answer": asked}
-    assert found[2] == {"file": "rows.jsonl", "row": 3, "answer": found[0]["answer"]}
+    assert found[1] == {"file": "rows.jsonl", "row": 2, "answer": asked, "cut_at": 3}
+    assert found[2] == {"file": "rows.jsonl", "row": 3, "answer": found[0]["answer"], "cut_at": 3}
     assert "none of messages" in found[3]["error"] and "this base was made for 256" in found[4]["error"]
     (single,) = api.answers(model, "w1", [], max_new_tokens=3)
-    assert single == {"prompt": "w1", "answer": found[0]["answer"]}
+    assert single == {"prompt": "w1", "answer": found[0]["answer"], "cut_at": 3}
+    system = {"role": "system", "content": "w5"}
+    rows.write_text("".join(json.dumps({"messages": [*before, user]}) + "\n" for before in ([], [system])))
+    told = list(api.answers(model, "w1", [rows], system="w3", max_new_tokens=3))
+    wanted = [model.generate([{"role": "system", "content": text}, user], max_new_tokens=3) for text in ("w3", "w5")]
+    assert [answer["answer"] for answer in told] == [wanted[0], *wanted]
+
+
+def test_an_answer_that_came_to_its_end_is_not_cut(tiny_run, monkeypatch):
+    model = api.open_adapter(tiny_run.folder, device="cpu", dtype="float32")
+    cut: list[int] = []
+    model.generate("w1", max_new_tokens=5, on_cut=cut.append)
+    assert cut == [5]
+    monkeypatch.setattr(generating, "end_tokens", lambda base: list(range(base.vocabulary)))
+    model.generate("w1", max_new_tokens=5, on_cut=cut.append)
+    assert cut == [5]
 
 
 def test_a_finished_run_has_nothing_left_to_do(tiny_run):

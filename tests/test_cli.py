@@ -194,12 +194,13 @@ def test_a_run_stopped_twice_ends_as_one_that_never_was(stopped_twice, llama_fol
 def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(tmp_path, llama_folder, chats):
     out = tmp_path / "run"
     process = _start(*_training(llama_folder, chats, out, "--steps=2"))
-    _until((out / "config.yaml").exists)
+    _until((out / "summary.json").exists)
     process.send_signal(signal.SIGTERM)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in talk
     resumed = _run("train", "--resume", out)
-    assert resumed.exit_code == 0 and "No checkpoint yet: starting from step 0." in resumed.stderr
+    assert resumed.exit_code == 0, (talk, resumed.stderr)
+    assert "No checkpoint yet: starting from step 0." in resumed.stderr
 
 
 def test_a_reader_that_has_enough_is_no_error(tiny_run, monkeypatch, capfd):
@@ -388,7 +389,14 @@ def test_generate_answers_a_prompt_or_every_row(tiny_run, chats, tmp_path):
     common = (tiny_run.folder, "--max-new-tokens=3", "--device=cpu")
     answer = _run("generate", *common, "--prompt", "w1").stdout
     as_json = json.loads(_run("generate", *common, "--prompt", "w1", "--json").stdout)
-    assert as_json == {"prompt": "w1", "answer": answer.removesuffix("\n")}
+    assert as_json == {"prompt": "w1", "answer": answer.removesuffix("\n"), "cut_at": 3}
+    assert _run("generate", *common, "--prompt", "w1").stderr.endswith(
+        "cut at 3 tokens; --max-new-tokens allows more.\n"
+    )
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text(json.dumps({"question": "w1"}) + "\n")
+    (line,) = _run("generate", *common, "--data", renamed, "--columns", "text=question").stdout.splitlines()
+    assert json.loads(line)["answer"] == as_json["answer"]
     lines = [json.loads(line) for line in _run("generate", *common, "--data", rows).stdout.splitlines()]
     assert [line["row"] for line in lines] == [1, 2, 3] and all(line["reference"] for line in lines)
     assert json.loads(_run("generate", *common, "--data", rows, "--json").stdout) == lines
@@ -424,8 +432,12 @@ def test_chat_follows_its_commands(tiny_run):
         "",
         "/both",
     ]
-    done = _run("chat", tiny_run.folder, "--device=cpu", "--dtype=float32", input="\n".join([*said, "/quit", "w9"]))
-    assert done.exit_code == 0
+    flags = ("--device=cpu", "--dtype=float32", "--system", "w3", "--max-new-tokens=4")
+    done = _run("chat", tiny_run.folder, *flags, input="\n".join([*said, "/quit", "w9"]))
+    assert done.exit_code == 0 and " … (cut at 4 tokens; --max-new-tokens allows more)\n" in done.stdout
+    asked = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w1"}]
+    model = api.load(tiny_run.settings().model, device="cpu", dtype="float32")
+    assert f"base: {terminal.visible(model.generate(asked, max_new_tokens=4))} …" in done.stdout
     speakers = re.findall(r"^(?:> )*(base|adapter): ", done.stdout, re.MULTILINE)
     assert speakers == ["base", "adapter", "base", "adapter"]
     assert "The adapter acts at 0.5 of its strength." in done.stdout
@@ -624,6 +636,11 @@ def test_adapters_are_measured_compressed_summed_and_shown_from_the_command_line
     assert shown.exit_code == 0 and "rank for 99% of the gain" in shown.stdout and "verdict" in shown.stdout
     shown = _run("compress", tiny_run.folder, "--rank", 2, "--out", tmp_path / "small", "--data", chats)
     assert shown.exit_code == 0 and "50.0%" in shown.stdout and "gain kept" in shown.stdout
+    budget = ("--budget", "6kB", "--out", tmp_path / "uneven")
+    uneven = _run("compress", tiny_run.folder, *budget)
+    assert uneven.exit_code == 0 and "elsewhere" not in shown.stdout
+    for said in (uneven.stdout, _run("inspect", tmp_path / "uneven").stdout):
+        assert f"deltaw compress {tmp_path / 'uneven'} --rank" in said
     assert "Give one of" in _run("compress", tiny_run.folder, "--out", tmp_path / "x").stderr
     shown = _run("combine", tiny_run.folder, tmp_path / "small", "--weights", "1,-1", "--out", tmp_path / "rest")
     assert shown.exit_code == 0 and "energy left out" in shown.stdout and (tmp_path / "rest").is_dir()
@@ -680,7 +697,7 @@ def test_a_chat_survives_the_end_of_an_answer_by_ctrl_c_and_bytes_that_are_no_te
     class Stopping:
         asked: list[str] = []  # noqa: RUF012
 
-        def generate(self, messages, on_text):
+        def generate(self, messages, on_text, on_cut):
             self.asked.append(messages[-1]["content"])
             on_text("half")
             if len(self.asked) == 1:
@@ -739,7 +756,9 @@ def test_a_full_disk_below_the_standard_streams_is_an_error_of_the_disk(tiny_run
     shown = f"{sys.executable} -m deltaw inspect {tiny_run.folder} >/dev/full"
     done = subprocess.run(["sh", "-c", shown], capture_output=True, check=False, text=True, timeout=120)
     assert (
-        done.returncode == 5 and done.stderr == "Error: What is said could not be written: No space left on device.\n"
+        done.returncode == 5
+        and done.stderr
+        == "Error: A file, or what is said here, could not be read or written: No space left on device.\n"
     )
     given = f"--model {llama_folder} --data {chats} --steps 2 --rank 2 --out {tmp_path / 'run'}"
     trained = f"{sys.executable} -m deltaw train {given} 2>/dev/full"

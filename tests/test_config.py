@@ -256,6 +256,17 @@ def test_paths_in_a_recipe_are_relative_to_it(tmp_path, monkeypatch):
     assert settings.out == "runs/new" and settings.lr == 1e-4
 
 
+def test_a_runs_own_settings_are_a_recipe_of_what_was_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    first = make_settings({"data": str(tmp_path / "a.jsonl"), "rank": 8, "out": "runs/a"}, {"steps": 5})
+    first.put("lr", 1e-3, "rule: by width")
+    first.put("micro_tokens", 256, "plan: the fastest that fits (RAM)")
+    path = recipe(tmp_path, yaml.safe_dump(first.resolved()))
+    again = make_settings({"seed": 2}, read_recipe(path))
+    assert (again.rank, again.steps, again.seed, again.data) == (8, 5, 2, first.data)
+    assert again.lr == again.micro_tokens == AUTO and again.out is None
+
+
 def test_a_model_name_in_a_recipe_stays_a_name(tmp_path):
     for name in ("smollm2-135m", "org/model"):
         assert read_recipe(recipe(tmp_path, f"model: {name}")) == {"model": name}

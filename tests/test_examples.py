@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from deltaw.config import make_settings, read_recipe
+
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
@@ -18,6 +20,12 @@ def test_example_runs(path, tmp_path):
     done = subprocess.run([sys.executable, path], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_recipe_holds_settings_that_can_be_used():
+    path = EXAMPLES[0].parent / "recipe.yaml"
+    settings = make_settings({}, read_recipe(path))
+    assert settings.rank == 16 and settings.data[0] == f"{path.parent}/chats/*.jsonl::weight=2"
 
 
 def test_examples_are_short():

@@ -102,6 +102,11 @@ class LoraSpec:
         key = _first_of(name, self._alpha_order)
         return self.alpha if key is None else self.alpha_pattern[key]
 
+    @property
+    def one_scale(self) -> bool:
+        """Whether a reader that knows r and alpha alone, and nothing layer by layer, computes the same."""
+        return not (self.rslora or self.dora or self.rank_pattern or self.alpha_pattern)
+
     def scale_of(self, name: str) -> float:
         """The factor s of ΔW = s·B·A for this name: alpha/r, or alpha/√r with rsLoRA."""
         return math.scale(self.alpha_of(name), self.rank_of(name), rslora=self.rslora)

@@ -1,9 +1,10 @@
 """An adapter of lower rank, each layer the best of its rank (Eckart & Young 1936); and ranks chosen for all layers.
 
-The result is plain LoRA: scales, rsLoRA and patterns are folded into the factors, alpha equals the rank, so s = 1 in
-every reader. DoRA stays DoRA, with its magnitudes, because what it does to norms has no low rank. A higher rank is
-exact too: new rows of A are drawn, new columns of B are zero, and training can go on from there. All this is computed
-in fp64 and rounded once, to the dtype that the factors had: in bf16 that is up to 2⁻⁹ of each number.
+The result is plain LoRA: scales, rsLoRA and patterns are folded into the factors, alpha equals the rank, so s = 1 for
+every reader where ranks are equal, and where they are not for those that know patterns, as PEFT does. DoRA stays DoRA,
+with its magnitudes, because what it does to norms has no low rank. A higher rank is exact too: new rows of A are drawn,
+new columns of B are zero, and training can go on from there. All this is computed in fp64 and rounded once, to the
+dtype that the factors had: in bf16 that is up to 2⁻⁹ of each number.
 
 Legend: O outputs, I inputs, K the rank that is kept, E experts of a stack (a leading dimension).
 """

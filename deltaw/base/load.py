@@ -90,6 +90,7 @@ class Base:
     module_reason: str | None = None
     revision: str | None = None
     pager: Pager | None = None
+    quant: str = "none"
     _digests: dict[str, str] = field(default_factory=dict, repr=False)
     _followed: list[RemovableHandle] = field(default_factory=list, repr=False)
 
@@ -286,7 +287,7 @@ def load(
     if decoder is not None:  # which reads weights through the seam
         for handle in followed:
             handle.remove()
-    return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager)
+    return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager, quant)
 
 
 def _more_than_is_free(folder: Path, dtype: torch.dtype) -> str | None:

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, base_path, cache_folder
+from deltaw.base import builtin
+from deltaw.base.builtin import BUILTIN, CONVERTER_VERSION, cache_folder
 from deltaw.disk import make_once, remembered_digest
 from deltaw.errors import BaseError
 
@@ -33,12 +34,20 @@ def public_name(name: str | Path) -> str:
     return Path(name).expanduser().resolve().name
 
 
+def base_path(name: str | Path, revision: str | None = None) -> Path:
+    """The transformers folder of a base, for other tools. Raises BaseError.
+
+    Of a built-in name or a GGUF file it lies in deltaw's cache, and is made there; of a hub id, in the hub's.
+    """
+    return locate(name, revision)
+
+
 def locate(name: str | Path, revision: str | None = None) -> Path:
     """The local folder of a base, fetched or converted into the cache if it is not there yet."""
     text = str(name)
     path = Path(text).expanduser()
     if text in BUILTIN:
-        return base_path(text)
+        return builtin.base_path(text)
     if path.is_dir():
         return path
     if path.is_file():

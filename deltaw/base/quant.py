@@ -147,4 +147,4 @@ def _codec(kind: str) -> _Codec:
     try:
         return _Codec(importlib.import_module("bitsandbytes.functional"), kind)
     except ImportError as error:
-        raise UsageError(f"--quant {kind} needs bitsandbytes: pip install 'deltaw[quant]'. ({error})") from error
+        raise UsageError(f"--quant {kind} needs bitsandbytes: pip install bitsandbytes. ({error})") from error

@@ -26,8 +26,10 @@ from deltaw.adapter.merge import merged_weight
 from deltaw.base.formed import INDEX, Stored, stored_weights
 from deltaw.base.load import Base, open_model
 from deltaw.base.locate import MORE_TEMPLATES
+from deltaw.base.stream import release
 from deltaw.disk import new_folder, write_text
 from deltaw.errors import AdapterError, UsageError, bullet_list
+from deltaw.hardware import freed_at_once
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", f"{MORE_TEMPLATES}/*.jinja")
 _SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what a stored weight may be to be summed
@@ -40,6 +42,7 @@ def require_new(out: Path) -> None:
         raise UsageError(f"{out} exists already and is never overwritten. Move it away, or choose another --out.")
 
 
+@freed_at_once()
 def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
     """Writes the base with the adapter folded in to the new folder `out`, complete or not at all.
 
@@ -53,6 +56,7 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
         listed = [f"{name} is stored as {str(stored[name].dtype).removeprefix('torch.')}" for name in coded]
         raise AdapterError(f"An adapter cannot be merged into weights that are stored as codes:\n{bullet_list(listed)}")
     parted = _parted_names(base, set(targets))
+    release(base.model.parameters())  # of which only shapes are asked from here
     same_layout = all(
         name in parted or (name in stored and stored[name].shape == target.shape) for name, target in targets.items()
     )
@@ -65,6 +69,7 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
             _copy_others(base.folder, temporary, but=(_CONFIG, INDEX))
 
 
+@freed_at_once()
 @torch.no_grad()
 def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     """How many weights of the merged folder `out` carry the adapter, when every weight is what it must be.
@@ -79,14 +84,14 @@ def check_merged(folder: Path, adapter: Adapter, out: Path) -> int:
     stored, found = base.state_dict(), merged.state_dict()
     faults = [f"{name} is in one of the two folders only" for name in sorted(stored.keys() ^ found.keys())]
     for name in sorted(stored.keys() & found.keys()):
-        if name not in targets:
-            if not torch.equal(found[name], stored[name]):
-                faults.append(f"{name} is not the base's, and has no update")
-            continue
-        dtypes = {usual, written[name].dtype if name in written else usual}
-        if not _is_rounded(found[name], wanted := merged_weight(targets[name], adapter), dtypes):
-            apart = float((found[name].float() - wanted).abs().max())
-            faults.append(f"{name} is not W + ΔW rounded once: it is off by up to {apart:.2e}")
+        if name in targets:
+            dtypes = {usual, written[name].dtype if name in written else usual}
+            if not _is_rounded(found[name], wanted := merged_weight(targets[name], adapter), dtypes):
+                apart = float((found[name].float() - wanted).abs().max())
+                faults.append(f"{name} is not W + ΔW rounded once: it is off by up to {apart:.2e}")
+        elif not torch.equal(found[name], stored[name]):
+            faults.append(f"{name} is not the base's, and has no update")
+        release((found[name], stored[name]))
     if faults:
         raise AdapterError(
             f"The merged model in {out} is not the base with the adapter; do not use it.\n" + bullet_list(faults)
@@ -155,7 +160,9 @@ class _Merge(NamedTuple):
         if name not in self.targets:
             return stored
         target = dataclasses.replace(self.targets[name], holder=_Holder(stored), parameter="stored")
-        return merged_weight(target, self.adapter).to(stored.dtype).contiguous()
+        merged = merged_weight(target, self.adapter).to(stored.dtype).contiguous()
+        release((stored,))
+        return merged
 
 
 class _Holder(torch.nn.Module):

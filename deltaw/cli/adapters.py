@@ -11,6 +11,8 @@ import click
 
 from deltaw.cli.group import main
 from deltaw.cli.options import (
+    answer_options,
+    answering_of,
     counting,
     json_option,
     machine_of,
@@ -20,6 +22,7 @@ from deltaw.cli.options import (
     reading_of,
     reading_options,
     say,
+    settings_options,
     unquantised_options,
 )
 from deltaw.errors import UsageError
@@ -85,21 +88,19 @@ def _rows(result: dict[str, Any]) -> str:
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--prompt", metavar="TEXT", help="One prompt.")
 @click.option(
-    "--data", multiple=True, metavar="FILE", help="Answer every row of a data file; its own last answer is left out."
+    "--data",
+    multiple=True,
+    metavar="FILE",
+    help="Answer every row of a data file, but for the last answer that it has.",
 )
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Longest answer."
-)
-@click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X", help="0 is greedy."
-)
-@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling.")
+@settings_options("columns")
+@answer_options
 @model_option
 @machine_options
 @json_option
 def generate(
-    adapter: Path, prompt: str | None, data: tuple[str, ...], max_new_tokens: int, temperature: float, seed: int,
-    model: str | None, as_json: bool, **options: Any,
+    adapter: Path, prompt: str | None, data: tuple[str, ...], columns: tuple[str, ...], model: str | None,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer a prompt, or every row of a file. ADAPTER is a run or adapter folder.
 
@@ -110,14 +111,16 @@ def generate(
     from deltaw import api
     from deltaw.terminal import json_line, show_json
 
+    how = answering_of(options)
     opened = api.open_adapter(adapter, model, say, **machine_of(options))
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    answers = api.answers(opened, prompt, data, **sampling)
+    answers = api.answers(opened, prompt, data, columns=columns, **how)
     if as_json:
         show_json(list(answers) if data else next(answers))
         return
     for answer in answers:
         click.echo(json_line(answer) if data else answer["answer"])
+        if not data and "cut_at" in answer:
+            say(f"The answer was cut at {answer['cut_at']} tokens; --max-new-tokens allows more.")
 
 
 @main.command()
@@ -300,6 +303,7 @@ def combine(
 
 @main.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
+@answer_options
 @model_option
 @machine_options
 def chat(adapter: Path, model: str | None, **options: Any) -> None:
@@ -307,7 +311,8 @@ def chat(adapter: Path, model: str | None, **options: Any) -> None:
     from deltaw import api
     from deltaw.terminal import chat_loop, make_console
 
+    how = answering_of(options)
     opened = api.open_adapter(adapter, model, say, **machine_of(options))
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no text shall not end the conversation
-    chat_loop(make_console(), opened, sys.stdin)
+    chat_loop(make_console(), opened, sys.stdin, **how)

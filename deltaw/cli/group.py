@@ -78,10 +78,11 @@ class _Group(click.Group):
         except BrokenPipeError:  # whoever read our output has enough, as in `deltaw inspect RUN | head`
             _forget(sys.stdout, sys.stderr)
             ctx.exit(EXIT_BROKEN_PIPE)
-        except OSError as error:  # what writes files tells of them by DiskError; this is what is said, or shown
+        except OSError as error:  # of what is said or shown, where nothing else has told of it by DiskError
             if error.errno not in UNWRITABLE:
                 raise
-            _tell(ctx, DiskError(f"What is said could not be written: {error.strerror}."))
+            what = error.filename or "A file, or what is said here,"
+            _tell(ctx, DiskError(f"{what} could not be read or written: {error.strerror}."))
             _forget(sys.stdout, sys.stderr)
             ctx.exit(DiskError.exit_code)
 

@@ -8,27 +8,30 @@ from typing import Any
 import click
 
 from deltaw.cli.group import AS_JSON
-from deltaw.config import AUTO, make_settings, settings_fields
+from deltaw.config import AUTO, Reading, make_settings, settings_fields
 from deltaw.errors import UsageError
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def settings_options(*names: str, without: tuple[str, ...] = ()) -> Decorator:
-    """One option for each of these settings, or for all but some, in the order of deltaw/config.py."""
+def settings_options(*names: str, without: tuple[str, ...] = (), default: str | None = None) -> Decorator:
+    """One option for each of these settings, or for all but some, in the order of deltaw/config.py.
+
+    `default` is what help says of each, where a verb has a default of its own.
+    """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed([field for field in settings_fields() if not names or field.name in names]):
             if field.name not in without:
-                function = _option(field)(function)
+                function = _option(field, default)(function)
         return function
 
     return decorate
 
 
-def _option(field: Any) -> Decorator:
+def _option(field: Any, default: str | None) -> Decorator:
     name = "--" + field.name.replace("_", "-")
-    shown = field.default if field.default not in (None, (), False) else None
+    shown = default or (field.default if field.default not in (None, (), False) else None)
     text = field.metadata["help"] + (
         f"  [default: {', '.join(shown) if isinstance(shown, tuple) else shown}]" if shown is not None else ""
     )
@@ -66,6 +69,30 @@ quiet_option = click.option("--quiet", is_flag=True, help="No talk on stderr, on
 model_option = click.option("--model", metavar="TEXT", help="The base, where the adapter does not say where it lies.")
 
 
+_ANSWERING = (
+    click.option("--system", metavar="TEXT", help="System message before the prompt."),
+    click.option(
+        "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Longest answer."
+    ),
+    click.option(
+        "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="X", help="0 is greedy."
+    ),
+    click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of sampling."),
+)
+
+
+def answer_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How prompts are answered."""
+    for option in reversed(_ANSWERING):
+        function = option(function)
+    return function
+
+
+def answering_of(options: dict[str, Any]) -> dict[str, Any]:
+    """system, max_new_tokens, temperature and seed; takes them out of the options."""
+    return {name: options.pop(name) for name in ("system", "max_new_tokens", "temperature", "seed")}
+
+
 MACHINE = ("device", "dtype", "threads", "revision", "stream")
 unquantised_options = settings_options(*MACHINE)
 
@@ -85,14 +112,15 @@ def machine_of(options: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(make_settings({name: value}), name) for name, value in given_of(options).items()}
 
 
-READING = ("columns", "allow", "allow_lost")
-reading_options = settings_options(*READING)
+def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How data files are read where an adapter is measured."""
+    as_trained = settings_options("max_length", "train_on", "date", default="as the adapter was trained")
+    return settings_options("columns", "allow", "allow_lost")(as_trained(function))
 
 
 def reading_of(options: dict[str, Any]) -> dict[str, Any]:
-    """How data files are read: columns, allow and allow_lost of the options, or their defaults; takes them out."""
-    given = make_settings(given_of({name: options.pop(name) for name in READING}))
-    return {name: getattr(given, name) for name in READING}
+    """What was given of how data files are read; takes it out of the options."""
+    return given_of({name: options.pop(name) for name in Reading._fields})
 
 
 def say(text: str) -> None:

@@ -154,12 +154,19 @@ def _finish_training(resume: Path | None, settings: Settings | None, run: Any, q
     best = summary.get("best_eval_loss")
     pairs(make_console(), {
         "status": summary["status"],
-        **({} if best is None else {"best validation loss": f"{best:.4f} (step {summary['best_step']})"}),
+        **({} if best is None else {"best validation loss": _best(summary)}),
         **_as_planned(summary),
         "adapter": str(run.adapter),
         "report": str(run.report),
         "next": command(f"chat {run.folder}"),
     })  # fmt: skip
+
+
+def _best(summary: dict[str, Any]) -> str:
+    """The best loss on what was held out, beside that of the base alone."""
+    best, base = summary["best_eval_loss"], summary.get("base_eval_loss")
+    beside = "" if base is None else f"; the base alone {base:.4f}" + ("" if best < base else ", which is no worse")
+    return f"{best:.4f} (step {summary['best_step']}){beside}"
 
 
 def _as_planned(summary: dict[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +88,29 @@ def parse_sources(data: str | Path | Iterable[str | Path], columns: str | Iterab
     return sources
 
 
-def read_rows(sources: Sequence[Source | str | Path]) -> Iterator[Row | Fault]:
-    """Every row of the sources in order, usable or not. Raises DataError for a file that cannot be opened at all."""
+def read_rows(sources: Sequence[Source | str | Path], *, to_answer: bool = False) -> Iterator[Row | Fault]:
+    """Every row of the sources in order, usable or not. Raises DataError for a file that cannot be opened at all.
+
+    Of rows `to_answer`, the last answer may be missing.
+    """
     for source in sources:
         if isinstance(source, Path):
-            yield from map(to_row, read_file(source))
+            yield from (to_row(record, to_answer=to_answer) for record in read_file(source))
         else:
             known = parse_source(source, known=COLUMNS) if isinstance(source, str) else source
-            yield from (to_row(record, known.columns) for record in read_source(known))
+            yield from (to_row(record, known.columns, to_answer=to_answer) for record in read_source(known))
 
 
-def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> Row | Fault:
+def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = (), *, to_answer: bool = False) -> Row | Fault:
     """The row of a record, or why it cannot be used."""
     if isinstance(record, Fault):
         return record
     try:
         given = _renamed(record.value, columns)
         value = _plain(given) if record.typed else given
+        open_ended = to_answer and _answered(value)
+        if open_ended:
+            given = value = open_ended
         name = format_of(value)
         if record.typed:
             _require_whole(format_of(given), name, value)
@@ -120,7 +126,24 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = ()) -> R
         return Fault(
             record.file, record.number, f"its {type(error).__name__} cannot be understood: {error}", "wrong-shape"
         )
-    return Row(record.file, record.number, format=name, **parts)
+    row = Row(record.file, record.number, format=name, **parts)
+    return replace(row, messages=row.messages[:-1], weights=row.weights[:-1]) if open_ended else row
+
+
+def _answered(value: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The value with an answer where its last one is missing, as every format needs one; None where none is."""
+    for key in ("messages", "conversations"):
+        turns = value.get(key)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
+            last = turns[-1]
+            if _SHAREGPT.get(str(last.get("role", last.get("from")))) in ("assistant", "function_call"):
+                return None
+            said = {"from": "gpt", "value": "."} if "from" in last else {"role": "assistant", "content": "."}
+            return {**value, key: [*turns, said]}
+    for asked, answer in (("prompt", "completion"), ("instruction", "output")):
+        if asked in value and not value.get(answer) and "chosen" not in value:
+            return {**value, answer: "."}
+    return None
 
 
 def _require_whole(of_columns: str | None, of_cells: str | None, filled: Mapping[str, Any]) -> None:

@@ -230,11 +230,12 @@ def _build(
 
 def _forget_stale(folder: Path) -> None:
     """Removes entries that nobody has used for a month; a process that still maps one keeps its pages."""
-    entries = [(report.parent, [report.parent], STALE_SECONDS) for report in folder.glob("*/" + REPORT)]
-    begun = [path for path in folder.glob(".*") if path.is_dir()]  # by a process that was killed, or is still writing
-    entries += [(path, [path, *path.rglob("*")], LEFT_SECONDS) for path in begun]
-    for entry, parts, most in entries:
-        with contextlib.suppress(OSError):  # another process removes it just now
+    entries = [(report.parent, STALE_SECONDS) for report in folder.glob("*/" + REPORT)]
+    # Begun by a process that was killed, or is still writing.
+    entries += [(path, LEFT_SECONDS) for path in folder.glob(".*") if path.is_dir()]
+    for entry, most in entries:
+        with contextlib.suppress(OSError):  # another process removes or renames it just now
+            parts = [entry, *entry.rglob("*")] if most == LEFT_SECONDS else [entry]
             if time.time() - max(part.stat().st_mtime for part in parts) > most:
                 shutil.rmtree(entry, ignore_errors=True)
 

@@ -94,6 +94,8 @@ def parse_source(text: str, columns: Iterable[tuple[str, str]] = (), known: Iter
         try:
             if not equals or not value:
                 raise ValueError("must look like key=value")
+            if "::" in value:
+                raise ValueError("options are separated by commas, as in ::config=en,split=train")
             if key in known:
                 renamed[key] = value
             else:
@@ -203,7 +205,7 @@ def _arrow(file: Path) -> Any:
     try:
         return importlib.import_module("pyarrow")
     except ImportError as error:
-        raise DataError(f"Reading {file.name} needs pyarrow: pip install 'deltaw[data]'") from error
+        raise DataError(f"Reading {file.name} needs pyarrow: pip install pyarrow") from error
 
 
 def _read_text(file: Path) -> Record | Fault:
@@ -344,7 +346,7 @@ def _read_hub(source: Source) -> Iterator[Record | Fault]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
-        raise DataError(f"Reading {source.name} needs datasets: pip install 'deltaw[hub]'") from error
+        raise DataError(f"Reading {source.name} needs datasets: pip install datasets") from error
     try:
         rows = datasets.load_dataset(name, source.config, split=source.split, streaming=True)
         yield from (Record(name, number, value, typed=True) for number, value in enumerate(rows, 1))

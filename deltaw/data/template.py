@@ -175,24 +175,27 @@ def bounded(seconds: float = MAX_SECONDS, added_bytes: int = MAX_ADDED_BYTES) ->
         raise OutOfBounds(f"the template ran for more than {seconds:g} s")
 
     previous = signal.signal(signal.SIGVTALRM, stop)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (_address_limit(limits, added_bytes), limits[1]))
+        resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(limits, added_bytes), limits[1]))
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         yield
     except MemoryError:
         raise OutOfBounds(f"the template needs more than {added_bytes >> 20} MiB") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
         signal.signal(signal.SIGVTALRM, previous)
 
 
-def _address_limit(limits: tuple[int, int], added_bytes: int) -> int:
-    """What the process has now plus `added_bytes`, where the system says what it has."""
+def _data_limit(limits: tuple[int, int], added_bytes: int) -> int:
+    """The data that the process has now plus `added_bytes`, where the system says what it has.
+
+    Of the address space it would be too little: any other thread reserves 128 MiB of that for its first allocation.
+    """
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - runs for every row
-            present = int(file.read().split()[0]) * resource.getpagesize()
+            present = int(file.read().split()[5]) * resource.getpagesize()
     except OSError:
         return limits[0]
     wanted = present + added_bytes

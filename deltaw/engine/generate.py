@@ -79,8 +79,11 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    on_cut: Callable[[int], None] | None = None,
 ) -> str:
     """The model's next answer as text; `on_text` receives it in pieces as it grows.
+
+    `on_cut` hears the number of tokens of an answer that was not at its end when it had as many as it may have.
 
     Temperature 0 takes the most likely token each time, whatever the base's generation config wishes; sampling follows
     that config's other settings. An answer ends with the base's context at the latest. The caller's random numbers stay
@@ -118,8 +121,11 @@ def generate(
             streamer=streamer,
             **_sampling(temperature),
         )
-    answer: str = base.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
-    return answer
+    answer_N = output[0, len(prompt) :]
+    if on_cut is not None and int(answer_N[-1]) not in ends:
+        on_cut(len(answer_N))
+    text: str = base.tokenizer.decode(answer_N, skip_special_tokens=True)
+    return text
 
 
 def _sampling(temperature: float) -> dict[str, Any]:

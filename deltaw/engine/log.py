@@ -65,7 +65,7 @@ def open_trackers(names: Sequence[str], folder: Path) -> list[Any]:
     """One function per tracker that takes a metrics line. UsageError names a tracker that is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"Not installed: {', '.join(missing)}. Install with: pip install 'deltaw[track]'")
+        raise UsageError(f"Not installed: {', '.join(missing)}. Install with: pip install {' '.join(missing)}")
     makers = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _wandb}
     return [makers[name](name, folder) for name in names]
 

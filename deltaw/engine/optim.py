@@ -192,6 +192,11 @@ class FlatFactors:
         self.write_work()
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. By the extremes, which hand NaN on and need no memory beside the numbers."""
+    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
+
+
 def _layout(injection: Injection) -> tuple[list[_Place], list[tuple[int, int, int]]]:
     """Where each tensor lies, and (start, first B, stop) of each adapter."""
     places: list[_Place] = []

@@ -273,12 +273,18 @@ def start_settings(adapter: Adapter) -> dict[str, Any]:
 
 
 def origin_warnings(adapter: Adapter, base: Base) -> list[str]:
-    """What to say of a base whose weights, tokenizer or template are not those that the adapter was trained with."""
+    """What to say of a base whose weights, storage, tokenizer or template the adapter was not trained with."""
     origin, said = adapter.origin, []
     if origin.get("base_digest", base.digest) != base.digest:
         said.append("WARNING: the weights of this base are not those of the adapter's training; expect worse answers.")
     if origin.get("template_digest", base.template_digest) != base.template_digest:
         said.append(template_warning(origin.get("template_examples"), base.tokenizer))
+    if (trained := adapter.settings.get("quant", base.quant)) != base.quant:
+        stored = {name: "as it is" if name == "none" else f"in {name}" for name in (trained, base.quant)}
+        said.append(
+            f"The adapter was trained over its base {stored[trained]}, and here the base is {stored[base.quant]}: what "
+            f"is measured differs a little (--quant {trained} is what it saw)."
+        )
     return said
 
 

@@ -153,7 +153,7 @@ class Run:
 
     def read_plan(self) -> dict[str, Any]:
         """What the run was planned to take, empty where it was not planned or the file is damaged."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             return dict(json.loads(self.plan.read_text("utf-8")))
         return {}
 

@@ -24,7 +24,7 @@ from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog
 from deltaw.engine.loop import Abandoned, Length, Progress, StepRecord, Track, fit
-from deltaw.engine.optim import FlatFactors
+from deltaw.engine.optim import FlatFactors, all_finite
 from deltaw.engine.prepare import Prepared, spec_from
 from deltaw.engine.run import Run
 from deltaw.engine.train import (
@@ -124,7 +124,7 @@ class Together:
 
     def checkpoint(self) -> None:
         """Saves all cells in one file."""
-        if not self.flat.master.isfinite().all():
+        if not all_finite(self.flat.master):
             raise NotFiniteError(f"After step {self.progress.step}, factors are not finite; lower the rates.")
         tensors = {name: tensor.detach().cpu() for name, tensor in self.flat.state().items()}
         tensors |= {f"best{index}": cell.best for index, cell in enumerate(self.cells) if cell.best is not None}

@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,13 +25,14 @@ from deltaw.base.load import WAYS, Base
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
 from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader, loader_of
+from deltaw.data.prepare import DataSet
 from deltaw.disk import disk_errors
 from deltaw.engine.checkpoint import newest_checkpoint, save_checkpoint
 from deltaw.engine.clock import WrittenClock
 from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.log import MetricsLog, open_trackers, read_metrics
 from deltaw.engine.loop import Abandoned, Length, Progress, StepRecord, Track, fit
-from deltaw.engine.optim import FlatFactors, OptimSettings
+from deltaw.engine.optim import FlatFactors, OptimSettings, all_finite
 from deltaw.engine.prepare import Prepared, Sketch, prepare_run, sketch_run
 from deltaw.engine.probe import probe
 from deltaw.engine.run import Run
@@ -84,6 +85,7 @@ class Trainer:
         self.progress = Progress(tracks=[Track(self.loader, stop=stop)])
         self.best_loss, self.best_step, self.bad_evaluations = math.inf, 0, 0
         self.best: Tensor | None = None
+        self.base_loss: float | None = None  # of what is held out, without the adapter; measured at the end
         self.metrics: MetricsLog | None = None
         self.stopped_early = False
         self.owed = False  # an evaluation of the step that was taken last
@@ -180,7 +182,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def _require_finite(self, what: str, values: Tensor) -> None:
-        if not values.isfinite().all():
+        if not all_finite(values):
             raise NotFiniteError(
                 f"After step {self.progress.step}, {what} not finite. The last good checkpoint, if any, is in "
                 f"{self.run.checkpoints}. Start again with a lower --lr than {self.settings.lr}."
@@ -239,10 +241,7 @@ class Trainer:
         if self.ready.held_out is None:
             self.owed = False
             return True
-        with abandonable(self):
-            loss, tokens, seconds = held_out_loss(
-                self.ready.base, self.ready.held_out.store, int(self.settings.micro_tokens), self.settings.eval_rows
-            )
+        loss, tokens, seconds = self._held_out_loss(self.ready.held_out)
         self.progress.away_seconds += seconds
         self._require_finite("the validation loss is", torch.tensor(loss))
         line = {"step": self.progress.step, "eval_loss": loss, "eval_tokens": tokens, "eval_seconds": seconds}
@@ -259,6 +258,20 @@ class Trainer:
         self.owed = False  # also where what follows finds that nobody reads it
         self.watcher.evaluation(line, better)
         return not self._out_of_patience()
+
+    def _held_out_loss(self, data: DataSet) -> tuple[float, int, float]:
+        with abandonable(self):
+            return held_out_loss(self.ready.base, data.store, int(self.settings.micro_tokens), self.settings.eval_rows)
+
+    def measure_base(self) -> None:
+        """Measures the held-out loss of the base alone, which says what training was good for."""
+        if self.ready.held_out is None:
+            return
+        self.injection.active = None
+        try:
+            self.base_loss, _, _ = self._held_out_loss(self.ready.held_out)
+        finally:
+            self.injection.active = 0
 
     def _write(self, values: Tensor, folder: Path) -> None:
         """Writes the factors in `values` as an adapter folder."""
@@ -277,8 +290,9 @@ def tell_way(base: Base, plan: Mapping[str, Any], watcher: Watcher) -> None:
     """Says so where the base is not computed by the kernels, and where a plan counted on a faster way."""
     if base.way == "modules":
         watcher.say(f"By the model's own modules, which is slower: {base.slow_reason}.")
-    if plan and WAYS.index(base.way) > WAYS.index(plan["way"]):
-        watcher.say(f"The plan counted on {plan['way']}: this may take more memory and time than it says.")
+    counted_on = plan.get("way", base.way)
+    if WAYS.index(base.way) > WAYS.index(counted_on):
+        watcher.say(f"The plan counted on {counted_on}: this may take more memory and time than it says.")
 
 
 def origin_of(ready: Prepared, settings: Settings) -> dict[str, str]:
@@ -390,12 +404,15 @@ def train(
         watcher.start(trainer)
         try:
             whole = trainer.stopped_early or _fit(trainer)
+            if whole:
+                trainer.finish()
+                with signals(trainer), suppress(Abandoned):  # a signal ends this alone
+                    trainer.measure_base()
         finally:
             watcher.stop()
             trainer.metrics.close()
         if not whole:
             raise stopped(trainer, f"train --resume {run.folder}")
-        trainer.finish()
         run.tidy()
         return trainer
 

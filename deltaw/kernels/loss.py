@@ -53,7 +53,7 @@ def labelled_loss(
 
 def log_probabilities(logits_NV: Tensor) -> Tensor:
     """log p of every token, [N, V]. Not by torch's log_softmax: in fp32, its sum over a vocabulary is 1e-5 off."""
-    below = logits_NV - logits_NV.amax(-1, keepdim=True)
+    below = logits_NV - logits_NV.amax(-1, keepdim=True).detach()  # whose gradient cancels
     return below - below.logsumexp(-1, keepdim=True)
 
 

@@ -138,7 +138,8 @@ def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
     seconds = sum(clock.step(choice, step, short, cached=cached) for step in steps) / len(steps)
     tokens = sum(one.tokens for step in steps for one in step) / len(steps)
     count = demand.step_count
-    run = None if count is None else count * seconds + demand.evaluations * clock.evaluation(choice)
+    evaluations = demand.evaluations + 1  # and one of the base alone
+    run = None if count is None else count * seconds + evaluations * clock.evaluation(choice)
     machine = "this machine" if clock.device is None else clock.device.name
     calibrated = clock.device is None
     return Plan(choice, held, room, seconds, run, count, tokens / seconds, clock.way, machine, calibrated)
@@ -151,16 +152,22 @@ def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> in
     """
     if not choice.stream:
         return 0
+    wanted = _wanted_pages(demand, choice, room)
+    return max(0, min(wanted, round(held.peak_bytes * (1 + MEMORY_SPREAD[1] / 2)) + wanted - room.limit_bytes))
+
+
+def _wanted_pages(demand: Demand, choice: Choice, room: Room) -> int:
+    """What a streamed run uses of files all the time, beside the block that is counted as held."""
     block = demand.block_bytes(choice)
     head = math.prod(demand.outline.head_shape) * demand.dtype.itemsize if demand.as_stored else 0  # else it is cast
-    wanted = max(2 * block, head) - block + room.file_bytes
-    return max(0, min(wanted, round(held.peak_bytes * (1 + MEMORY_SPREAD[1] / 2)) + wanted - room.limit_bytes))
+    return max(2 * block, head) - block + room.file_bytes
 
 
 def _stays_cached(demand: Demand, choice: Choice, held: Memory, room: Room) -> bool:
     """Whether the system keeps the blocks of a streamed base once it has read them: they fit beside the run."""
     size = demand.outline.layers * demand.block_bytes(choice)
-    return size <= CACHED_SHARE * room.limit_bytes and _needed(held) + size <= room.limit_bytes
+    beside = _needed(held) + _wanted_pages(demand, choice, room)
+    return size <= CACHED_SHARE * room.limit_bytes and beside + size <= room.limit_bytes
 
 
 # -- choices ----------------------------------------------------------------------------------------------------------
@@ -231,7 +238,7 @@ def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:
         length //= 2
     settings = demand.settings
     if settings.quant == "none" and not (settings.by_rule("quant") and has_bitsandbytes()):  # it was not tried
-        how = "" if has_bitsandbytes() else " (pip install 'deltaw[quant]')"
+        how = "" if has_bitsandbytes() else " (pip install bitsandbytes)"
         yield f"--quant nf4{how}", _with_setting(demand, "quant", "nf4")
     on_cpu = demand.device.type == "cpu" and settings.by_rule("dtype")
     if on_cpu and demand.dtype == torch.float32 and not hardware.emulates_bf16(hardware.look()):

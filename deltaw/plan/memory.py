@@ -39,6 +39,8 @@ TILES, TILE_WIDTHS = 4, 6
 PRODUCT_BYTES, RUNNING_BYTES, QUANT_RUNNING_BYTES = 1_100_000, 125_000_000, 150_000_000
 KEPT_GAPS, GAPS = 1.2, 6
 FP32_GAPS = {"kernels": (1.0, 4), "modules": (1.3, 6)}
+# Tokens of the prompts that merging compares logits at, in the usual templates; three sets are kept, one is made.
+MERGED_POSITIONS, MERGED_LOGITS = 140, 3.5
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,17 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
 def merging(demand: Demand, fixed_bytes: int) -> dict[str, int]:
     """What `deltaw merge` will hold after the run, by part: no phase of the run, and no reason to refuse it.
 
-    The base is opened as for training, a shard is read once more and written with its sums; then both models are read
-    as they are stored, and compared.
+    The base is opened as for training, and its logits compared with those of the merged model; a shard is written from
+    its sums. What lies in files as it is computed with is let go before that.
     """
     shards: Counter[str] = Counter()
     for each in stored_weights(demand.outline.folder).values():
         shards[each.shard] += math.prod(each.shape) * each.dtype.itemsize
-    whole, largest = shards.total(), max(shards.values(), default=0)
-    opened = base_bytes(demand, Choice(0))
-    return {"fixed": fixed_bytes, "base": opened, "workspace": max(2 * largest, 2 * whole - opened)}
+    opened, vocabulary = base_bytes(demand, Choice(0)), demand.outline.head_shape[0]
+    logits = round(MERGED_LOGITS * MERGED_POSITIONS * vocabulary * 4)
+    writing = max(shards.values(), default=0) - (opened if demand.as_stored else 0)
+    held = fixed_bytes + _running_bytes(demand, Choice(0))
+    return {"fixed": held, "base": opened, "workspace": max(logits, writing)}
 
 
 def _running_bytes(demand: Demand, choice: Choice) -> int:

@@ -32,7 +32,8 @@ from deltaw.report.quantities import (
 class Change:
     """A measured quantity before and after training; `basis` says on what it was measured, `doubt` what weakens it.
 
-    `steps` are those of both measurements, where neither was made before the first step or after the last.
+    `steps` are those of both measurements, where neither was made before the first step or after the last; `alone`
+    says that the first was of the base without the adapter.
     """
 
     quantity: str
@@ -41,6 +42,7 @@ class Change:
     basis: str
     doubt: str = ""
     steps: tuple[int, int] | None = None
+    alone: bool = False
 
     def show(self, value: float) -> str:
         """`value` as this quantity is written: a percentage for accuracy, else three digits."""
@@ -124,6 +126,10 @@ def _doubt(before: Line, after: Line) -> str:
 
 def _change_in_evaluations(contents: ReportContents) -> Change | None:
     losses, best = column(contents.evaluations, "eval_loss"), best_evaluation(contents)
+    base = contents.summary.get("base_eval_loss")
+    if is_number(base) and best is not None:
+        basis = f"from the base alone to step {best[0]}"
+        return Change("held-out loss", base, best[1], basis, steps=(0, best[0]), alone=True)
     if len(losses) < 2 or best is None:
         return None
     first = int(losses.steps[0])
@@ -170,9 +176,8 @@ def _told_of_steps(change: Change, effort: str) -> str:
     if first == best:
         told = f"was never better than {change.show(change.after)}, where it was first measured, at step {first}"
         return f"{change.quantity.capitalize()} {told}; {effort} in all."
-    course = (
-        f"from {change.show(change.before)} at step {first} to {change.show(change.after)} at step {best}, its best"
-    )
+    start = "without the adapter" if change.alone else f"at step {first}"
+    course = f"from {change.show(change.before)} {start} to {change.show(change.after)} at step {best}, its best"
     return f"{change.quantity.capitalize()} {change.verb} {course}; {effort} in all."
 
 

@@ -240,6 +240,7 @@ def plan(contents: ReportContents) -> Table:
     between = [said.get("step_seconds"), *(said.get("step_seconds_interval") or [None, None])]
     times = [human_seconds(value * steps if is_number(value) and is_number(steps) else None) for value in between]
     parts = mapping(mapping(said.get("phases")).get(str(said.get("peak_phase"))))
+    took = ": ".join(filter(None, (summary.get("way"), summary.get("slow_reason"))))
     choice = [f"{title(str(name))}: {value}" for name, value in mapping(said.get("choice")).items()]
     rows = [
         ["Peak memory", *(human_bytes(said.get("peak_bytes")), f"{human_bytes(peak[0])} to {human_bytes(peak[1])}"),
@@ -247,7 +248,7 @@ def plan(contents: ReportContents) -> Table:
         ["Time of the steps", times[0], f"{times[1]} to {times[2]}", human_seconds(summary.get("train_seconds"))],
         ["At the peak", ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size), "", ""],
         ["How it was fitted", ", ".join(choice), "", ""],
-        ["Computed by", said.get("way") or "", "", summary.get("way") or ""],
+        ["Computed by", said.get("way") or "", "", took],
     ]  # fmt: skip
     return table([("", "text"), ("planned", "text"), ("interval", "number"), ("took", "number")], rows)
 

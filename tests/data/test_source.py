@@ -296,14 +296,41 @@ def test_a_cap_takes_the_first_rows(tmp_path):
     assert parse_source("a::weight=0.5,cap=3") == Source("a", weight=0.5, cap=3)
 
 
+def test_rows_to_answer_may_lack_their_last_answer(tmp_path):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    values = [
+        {"messages": [user]},
+        {"messages": [user, answer, user]},
+        {"messages": [user, answer]},
+        {"conversations": [{"from": "human", "value": "q"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q"},
+        {"prompt": [user], "system": "s"},
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "input": "", "output": ""},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    ]
+    (tmp_path / "a.jsonl").write_text(lines(*values))
+    texts = [
+        "".join(f"{m['role'][0]}{m['content']} " for m in row.messages).strip()
+        for row in read_rows([tmp_path / "a.jsonl"], to_answer=True)
+    ]
+    assert texts == ["uq", "uq aa uq", "uq aa", "uq", "uq aa", "uq", "ss uq", "uq aa", "uq", "uq aa"]
+    (tmp_path / "a.csv").write_text("prompt,completion\nq,\nq,a\n")
+    open_ended, whole = read_rows([tmp_path / "a.csv"], to_answer=True)
+    assert open_ended.messages == (user,) and whole.messages == (user, answer)
+    assert [type(row) for row in read_rows([tmp_path / "a.csv"])] == [Fault, Row]
+
+
 def test_every_fault_of_the_sources_is_listed_at_once():
     with pytest.raises(DataError) as caught:
-        parse_sources(["a::weight=0,cap=x", "b::speed=2", "c::weight"], ["question"])
+        parse_sources(["a::weight=0,cap=x", "b::speed=2", "c::weight", "d::config=en::split=train"], ["question"])
     for text in (
         "weight=0",
         "cap=x",
         "'speed' is none of weight, cap",
         "must look like key=value",
+        "'config=en::split=train': options are separated by commas",
         "--columns question",
     ):
         assert text in str(caught.value)
@@ -313,9 +340,9 @@ def test_what_needs_an_extra_says_which(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"a\.parquet needs pyarrow: pip install 'deltaw\[data\]'"):
+    with pytest.raises(DataError, match=r"a\.parquet needs pyarrow: pip install pyarrow"):
         list(read_rows([tmp_path / "a.parquet"]))
-    with pytest.raises(DataError, match=r"needs datasets: pip install 'deltaw\[hub\]'"):
+    with pytest.raises(DataError, match=r"needs datasets: pip install datasets"):
         list(read_rows(["hub:org/name"]))
 
 

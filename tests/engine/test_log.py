@@ -60,7 +60,7 @@ def test_a_full_disk_is_a_disk_error_and_closing_raises_no_other(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"no_such_tracker.*pip install 'deltaw\[track\]'"):
+    with pytest.raises(UsageError, match=r"no_such_tracker.*pip install no_such_tracker"):
         open_trackers(["no_such_tracker"], tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from models import small_model
 
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
-from deltaw.engine.optim import FlatFactors, OptimSettings, rate_factor
+from deltaw.engine.optim import FlatFactors, OptimSettings, all_finite, rate_factor
 
 STEPS = 4
 
@@ -206,3 +206,12 @@ def test_the_rate_rises_then_falls_and_is_never_zero_between_the_ends(schedule, 
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17, 65_535, 99_998, 99_999])
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(wrong, place):
+    values = torch.randn(100_000)
+    assert all_finite(values) and all_finite(torch.tensor(3.0))
+    values[place] = wrong
+    assert not all_finite(values) and not all_finite(torch.tensor(wrong))

@@ -268,6 +268,15 @@ def test_a_run_that_got_worse_from_its_first_evaluation_on_is_said_to(tmp_path):
     assert sentence_of(run).startswith(said)
 
 
+def test_the_base_alone_is_what_a_run_is_compared_with_where_it_was_measured(tmp_path):
+    run = write_run(tmp_path / "run", results=[], best_step=20, best_eval_loss=0.52, base_eval_loss=2.5)
+    assert sentence_of(run).startswith(
+        "Held-out loss fell from 2.50 without the adapter to 0.520 at step 20, its best;"
+    )
+    run = write_run(tmp_path / "worse", results=[], best_step=20, best_eval_loss=0.52, base_eval_loss=0.4)
+    assert sentence_of(run).startswith("Held-out loss rose from 0.400 without the adapter to 0.520")
+
+
 def test_a_plan_stands_beside_what_the_run_took(tmp_path):
     plan = {
         "peak_bytes": 1.2e9, "peak_bytes_interval": [1e9, 1.3e9], "peak_phase": "step", "step_seconds": 2.0,
