@@ -80,7 +80,7 @@ CASES = [
     Case("qwen3-0.6b-shape", 16, 1024, 1024, fitted=True),
     Case("qwen3-0.6b-shape", 4, 256, 1024, ("--recompute", "28")),
     Case("qwen3-0.6b-shape", 64, 256, 1024, ("--quant", "nf4")),
-    Case("qwen3-0.6b-shape", 16, 256, 512, ("--stream",)),
+    Case("qwen3-0.6b-shape", 16, 256, 512, ("--stream",), fitted=True),
     Case("qwen3-1.7b-shape", 16, 128, 512, ("--quant", "nf4", "--stream")),
     Case("gemma-3-270m-shape", 16, 256, 1024, fitted=True),
     Case("gemma-3-270m-shape", 4, 2048, 2048, fitted=True),

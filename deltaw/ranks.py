@@ -44,6 +44,7 @@ def rank(
     everything: bool = False,
     seconds: float | None = None,
     orders: bool = False,
+    ranks: Sequence[int] = (),
     say: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
     **options: Any,
@@ -51,20 +52,22 @@ def rank(
     """The retained-gain curve of an adapter or run folder on held-out data, and the rank that it says was needed.
 
     Without `data`, what the run held out itself serves, which chose its best adapter too. As many documents as fit into
-    `seconds` (default: 15 % of the run's training time) are measured, all of them with `everything`. `orders` compares
-    ways to choose directions at equal numbers of parameters. Options are those of `evaluate`. Returns `points` (rank,
-    numbers, loss, gain, low, high), `needed` at 95 and 99 % of the gain, `verdict`, and what it is based on. Raises
-    DataError and AdapterError as `evaluate` does, and UsageError where there is nothing to measure on.
+    `seconds` (default: 15 % of the run's training time) are measured, all of them with `everything`. `ranks` (default:
+    powers of two) are measured beside half of the adapter's and all of it. `orders` compares ways to choose directions
+    at equal numbers of parameters. Options are those of `evaluate`. Returns `points` (rank, numbers, loss, gain, low,
+    high), `needed` at 95 and 99 % of the gain, `verdict`, what it is based on, and `by_document`: sums of losses, the
+    base's first. Raises DataError and AdapterError as `evaluate` does, and UsageError where there is nothing to
+    measure, or nothing to measure on.
     """
     since = time.monotonic()
     adapter = read_adapter(adapter_folder(path))
     if orders:
         require_plain(adapter)
+    known = spectra(adapter)
+    ladder = ladder_of(known, ranks)
     with tempfile.TemporaryDirectory() as folder:
         held_out = open_held_out(path, data, model, Path(folder), say, **options)
         ordering = _set_apart(held_out) if orders else 0
-        known = spectra(adapter)
-        ladder = ladder_of(known)
         if not everything:
             allowed = seconds if seconds is not None else allowed_seconds(Path(path))
             most = held_out.documents
@@ -74,6 +77,7 @@ def rank(
         losses_KD = held_out.curve_losses([None, *cuts], progress)
         curve = retained_gain(losses_KD[0], losses_KD[1:], held_out.tokens_D, ladder)
         result = {**_as_dict(curve, cuts), **_facts(adapter, known, held_out, ordering)}
+        result["by_document"] = {"tokens": held_out.tokens_D.tolist(), "losses": losses_KD.tolist()}
         least, most = result["ranks"].values()
         if least != most and curve.improves:
             result["verdict"] = (
@@ -148,10 +152,13 @@ def allowed_seconds(path: Path) -> float:
     return TIME_SHARE * trained if trained else USUAL_SECONDS
 
 
-def ladder_of(known: Spectra) -> list[int]:
-    """1, 2, 4 …, half the highest rank that a layer has, and that one."""
+def ladder_of(known: Spectra, asked: Sequence[int] = ()) -> list[int]:
+    """1, 2, 4 … or the ranks `asked` for, half the highest rank that a layer has, and that one. Raises UsageError."""
     highest = max(found.sigma_K.shape[-1] for found in known.values())
-    return sorted({2**power for power in range((highest - 1).bit_length())} | {half_of(highest), highest})
+    if wrong := [rank for rank in asked if not 1 <= rank <= highest]:
+        raise UsageError(f"This adapter can be cut to ranks from 1 to {highest}, not to {', '.join(map(str, wrong))}.")
+    powers = (2**power for power in range((highest - 1).bit_length()))
+    return sorted({*(asked or powers), half_of(highest), highest})
 
 
 def cut(adapter: Adapter, known: Spectra, size: int) -> Adapter:

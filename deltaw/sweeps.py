@@ -199,7 +199,8 @@ def _compared(together: Together) -> dict[str, Any]:
     """`cells`: each one's best adapter on all held-out documents, its loss, and how far it is behind the best, paired.
 
     A cell that diverged has a `fault`, and no loss. `groups`: the same of each rank and rate, losses of documents
-    averaged over seeds, so that no lucky seed speaks for its rank. `documents`: how many were measured.
+    averaged over seeds, so that no lucky seed speaks for its rank. `documents`: how many were measured. `base_loss`:
+    that of the base alone. `by_document`: the sums behind all that, for tests of one's own.
     """
     rows = [
         {
@@ -223,8 +224,9 @@ def _compared(together: Together) -> dict[str, Any]:
     whole = [index for index, row in enumerate(rows) if row["fault"] is None]
     if not whole:
         return {"cells": rows, "groups": [], "documents": held_out.given}
-    losses_CD = held_out.curve_losses([read_adapter(together.cells[index].run.adapter) for index in whole])
-    tokens_D = held_out.tokens_D
+    adapters = [read_adapter(together.cells[index].run.adapter) for index in whole]
+    base_D, *rest = held_out.curve_losses([None, *adapters])
+    losses_CD, tokens_D = np.stack(rest), held_out.tokens_D
     measured = [rows[index] for index in whole]
     _measure(measured, losses_CD, tokens_D)
     for row in measured:
@@ -235,7 +237,14 @@ def _compared(together: Together) -> dict[str, Any]:
         for numbers in alike
     ]
     _measure(groups, np.stack([losses_CD[numbers].mean(0) for numbers in alike]), tokens_D)
-    return {"cells": rows, "groups": groups, "documents": held_out.given}
+    by_name = {row["name"]: losses_D.tolist() for row, losses_D in zip(measured, losses_CD, strict=True)}
+    return {
+        "cells": rows,
+        "groups": groups,
+        "documents": held_out.given,
+        "base_loss": float(base_D.sum() / tokens_D.sum()),
+        "by_document": {"tokens": tokens_D.tolist(), "base": base_D.tolist(), "cells": by_name},
+    }
 
 
 def _by_rank_and_rate(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[list[int]]:

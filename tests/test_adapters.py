@@ -81,6 +81,13 @@ def test_the_curve_goes_from_the_base_to_the_whole_adapter_and_says_what_it_stan
     assert found["documents"] == found["documents_given"] == 60
     assert [need["share"] for need in found["needed"]] == [0.95, 0.99] and found["verdict"]
     json.dumps(found)
+    sums, tokens = np.array(found["by_document"]["losses"]), np.array(found["by_document"]["tokens"])
+    assert sums.shape == (4, 60) and sums.sum(1) / tokens.sum() == pytest.approx([found["base_loss"], *losses])
+    other = ranks.rank(learned.folder, [chats], everything=True, ranks=[3], **HERE)
+    assert [point["rank"] for point in other["points"]] == [2, 3, 4]
+    assert losses[1] > other["points"][1]["loss"] > losses[2]
+    with pytest.raises(UsageError, match="cut to ranks from 1 to 4, not to 0, 5"):
+        ranks.rank(learned.folder, [chats], ranks=[0, 2, 5], **HERE)
 
 
 def test_the_time_it_may_take_bounds_the_documents(learned, chats):
@@ -441,6 +448,12 @@ def test_a_sweep_gives_the_bits_of_separate_runs_and_compares_them(llama_folder,
     assert all(cell["behind_low"] <= cell["behind"] <= cell["behind_high"] for cell in found["cells"])
     page = (tmp_path / "sweep" / "sweep.html").read_text()
     assert all(cell["name"] in page for cell in found["cells"]) and page.count("<svg") == 4
+    by_document, first = found["by_document"], found["cells"][0]
+    total = sum(by_document["tokens"])
+    assert sum(by_document["cells"][first["name"]]) / total == pytest.approx(first["loss"])
+    assert found["base_loss"] == pytest.approx(sum(by_document["base"]) / total)
+    assert found["base_loss"] == pytest.approx(alone.read_summary()["base_eval_loss"], rel=1e-5)
+    assert f"the base alone {found['base_loss']:.4f}" in page
 
 
 def test_cells_of_epochs_end_with_their_own_data_as_separate_runs_do(llama_folder, chats, tmp_path):

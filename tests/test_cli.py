@@ -377,6 +377,16 @@ def test_a_base_is_streamed_or_stored_in_4_bits_for_other_verbs_than_train_too(t
     assert merged.exit_code == 0 and json.loads(merged.stdout)["same_next_tokens"]
 
 
+def test_eval_shows_the_base_beside_the_adapter(tiny_run, chats):
+    done = _run("eval", tiny_run.folder, "--data", chats, "--base", "--json")
+    found = json.loads(done.stdout)
+    alone = api.load(tiny_run.settings().model, device="cpu").evaluate([chats])
+    assert found["base"]["loss"] == pytest.approx(alone["loss"]) and found["loss"] < alone["loss"]
+    shown = _run("eval", tiny_run.folder, "--data", chats, "--base").stdout
+    assert f"loss         {found['loss']:.4f}; the base alone {alone['loss']:.4f}" in shown
+    assert "the base alone" not in _run("eval", tiny_run.folder, "--data", chats).stdout
+
+
 def test_eval_warns_of_another_base_even_beside_json(tiny_run, chats, tmp_path):
     other = save_base(tmp_path / "other", seed=1)
     done = _run("eval", tiny_run.folder, "--data", chats, "--model", other, "--json")

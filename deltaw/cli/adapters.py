@@ -32,6 +32,7 @@ from deltaw.errors import UsageError
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
 @reading_options
+@click.option("--base", "with_base", is_flag=True, help="Also measure the base without the adapter.")
 @click.option("--forgetting", is_flag=True, help="Also loss and KL to the base on neutral text, by strength.")
 @click.option(
     "--neutral", type=click.Path(path_type=Path), metavar="FILE", help="Other neutral text than Python's help."
@@ -42,6 +43,7 @@ from deltaw.errors import UsageError
 def evaluate(
     adapter: Path,
     data: tuple[str, ...],
+    with_base: bool,
     forgetting: bool,
     neutral: Path | None,
     model: str | None,
@@ -50,12 +52,16 @@ def evaluate(
 ) -> None:
     """Loss, perplexity, exact match, and accuracy where answers are labels. ADAPTER is a run or adapter folder."""
     from deltaw import api
-    from deltaw.terminal import TerminalWatcher, make_console, pairs, percent, show_json
+    from deltaw.terminal import TerminalWatcher, make_console, pairs, show_json
 
     watcher = TerminalWatcher(make_console(stderr=True))
     reading = reading_of(options)
     opened = api.open_adapter(adapter, model, say, **machine_of(options))
     result = opened.evaluate(data, watcher.measured, **reading)
+    if with_base:
+        opened.strength = 0.0
+        result["base"] = opened.evaluate(data, watcher.measured, **reading)
+        opened.strength = 1.0
     if forgetting or neutral:
         result["forgetting"] = opened.forgetting(neutral, data=data, **reading)
         if (page := api.keep_forgetting(adapter, result["forgetting"])) is not None:
@@ -63,18 +69,28 @@ def evaluate(
     if as_json:
         show_json(result)
         return
-    shown = {"loss": f"{result['loss']:.4f}", "perplexity": f"{result['perplexity']:.3f}"}
+    shown, base = _measured(result), _measured(result.get("base", {}))
+    beside = {name: f"{value}; the base alone {base[name]}" if base else value for name, value in shown.items()}
+    pairs(make_console(), {**beside, "rows": _rows(result), "tokens": f"{result['tokens']:,}"})
+    if "forgetting" in result:
+        from deltaw.tables import forgetting_table
+
+        forgetting_table(make_console(), result["forgetting"])
+
+
+def _measured(result: dict[str, Any]) -> dict[str, str]:
+    """The figures of an evaluation, those that it has, as they are shown."""
+    from deltaw.terminal import percent
+
+    plain = {"loss": ".4f", "perplexity": ".3f"}
+    shown = {name: format(result[name], digits) for name, digits in plain.items() if name in result}
     for name, key, low, high in (
         ("exact match", "exact_match", "exact_match_low", "exact_match_high"),
         ("accuracy", "accuracy", "low", "high"),
     ):
         if key in result:
             shown[name] = f"{percent(result[key])} ({percent(result[low])} – {percent(result[high])})"
-    pairs(make_console(), {**shown, "rows": _rows(result), "tokens": f"{result['tokens']:,}"})
-    if "forgetting" in result:
-        from deltaw.tables import forgetting_table
-
-        forgetting_table(make_console(), result["forgetting"])
+    return shown
 
 
 def _rows(result: dict[str, Any]) -> str:
@@ -208,24 +224,26 @@ def inspect(
 @click.option("--data", multiple=True, metavar="FILE", help="Held-out data.  [default: what the run held out]")
 @click.option("--all", "everything", is_flag=True, help="Measure every document, however long it takes.")
 @click.option("--seconds", type=click.FloatRange(0), metavar="X", help="Time for it.  [default: 15 % of the training]")
+@click.option("--ranks", default="", metavar="N,N", help="Ranks to cut to.  [default: 1, 2, 4 …]")
 @click.option("--orders", is_flag=True, help="Compare ways to choose directions at equal numbers of parameters.")
 @reading_options
 @model_option
 @machine_options
 @json_option
 def rank(
-    adapter: Path, data: tuple[str, ...], everything: bool, seconds: float | None, orders: bool, model: str | None,
-    as_json: bool, **options: Any,
+    adapter: Path, data: tuple[str, ...], everything: bool, seconds: float | None, ranks: str, orders: bool,
+    model: str | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What rank the task needed: held-out loss against rank, from one trained adapter, with intervals."""
-    from deltaw import ranks
+    from deltaw.ranks import rank as measure_rank
     from deltaw.tables import rank_page
     from deltaw.terminal import TerminalWatcher, make_console, show_json
 
     progress = counting(TerminalWatcher(make_console(stderr=True)), "cuts")
-    found = ranks.rank(
-        adapter, data, model, everything=everything, seconds=seconds, orders=orders, say=say, progress=progress,
-        **reading_of(options), **machine_of(options),
+    chosen = numbers(ranks, int, "--ranks")
+    found = measure_rank(
+        adapter, data, model, everything=everything, seconds=seconds, orders=orders, ranks=chosen, say=say,
+        progress=progress, **reading_of(options), **machine_of(options),
     )  # fmt: skip
     if as_json:
         show_json(found)

@@ -193,7 +193,7 @@ class FlatFactors:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no number is NaN or infinite. By the extremes, which hand NaN on and need no memory beside the numbers."""
+    """Whether no number is NaN or infinite. By the extremes, which hand NaN on and take no memory."""
     return all(bool(extreme.isfinite()) for extreme in values.aminmax())
 
 

@@ -38,6 +38,7 @@ TILES, TILE_WIDTHS = 4, 6
 # as steps of other lengths leave other gaps: less where kernels compute in fp32, with no memory of oneDNN's between.
 PRODUCT_BYTES, RUNNING_BYTES, QUANT_RUNNING_BYTES = 1_100_000, 125_000_000, 150_000_000
 KEPT_GAPS, GAPS = 1.2, 6
+CODE_BYTES = 45_000_000  # of libraries: taken back, these pages have a step wait for the disk at every call
 FP32_GAPS = {"kernels": (1.0, 4), "modules": (1.3, 6)}
 # Tokens of the prompts that merging compares logits at, in the usual templates; three sets are kept, one is made.
 MERGED_POSITIONS, MERGED_LOGITS = 140, 3.5
@@ -64,12 +65,13 @@ class Memory:
 def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_bytes: int = 0) -> Memory:
     """What each phase holds. `way` as in Base.way.
 
-    `fixed_bytes` is held by the process without base and run, `file_bytes` of it as pages of files, which count as
-    little as the base's own where the measure is the lowest limit.
+    `fixed_bytes` is held by the process without base and run, `file_bytes` of it as pages of files: where the measure
+    is the lowest limit, only those count that every step runs through.
     """
     heavy, b = demand.heaviest(choice.micro_tokens), demand.dtype.itemsize
     kept_gaps, gaps = _gaps(demand, way)
-    held = fixed_bytes - (file_bytes if choice.stream else 0) + _running_bytes(demand, choice)
+    idle_bytes = max(0, file_bytes - CODE_BYTES) if choice.stream else 0
+    held = fixed_bytes - idle_bytes + _running_bytes(demand, choice)
     fixed = {"fixed": held, "base": base_bytes(demand, choice)}
     best = demand.trained * BEST_BYTES if "eval" in demand.data else 0
     factors = demand.trained * STATE_BYTES + best

@@ -49,7 +49,8 @@ def _sentence(cells: list[dict[str, Any]], result: dict[str, Any]) -> str:
         alike = groups
     smallest = min(alike, key=lambda group: group["parameters"])
     seeds = f", mean of {best['seeds']} seeds" if best["seeds"] > 1 else ""
-    text = f"{spent} Best: rank {best['rank']} at {best['lr']:g}, loss {best['loss']:.4f}{seeds}."
+    base = f"; the base alone {result['base_loss']:.4f}" if result.get("base_loss") is not None else ""
+    text = f"{spent} Best: rank {best['rank']} at {best['lr']:g}, loss {best['loss']:.4f}{seeds}{base}."
     if smallest["parameters"] < best["parameters"]:
         text += f" Rank {smallest['rank']} at {smallest['lr']:g} is smaller and not surely worse."
     return f"{text} Intervals are over documents, and know nothing of what another seed would give."
