@@ -334,10 +334,13 @@ def test_a_sum_is_the_sum_and_a_difference_with_itself_is_nothing(learned, tiny_
 def test_healing_takes_from_a_run_what_was_asked_for_and_not_what_suited_its_machine(tiny_run, tmp_path):
     adapter, alone = read_adapter(tiny_run.adapter), tmp_path / "alone"
     shutil.copytree(tiny_run.adapter, alone)
-    alike, known = adapters._healed_alike(tiny_run.folder, adapter), adapters._healed_alike(alone, adapter)
+    alike, known = (adapters._healed_alike(path, adapter, {}) for path in (tiny_run.folder, alone))
     assert alike["dtype"] == "float32" and "dtype" not in known  # of which nobody knows who chose it
     for found in (alike, known):
         assert found["batch_tokens"] == 256 and not {"stream", "recompute", "micro_tokens", "quant"} & found.keys()
+    given = {"max_length": 99, "allow_lost": 0.2, "allow": ["end-of-turn"], "threads": 1}
+    found = adapters._healed_alike(tiny_run.folder, adapter, given)
+    assert {name: found[name] for name in given} == given and found["batch_tokens"] == 256
 
 
 def test_compared_with_itself_an_adapter_is_alike_in_everything(learned):

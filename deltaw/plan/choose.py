@@ -20,7 +20,7 @@ from deltaw.base.quant import BYTES
 from deltaw.base.stream import CACHED_SHARE
 from deltaw.errors import DoesNotFitError, bullet_list
 from deltaw.plan.demand import Choice, Demand
-from deltaw.plan.memory import Memory, memory, merging
+from deltaw.plan.memory import Memory, idle_pages, memory, merging
 from deltaw.plan.speed import Clock
 
 # How far peaks and times lie below and above what is predicted: the extremes of a grid (benchmarks/plan_accuracy.py),
@@ -160,7 +160,7 @@ def _wanted_pages(demand: Demand, choice: Choice, room: Room) -> int:
     """What a streamed run uses of files all the time, beside the block that is counted as held."""
     block = demand.block_bytes(choice)
     head = math.prod(demand.outline.head_shape) * demand.dtype.itemsize if demand.as_stored else 0  # else it is cast
-    return max(2 * block, head) - block + room.file_bytes
+    return max(2 * block, head) - block + idle_pages(room.file_bytes)
 
 
 def _stays_cached(demand: Demand, choice: Choice, held: Memory, room: Room) -> bool:

@@ -70,8 +70,7 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     """
     heavy, b = demand.heaviest(choice.micro_tokens), demand.dtype.itemsize
     kept_gaps, gaps = _gaps(demand, way)
-    idle_bytes = max(0, file_bytes - CODE_BYTES) if choice.stream else 0
-    held = fixed_bytes - idle_bytes + _running_bytes(demand, choice)
+    held = fixed_bytes - (idle_pages(file_bytes) if choice.stream else 0) + _running_bytes(demand, choice)
     fixed = {"fixed": held, "base": base_bytes(demand, choice)}
     best = demand.trained * BEST_BYTES if "eval" in demand.data else 0
     factors = demand.trained * STATE_BYTES + best
@@ -99,6 +98,11 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     }
     measure = "lowest memory limit" if choice.stream else "high-water mark of the process"
     return Memory({name: {part: parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}, measure)
+
+
+def idle_pages(file_bytes: int) -> int:
+    """How many bytes of the process's file pages a step can do without for a while."""
+    return max(0, file_bytes - CODE_BYTES)
 
 
 def merging(demand: Demand, fixed_bytes: int) -> dict[str, int]:

@@ -252,8 +252,10 @@ def test_the_fastest_exact_choice_that_fits_is_made_and_less_memory_never_costs_
 
 def test_a_streamed_run_waits_for_what_is_read_again_where_pages_of_libraries_have_no_room(demand):
     asked = demand(stream=True, recompute=0, micro_tokens=64)
-    tight, pages = needed(asked, Choice(64, stream=True)), 100 * MB
-    rooms = [Room(tight + more, "--memory", pages, file_bytes=pages) for more in (0, pages // 2, 2 * pages, 3 * pages)]
+    pages = 100 * MB
+    tight = round(memory(asked, Choice(64, stream=True), "kernels", pages, pages).peak_bytes * (1 + MEMORY_SPREAD[1]))
+    assert 0 < tight - needed(asked, Choice(64, stream=True)) < pages / 2
+    rooms = [Room(tight + more, "--memory", pages, file_bytes=pages) for more in (0, pages // 4, 2 * pages, 3 * pages)]
     clock = Clock(asked, PACE)
     clock.__dict__["disk_bytes_per_second"] = 1e9
     seconds = [make_plan(asked, room, clock).step_seconds for room in rooms]
