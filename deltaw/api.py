@@ -150,9 +150,14 @@ class Model:
             yield prepare(sources, self.encoder(read), Path(folder), refuse_above=read.allow_lost, keep_rows=True)
 
 
-def evaluate_set(base: base_load.Base, data: DataSet, progress: Progress | None = None) -> dict[str, Any]:
-    """The numbers of one prepared data set; how many rows were cut or lost; the labels' names where there are any."""
-    result = run_evaluation(base, data, EVALUATION_TOKENS, progress).as_dict()
+def evaluate_set(
+    base: base_load.Base, data: DataSet, progress: Progress | None = None, most_tokens: int = EVALUATION_TOKENS
+) -> dict[str, Any]:
+    """The numbers of one prepared data set; how many rows were cut or lost; the labels' names where there are any.
+
+    Passes hold `most_tokens` at most: those of a run that is fitted into its memory hold no more than its own.
+    """
+    result = run_evaluation(base, data, min(most_tokens, EVALUATION_TOKENS), progress).as_dict()
     labels, counts = data.labels(), {"rows_cut": data.report.cut, "rows_lost": data.report.lost}
     return {**result, **counts, **({} if labels is None else {"labels": labels.names})}
 

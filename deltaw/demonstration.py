@@ -63,7 +63,7 @@ def _measure_demo(trainer: Trainer, watcher: Watcher, *, adapted: bool) -> dict[
     encoder = make_encoder(base, trainer.settings)
     test = prepare([snippets("test")], encoder, token_cache(trainer.run.tokens), keep_rows=True)
     using = inject(base.model, read_adapter(trainer.run.adapter), dtype=base.dtype) if adapted else None
-    result = evaluate_set(base, test, getattr(watcher, "measured", None))
+    result = evaluate_set(base, test, getattr(watcher, "measured", None), int(trainer.settings.micro_tokens))
     rows = test.prompts[:: len(test.prompts) // DEMO_SAMPLES][:DEMO_SAMPLES]
     answers = [generate(base, row.messages[:-1], max_new_tokens=24) for row in rows]
     if using is not None:
