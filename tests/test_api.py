@@ -205,14 +205,13 @@ def test_another_base_of_the_same_shape_is_said(tiny_run, tmp_path):
 
 
 def test_a_base_stored_otherwise_than_in_training_is_said(tiny_run):
-    said, adapter = [], read_adapter(tiny_run.adapter)
-    known = {**adapter.settings, "quant": "nf4"}
-    adapter.origin["config"] = json.dumps(known)
+    adapter = read_adapter(tiny_run.adapter)
+    adapter.origin["config"] = json.dumps({**adapter.settings, "quant": "nf4"})
     base = api.load(tiny_run.settings().model, device="cpu", dtype="float32").base
     (line,) = origin_warnings(adapter, base)
     assert "over its base in nf4, and here the base is as it is" in line and "--quant nf4" in line
     base.quant = "nf4"
-    assert origin_warnings(adapter, base) == said == []
+    assert origin_warnings(adapter, base) == []
 
 
 def test_the_adapter_alone_names_its_base_to_load(tiny_run):

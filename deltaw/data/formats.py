@@ -132,6 +132,8 @@ def to_row(record: Record | Fault, columns: Iterable[tuple[str, str]] = (), *, t
 
 def _answered(value: Mapping[str, Any]) -> dict[str, Any] | None:
     """The value with an answer where its last one is missing, as every format needs one; None where none is."""
+    if "chosen" in value:
+        return None
     for key in ("messages", "conversations"):
         turns = value.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
@@ -141,7 +143,7 @@ def _answered(value: Mapping[str, Any]) -> dict[str, Any] | None:
             said = {"from": "gpt", "value": "."} if "from" in last else {"role": "assistant", "content": "."}
             return {**value, key: [*turns, said]}
     for asked, answer in (("prompt", "completion"), ("instruction", "output")):
-        if asked in value and not value.get(answer) and "chosen" not in value:
+        if asked in value and not value.get(answer):
             return {**value, answer: "."}
     return None
 

@@ -309,13 +309,15 @@ def test_rows_to_answer_may_lack_their_last_answer(tmp_path):
         {"prompt": "q", "completion": "a"},
         {"instruction": "q", "input": "", "output": ""},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
-    ]
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
+         "rejected": {"from": "gpt", "value": "b"}},
+    ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text(lines(*values))
     texts = [
         "".join(f"{m['role'][0]}{m['content']} " for m in row.messages).strip()
         for row in read_rows([tmp_path / "a.jsonl"], to_answer=True)
     ]
-    assert texts == ["uq", "uq aa uq", "uq aa", "uq", "uq aa", "uq", "ss uq", "uq aa", "uq", "uq aa"]
+    assert texts == ["uq", "uq aa uq", "uq aa", "uq", "uq aa", "uq", "ss uq", "uq aa", "uq", "uq aa", "uq aa"]
     (tmp_path / "a.csv").write_text("prompt,completion\nq,\nq,a\n")
     open_ended, whole = read_rows([tmp_path / "a.csv"], to_answer=True)
     assert open_ended.messages == (user,) and whole.messages == (user, answer)
