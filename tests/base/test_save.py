@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -235,3 +237,29 @@ def test_what_cannot_be_done_is_refused_and_leaves_nothing(tmp_path, llama_folde
     with pytest.raises(AdapterError, match="does not fit"):
         write_merged(other, adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other", "there"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell where files are mapped")
+def test_merging_takes_little_more_memory_than_the_open_base(tmp_path):
+    """In a process of its own: how far writing and checking raise its high-water mark, beside the base's files."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 512}
+    config = transformers.LlamaConfig(num_attention_heads=8, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from deltaw.adapter import LoraSpec, choose, new_adapter\n"
+        "from deltaw.base.load import load\n"
+        "from deltaw.base.save import check_merged, write_merged\n"
+        "from deltaw.hardware import peak_rss_bytes\n"
+        "folder, spec = Path(sys.argv[1]), LoraSpec(rank=1)\n"
+        "base = load(folder / 'base', device='cpu', dtype='float32')\n"
+        "adapter, before = new_adapter(choose(base.model, spec), spec), peak_rss_bytes()\n"
+        "write_merged(base, adapter, folder / 'merged')\n"
+        "check_merged(folder / 'base', adapter, folder / 'merged')\n"
+        "print(peak_rss_bytes() - before, base.weight_bytes)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    raised, stored = map(int, done.stdout.split())
+    assert raised < stored / 2, (raised, stored)
