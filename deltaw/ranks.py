@@ -19,7 +19,7 @@ from deltaw.analysis.curve import Curve, Needed, half_of, retained_gain
 from deltaw.analysis.spectrum import ranks_of, spectra
 from deltaw.analysis.truncate import Spectra, ranks_within, truncate
 from deltaw.api import EVALUATION_TOKENS, Model, open_adapter
-from deltaw.config import AS_TRAINED, AUTO, Reading, parted
+from deltaw.config import AUTO, Reading, parted
 from deltaw.data.formats import parse_sources
 from deltaw.data.prepare import prepare
 from deltaw.engine.heldout import HeldOut, Progress
@@ -103,8 +103,8 @@ def open_held_out(
     """
     read, machine = parted(options)
     if not data:
-        if read != AS_TRAINED:
-            raise UsageError(f"{', '.join(Reading._fields)} say how --data FILE is read; give it, or leave them out.")
+        if given := [f"--{name.replace('_', '-')}" for name in Reading._fields if options.get(name)]:
+            raise UsageError(f"Of how --data FILE is read: {', '.join(given)}; give --data too, or leave that out.")
         return _of_run(Path(path), say, {**machine, **({} if model is None else {"model": model})})
     opened: Model = open_adapter(path, model, say, **machine)
     assert opened.injection is not None

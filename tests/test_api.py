@@ -108,7 +108,7 @@ def test_an_adapter_is_evaluated_on_documents_as_long_and_with_the_day_as_in_its
         api.evaluate(run.folder, [data], max_length="long")
     with pytest.raises(UsageError, match="Nothing of how data is read: rank"):
         opened.evaluate([data], rank=3)
-    with pytest.raises(UsageError, match="say how --data FILE is read"):
+    with pytest.raises(UsageError, match="Of how --data FILE is read: --max-length; give --data too"):
         ranks.rank(run.folder, max_length=500)
 
 

@@ -191,13 +191,16 @@ def test_a_run_stopped_twice_ends_as_one_that_never_was(stopped_twice, llama_fol
     assert timeless[0] == timeless[1] and len(timeless[0]) > 60
 
 
-def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(tmp_path, llama_folder, chats):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(number, code, tmp_path, llama_folder, chats):
     out = tmp_path / "run"
     process = _start(*_training(llama_folder, chats, out, "--steps=2"))
     _until((out / "summary.json").exists)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, talk = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in talk
+    assert process.returncode == code and "Traceback" not in talk
+    if number == signal.SIGINT:
+        assert re.search(rf"Stopped\. Go on with: .*deltaw train --resume {re.escape(str(out))}$", talk.strip())
     resumed = _run("train", "--resume", out)
     assert resumed.exit_code == 0, (talk, resumed.stderr)
     assert "No checkpoint yet: starting from step 0." in resumed.stderr

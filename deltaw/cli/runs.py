@@ -19,7 +19,7 @@ from deltaw.cli.options import (
     settings_options,
 )
 from deltaw.config import LENGTHS, Settings, make_settings, read_recipe
-from deltaw.errors import UsageError, command
+from deltaw.errors import EXIT_INTERRUPTED, Interrupted, UsageError, command
 
 MEASURE = "measure"  # of --rank
 
@@ -142,11 +142,14 @@ def plan(recipe: Path | None, on: str | None, as_json: bool, **options: Any) -> 
 
 
 def _finish_training(resume: Path | None, settings: Settings | None, run: Any, quiet: bool, as_json: bool) -> None:
-    from deltaw.terminal import TerminalWatcher, make_console, pairs, show_json
-    from deltaw.training import train as train_adapter
+    try:
+        from deltaw.terminal import TerminalWatcher, make_console, pairs, show_json
+        from deltaw.training import train as train_adapter
 
-    watcher = TerminalWatcher(make_console(stderr=True), quiet)
-    run = train_adapter(settings, run, watcher, resume=resume)
+        run = train_adapter(settings, run, TerminalWatcher(make_console(stderr=True), quiet), resume=resume)
+    except KeyboardInterrupt:  # while the base is opened, say: training itself tells how to go on
+        again = command(f"train --resume {resume or run.folder}")
+        raise Interrupted(EXIT_INTERRUPTED, f"Stopped. Go on with: {again}") from None
     summary = run.read_summary()
     if as_json:
         show_json({**summary, "run": str(run.folder)})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +120,16 @@ def _by_rank(cells: list[dict[str, Any]]) -> Plot:
         "Loss against rank",
         caption,
         [("points", "a cell")],
-        *both("by-rank", label, HALF, paint, significant, steps=False),
+        *both("by-rank", label, HALF, paint, _telling_apart(cells), steps=False),
     )
+
+
+def _telling_apart(cells: list[dict[str, Any]]) -> Callable[[float], str]:
+    """How losses are written on an axis: with as many digits as tell these cells apart."""
+    losses = [cell["loss"] for cell in cells]
+    spread = max(losses) - min(losses)
+    needed = 1 + math.ceil(math.log10(max(losses) / spread)) if spread > 0 else 0
+    return partial(significant, digits=min(max(3, needed), 6))
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
@@ -148,7 +159,7 @@ def _by_parameters(cells: list[dict[str, Any]]) -> Plot:
         "Loss against parameters",
         caption,
         [("points", "a cell")],
-        *both("by-parameters", label, HALF, paint, significant, steps=False),
+        *both("by-parameters", label, HALF, paint, _telling_apart(cells), steps=False),
     )
 
 

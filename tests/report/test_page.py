@@ -10,7 +10,7 @@ import yaml
 from pages import Page
 
 from deltaw.errors import DiskError, UsageError
-from deltaw.report import curves, headline, plots, quantities, read_contents, tables, write_report
+from deltaw.report import curves, headline, plots, quantities, read_contents, sweep_page, tables, write_report
 
 HOSTILE = '</title><script>alert(1)</script><img src=x onerror="alert(2)"> $x^{ & {{ 7*7 }} \' 😀 \x00 \ud800'
 MODULES = {"self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576)}
@@ -424,3 +424,11 @@ def test_what_was_forgotten_is_drawn_in_the_report_of_its_run(tmp_path):
     assert "forgetting" in page.values("id") and "+0.1000 (+0.0500 to +0.2000)" in page.text
     (run / "forgetting.json").write_text("[{}]")
     assert "forgetting.json could not be read" in Page(write_report(run)).text
+
+
+@pytest.mark.parametrize(
+    ("losses", "ticks"), [((0.7639, 0.7644), (0.764, 0.7642)), ((0.3, 0.5), (0.3, 0.4)), ((2.0,), (2.0, 2.1))]
+)
+def test_losses_on_the_axes_of_a_sweep_have_the_digits_that_tell_its_cells_apart(losses, ticks):
+    show = sweep_page._telling_apart([{"loss": loss} for loss in losses])
+    assert len({show(tick) for tick in ticks}) == 2 and all(len(show(tick)) <= 7 for tick in ticks)
