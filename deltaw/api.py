@@ -42,7 +42,7 @@ from deltaw.engine import train as engine
 from deltaw.engine.bench import bench as run_bench
 from deltaw.engine.evaluate import evaluate as run_evaluation
 from deltaw.engine.evaluate import held_out_loss
-from deltaw.engine.forgetting import STRENGTHS, neutral_texts
+from deltaw.engine.forgetting import PROMPTS, STRENGTHS, neutral_texts, paragraphs
 from deltaw.engine.forgetting import forgetting as measure_forgetting
 from deltaw.engine.generate import generate, render_prompt
 from deltaw.engine.prepare import Sketch, origin_warnings, sketch_run
@@ -53,7 +53,7 @@ from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError, does_not_fit
 from deltaw.plan.choose import Plan, Room, make_plan, require_room
 from deltaw.plan.demand import Demand
-from deltaw.plan.devices import DEVICES
+from deltaw.plan.devices import DEVICES, Device
 from deltaw.plan.pace import likely_way, measure_pace
 from deltaw.plan.speed import Clock
 
@@ -119,15 +119,18 @@ class Model:
         text: str | Path | None = None,
         strengths: Sequence[float] = STRENGTHS,
         data: Sequence[str | Path] = (),
+        prompts: str | Path | None = None,
         **reading: Any,
     ) -> list[dict[str, Any]]:
-        """Loss on neutral text and KL to the base at several strengths (deltaw/engine/forgetting.py).
+        """Loss on neutral text, and KL to the base there and on unrelated prompts, at several strengths of the adapter.
 
-        With `data`, the loss on it at each strength too (`data_loss`); `reading` as for `evaluate`.
+        `text` and `prompts` are files of paragraphs in place of deltaw's own (deltaw/engine/forgetting.py). With
+        `data`, the loss on it at each strength too (`data_loss`); `reading` as for `evaluate`.
         """
         if self.injection is None:
             raise UsageError("There is no adapter, so nothing is forgotten.")
-        rows = measure_forgetting(self.base, self.injection, neutral_texts(text), strengths)
+        asked = paragraphs(prompts or PROMPTS)
+        rows = measure_forgetting(self.base, self.injection, neutral_texts(text), asked, strengths)
         if data:
             usual = self.strength
             try:
@@ -205,7 +208,7 @@ def base_of(path: Path, adapter: Adapter) -> str:
 # -- planning ----------------------------------------------------------------------------------------------------------
 
 HELD_BACK = 0.05  # of the memory that is there, for everything that is not ours
-GPU_FIXED_BYTES = 600_000_000  # a CUDA context and its libraries
+GPU_CONTEXT_BYTES = 600_000_000  # of CUDA and its libraries, beside what torch reserves
 
 
 def plan(
@@ -251,10 +254,7 @@ def plan_sketch(
     `adapters` are the sizes of several that take turns over one base, as shares of the sketched one. Memory is then of
     all of them, and times are the largest's.
     """
-    fixed_bytes, file_bytes = hardware.rss_bytes(), hardware.file_rss_bytes()
     device = None if on is None else DEVICES[on]
-    if device is not None and device.kind == "cuda":
-        fixed_bytes = GPU_FIXED_BYTES
     streams = None if device is None else device.streams
     demand = one = Demand(sketch.outline, settings, sketch.targets, sketch.data, streams=streams)
     if adapters is not None:
@@ -265,19 +265,22 @@ def plan_sketch(
             f"--stream: the base {sketch.outline.name} cannot be read block by block on {on or 'this machine'}. That "
             "needs Linux, a CPU, and blocks of linear layers or of weights in the dtype that is computed in."
         )
-    room = _room(settings, fixed_bytes, file_bytes, on)
+    room = _room(settings, device)
     if on is None:
         require_room(demand, room, likely_way(demand))  # timing needs time and memory, which a refusal can do without
     clock = Clock(one, None if device else measure_pace(one), device)
     return make_plan(demand, room, clock)
 
 
-def _room(settings: Settings, fixed_bytes: int, file_bytes: int, on: str | None) -> Room:
-    machine = hardware.look()
-    if on is not None:
-        total, source = DEVICES[on].memory_bytes, on
+def _room(settings: Settings, device: Device | None) -> Room:
+    """What there is on another machine, or here; on a GPU what torch can reserve."""
+    machine, fixed_bytes, file_bytes = hardware.look(), hardware.rss_bytes(), hardware.file_rss_bytes()
+    if settings.device == "cuda":
+        fixed_bytes = file_bytes = 0
+    if device is not None:
+        total, source = device.memory_bytes - GPU_CONTEXT_BYTES * (device.kind == "cuda"), device.name
     elif settings.device == "cuda" and machine.gpu is not None:
-        total, source, fixed_bytes = hardware.free_gpu_bytes() + GPU_FIXED_BYTES, machine.gpu.name, GPU_FIXED_BYTES
+        total, source = hardware.free_gpu_bytes(), machine.gpu.name
     else:  # the pages of files that this process holds count as free already
         total, source = machine.available_bytes + fixed_bytes - file_bytes, machine.memory_limit_source
     limit, most = round(total * (1 - HELD_BACK)), round(total / (1 - HELD_BACK))
@@ -491,6 +494,14 @@ def keep_forgetting(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path | 
     if run is None or adapter_folder(path).resolve() != run.adapter.resolve():
         return None
     write_text(run.forgetting, json.dumps(list(rows), indent=2) + "\n")
+    return _write_report(run)
+
+
+def keep_inspected(path: str | Path, page: Path) -> Path | None:
+    """Has the report of a run lead to this page of its adapter, where that lies beside it; None of other pages."""
+    run = run_of(Path(path))
+    if run is None or page.resolve() != run.inspected.resolve():
+        return None
     return _write_report(run)
 
 

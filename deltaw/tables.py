@@ -184,15 +184,17 @@ def forgetting_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         (
             *(f"{r['strength']:g}", f"{r['data_loss']:.4f}", f"{r['loss']:.4f}"),
             f"{r['change']:+.4f} ({_signed(r['change_low'])} to {_signed(r['change_high'])})",
-            f"{r['kl']:.4f}",
+            *(f"{r['kl']:.4f}", f"{r['prompt_kl']:.4f}"),
         )
         for r in rows
     ]
     console.print()
-    console.print(plain_table(("strength", "loss on the data", "on neutral text", "change", "KL to the base"), lines))
+    headings = ("strength", "loss on the data", "on neutral text", "change", "KL to the base", "KL on prompts")
+    console.print(plain_table(headings, lines))
     first = rows[0]
     console.print(
-        f"Neutral text: {first['documents']} documents, {first['tokens']:,} tokens; nats per token."
+        f"Neutral text: {first['documents']} documents, {first['tokens']:,} tokens. Prompts: {first['prompts']}, "
+        f"{first['prompt_tokens']:,} tokens of the base's own answers. Nats per token."
         + ("" if first["documents"] >= FEWEST else " Too few for intervals to mean anything."),
         style="dim",
     )

@@ -20,6 +20,7 @@ from deltaw.analysis.truncate import truncate
 from deltaw.base import forward
 from deltaw.base.forward import plain_attention
 from deltaw.config import make_settings
+from deltaw.engine.generate import end_tokens, render_prompt
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.log import read_metrics
 from deltaw.engine.orders import by_activations, by_loss
@@ -388,9 +389,7 @@ def test_forgetting_is_nothing_at_strength_0_and_counted_as_by_hand_at_1(learned
         both = []
         for strength in (0.0, 1.0):
             model.strength = strength
-            with torch.no_grad():
-                h = base.hidden_states(tokens, torch.arange(len(tokens)), (0, len(tokens)))
-                both.append(base.logits(h)[:-1].double().log_softmax(-1))
+            both.append(_log_softmax(base, tokens.tolist())[:-1])
         kl += float(torch.nn.functional.kl_div(both[1], both[0], log_target=True, reduction="sum"))
         loss += float(torch.nn.functional.nll_loss(both[1], tokens[1:], reduction="sum"))
         count += len(tokens) - 1
@@ -402,6 +401,33 @@ def test_forgetting_is_nothing_at_strength_0_and_counted_as_by_hand_at_1(learned
     assert model.forgetting(strengths=(1.0,))[0]["documents"] > 40  # Python's own help
     with pytest.raises(DataError, match="cannot be read"):
         model.forgetting(tmp_path / "none.txt")
+
+
+def test_the_distance_on_prompts_is_counted_as_by_hand_along_the_bases_own_answers(learned, llama_folder, tmp_path):
+    text = tmp_path / "prompts.txt"
+    text.write_text("What is the time?\n\nName a day\nof this week.\n")
+    model = api.load(llama_folder, learned.folder, **HERE)
+    row = model.forgetting(strengths=(0.0, 1.0), prompts=text)
+    assert row[0]["prompt_kl"] == 0 and row[1]["prompts"] == 2 and row[1]["prompt_kl_low"] is None
+    kl, count = 0.0, 0
+    for prompt in ("What is the time?", "Name a day\nof this week."):
+        asked = answered = render_prompt(model.base, [{"role": "user", "content": prompt}])
+        model.strength = 0.0
+        while len(answered) < len(asked) + 16 and answered[-1] not in end_tokens(model.base):
+            answered = [*answered, int(_log_softmax(model.base, answered)[-1].argmax())]
+        plain = _log_softmax(model.base, answered)[len(asked) - 1 : -1]
+        model.strength = 1.0
+        adapted = _log_softmax(model.base, answered)[len(asked) - 1 : -1]
+        kl += float(torch.nn.functional.kl_div(adapted, plain, log_target=True, reduction="sum"))
+        count += len(plain)
+    assert row[1]["prompt_tokens"] == count and row[1]["prompt_kl"] == pytest.approx(kl / count, rel=1e-4)
+    assert kl > 0 and model.forgetting(strengths=(1.0,))[0]["prompts"] == 24  # deltaw's own
+
+
+def _log_softmax(base, tokens):
+    with torch.no_grad():
+        h = base.hidden_states(torch.tensor(tokens), torch.arange(len(tokens)), (0, len(tokens)))
+        return base.logits(h).double().log_softmax(-1)
 
 
 def test_what_another_adapter_forgets_does_not_stand_in_the_report_of_the_run(learned, tmp_path):

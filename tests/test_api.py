@@ -452,8 +452,9 @@ def test_what_was_measured_of_an_adapter_stays_where_a_resume_is_refused(tmp_pat
     given = {"model": llama_folder, "data": data, "out": tmp_path / "run", **QUICK, "steps": 4}
     with pytest.raises(Interrupted):
         training.train(watcher=Stop(), **given)
-    measured = tmp_path / "run" / "forgetting.json"
-    measured.write_text("[]")
+    measured, page = tmp_path / "run" / "forgetting.json", tmp_path / "run" / "inspect.html"
+    for told in (measured, page):
+        told.write_text("[]")
     kept = data.read_text()
     data.write_text(kept.replace("w1", "w2"))
     with pytest.raises(UsageError):
@@ -461,7 +462,7 @@ def test_what_was_measured_of_an_adapter_stays_where_a_resume_is_refused(tmp_pat
     assert measured.read_text() == "[]"
     data.write_text(kept)
     training.train(resume=tmp_path / "run")
-    assert not measured.exists(), "it told of other factors"
+    assert not measured.exists() and not page.exists(), "they told of other factors"
 
 
 def test_a_run_of_minutes_ends_in_time_its_rate_falls_with_the_budget_and_it_goes_on_after_a_stop(

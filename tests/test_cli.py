@@ -662,11 +662,12 @@ def test_adapters_are_measured_compressed_summed_and_shown_from_the_command_line
     shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest", "--json")
     facts = json.loads(shown.stdout)
     assert len(facts["spectra"]) == len(facts["beside"]) == len(facts["against"]["layers"])
-    page = tmp_path / "inspect.html"
+    page = tiny_run.folder / "inspect.html"
     shown = _run("inspect", tiny_run.folder, "--layers", "--base", "--against", tmp_path / "rest", "--page", page)
     assert facts["spectra"][0]["name"] in page.read_text() and "Against rest" in page.read_text()
+    assert "inspect.html" in (tiny_run.folder / "report.html").read_text()
     shown_eval = _run("eval", tiny_run.folder, "--data", chats, "--forgetting")
-    assert shown_eval.exit_code == 0 and "KL to the base" in shown_eval.stdout
+    assert shown_eval.exit_code == 0 and "KL on prompts" in shown_eval.stdout
     assert (tiny_run.folder / "forgetting.json").is_file()
     assert all(word in shown.stdout for word in ("energy@90", "amplification", "sign conflict", "intruders"))
 

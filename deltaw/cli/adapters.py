@@ -33,9 +33,16 @@ from deltaw.errors import UsageError
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Data file or glob; may be repeated.")
 @reading_options
 @click.option("--base", "with_base", is_flag=True, help="Also measure the base without the adapter.")
-@click.option("--forgetting", is_flag=True, help="Also loss and KL to the base on neutral text, by strength.")
+@click.option(
+    "--forgetting",
+    is_flag=True,
+    help="Also loss on neutral text, and KL to the base there and on prompts, by strength.",
+)
 @click.option(
     "--neutral", type=click.Path(path_type=Path), metavar="FILE", help="Other neutral text than Python's help."
+)
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Other prompts than deltaw's, a paragraph each."
 )
 @model_option
 @machine_options
@@ -46,6 +53,7 @@ def evaluate(
     with_base: bool,
     forgetting: bool,
     neutral: Path | None,
+    prompts: Path | None,
     model: str | None,
     as_json: bool,
     **options: Any,
@@ -62,8 +70,8 @@ def evaluate(
         opened.strength = 0.0
         result["base"] = opened.evaluate(data, watcher.measured, **reading)
         opened.strength = 1.0
-    if forgetting or neutral:
-        result["forgetting"] = opened.forgetting(neutral, data=data, **reading)
+    if forgetting or neutral or prompts:
+        result["forgetting"] = opened.forgetting(neutral, data=data, prompts=prompts, **reading)
         if (page := api.keep_forgetting(adapter, result["forgetting"])) is not None:
             say(f"The curve is in {page}.")
     if as_json:
@@ -201,7 +209,8 @@ def inspect(
         from deltaw.report.adapter_page import write_adapter_page
 
         write_adapter_page(page, adapter.resolve().name, facts, None if against is None else against.resolve().name)
-        say(f"The page is {page}.")
+        report = api.keep_inspected(adapter, page)
+        say(f"The page is {page}." if report is None else f"The page is {page}; {report} leads to it.")
     if as_json:
         show_json(facts)
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base
@@ -69,7 +70,6 @@ def _end_of_turn(base: Base) -> int | None:
     return next((token for token in trained[text + 1 :] if token in encoder.special), None)
 
 
-@torch.no_grad()
 def generate(
     base: Base,
     messages: Messages,
@@ -94,10 +94,30 @@ def generate(
     if not 0 <= temperature < math.inf:
         raise UsageError(f"temperature must be a finite number from 0, not {temperature}.")
     prompt = render_prompt(base, messages, tools)
+    streamer = None if on_text is None else _Streamer(base.tokenizer, on_text)
+    answer_N = continuation(base, prompt, max_new_tokens, temperature, seed, streamer)
+    if on_cut is not None and int(answer_N[-1]) not in end_tokens(base):
+        on_cut(len(answer_N))
+    text: str = base.tokenizer.decode(answer_N, skip_special_tokens=True)
+    return text
+
+
+@torch.no_grad()
+def continuation(
+    base: Base,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streamer: _Streamer | None = None,
+) -> Tensor:
+    """The token ids that follow a prompt's, as `generate` takes them, with the one that ends them, if they have an end.
+
+    Raises DataError for a prompt as long as the base's context.
+    """
     room = base.context_tokens - len(prompt)
     if room < 1:
         raise DataError(f"The prompt has {len(prompt):,} tokens; this base was made for {base.context_tokens:,}.")
-    streamer = None if on_text is None else _Streamer(base.tokenizer, on_text)
     ends = end_tokens(base)
     tokens = torch.tensor([prompt], device=base.device)
     devices = [base.device] if base.device.type == "cuda" else []
@@ -121,11 +141,8 @@ def generate(
             streamer=streamer,
             **_sampling(temperature),
         )
-    answer_N = output[0, len(prompt) :]
-    if on_cut is not None and int(answer_N[-1]) not in ends:
-        on_cut(len(answer_N))
-    text: str = base.tokenizer.decode(answer_N, skip_special_tokens=True)
-    return text
+    answer_N: Tensor = output[0, len(prompt) :]
+    return answer_N
 
 
 def _sampling(temperature: float) -> dict[str, Any]:
@@ -144,7 +161,7 @@ class _Streamer:
         self.shown = 0
         self.prompt_seen = False
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Tensor) -> None:
         """Called by transformers with the prompt first, then with each token."""
         if not self.prompt_seen:
             self.prompt_seen = True

@@ -93,6 +93,11 @@ class Run:
         return self.folder / "forgetting.json"
 
     @property
+    def inspected(self) -> Path:
+        """The page of `deltaw inspect`, where it was written here."""
+        return self.folder / "inspect.html"
+
+    @property
     def plan(self) -> Path:
         """What it was said to cost before it began."""
         return self.folder / "plan.json"

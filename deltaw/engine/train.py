@@ -324,8 +324,8 @@ def metrics_line(record: StepRecord, index: int = 0) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory this run has held: on a GPU what torch allocated there, else the process's high-water mark."""
-    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    """The most memory this run has held: on a GPU what torch reserved there, else the process's high-water mark."""
+    on_gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
     return on_gpu or hardware.peak_rss_bytes()
 
 
@@ -399,7 +399,8 @@ def train(
         if before is not None:
             before(trainer)
         with disk_errors("write", run.folder):
-            run.forgetting.unlink(missing_ok=True)  # it tells of factors that will be others
+            for told in (run.forgetting, run.inspected):  # of factors that will be others
+                told.unlink(missing_ok=True)
         trainer.metrics = MetricsLog(run.metrics, trainer.progress.step, trackers)
         watcher.start(trainer)
         try:

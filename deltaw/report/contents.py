@@ -19,6 +19,7 @@ from deltaw.errors import UsageError
 from deltaw.report.quantities import is_number
 
 Line = Mapping[str, Any]
+INSPECTED = "inspect.html"
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class ReportContents:
     """All that the page is made of; each field but the name may be empty.
 
     `settings` maps a name to {"value", "source"}; `steps` and `evaluations` are the two kinds of metric line, in order
-    of their step; `forgetting` is what `deltaw eval --forgetting` left, a line for each strength; `notes` are sentences
-    about what is missing or unreadable.
+    of their step; `forgetting` is what `deltaw eval --forgetting` left, a line for each strength; `inspected` names the
+    page of `deltaw inspect`, if it lies there; `notes` are sentences about what is missing or unreadable.
     """
 
     run_name: str
@@ -35,6 +36,7 @@ class ReportContents:
     steps: list[Line] = field(default_factory=list)
     evaluations: list[Line] = field(default_factory=list)
     forgetting: list[Line] = field(default_factory=list)
+    inspected: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -64,6 +66,7 @@ def read_contents(run_folder: Path) -> ReportContents:
         steps=steps,
         evaluations=evaluations,
         forgetting=_read_forgetting(run_folder / "forgetting.json", notes),
+        inspected=INSPECTED if (run_folder / INSPECTED).is_file() else "",
         summary=summary,
         notes=notes,
     )

@@ -53,6 +53,7 @@ def view(contents: ReportContents) -> dict[str, Any]:
         "forgetting_plot": plots.forgetting_plot(contents.forgetting) if contents.forgetting else None,
         "forgetting": tables.forgetting(contents),
         "samples": tables.samples(contents),
+        "inspected": contents.inspected,
         "target_groups": tables.target_groups(contents),
         "target_list": tables.target_list(contents),
         "chosen_settings": tables.settings(contents, defaults=False),
@@ -77,7 +78,7 @@ def commands(contents: ReportContents) -> list[tuple[str, str]]:
         ("Talk to the adapted model", f"deltaw chat {run}"),
         ("Evaluate it on other data", f"deltaw eval {run} --data FILE"),
         ("Measure the rank that it needed", f"deltaw rank {run}{held_out}"),
-        ("See its spectra", f"deltaw inspect {run} --page inspect.html"),
+        ("See its spectra", f"deltaw inspect {run} --page {run}/inspect.html"),
         ("See what it forgot", f"deltaw eval {run} --data FILE --forgetting"),
     ]
 

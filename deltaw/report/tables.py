@@ -120,17 +120,18 @@ def _dot(row: Line, low: float, high: float, centre: float) -> Dot:
 
 
 def forgetting(contents: ReportContents) -> Table:
-    """One row per strength of the adapter: loss on the data, and on neutral text with its change and KL to the base."""
+    """One row per strength of the adapter: loss on the data and on neutral text, its change, and KL to the base."""
     columns = [("strength", "number"), ("loss on the data", "number"), ("on neutral text", "number")]
     rows = [
         [
             *(plain(line["strength"]), significant(line.get("data_loss"), 4), significant(line["loss"], 4)),
             f"{line['change']:+.4f} ({_signed(line.get('change_low'))} to {_signed(line.get('change_high'))})",
-            significant(line["kl"]),
+            *(significant(line["kl"]), significant(line.get("prompt_kl"))),
         ]
         for line in contents.forgetting
     ]
-    return table([*columns, ("change", "number"), ("KL to the base", "number")], rows)
+    distances = [("KL to the base", "number"), ("KL on prompts", "number")]
+    return table([*columns, ("change", "number"), *distances], rows)
 
 
 def _signed(value: Any) -> str:

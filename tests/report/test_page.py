@@ -411,6 +411,13 @@ def test_modules_are_grouped_by_what_stands_behind_the_layer(name, short):
     assert tables.suffix(name) == short
 
 
+def test_the_page_of_the_spectra_is_led_to_where_it_lies_beside_the_report(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "inspect.html" not in Page(write_report(run)).values("href")
+    (run / "inspect.html").write_text("<p>")
+    assert "inspect.html" in Page(write_report(run)).values("href")
+
+
 def test_what_was_forgotten_is_drawn_in_the_report_of_its_run(tmp_path):
     rows = [
         {"strength": s, "loss": 2 + s / 10, "change": s / 10, "change_low": s / 20, "change_high": s / 5, "kl": s / 8}
@@ -422,6 +429,10 @@ def test_what_was_forgotten_is_drawn_in_the_report_of_its_run(tmp_path):
     (run / "forgetting.json").write_text(json.dumps(rows))
     page = Page(write_report(run))
     assert "forgetting" in page.values("id") and "+0.1000 (+0.0500 to +0.2000)" in page.text
+    assert "KL on prompts" not in page.text, "it was not measured"
+    (run / "forgetting.json").write_text(json.dumps([{**row, "prompt_kl": 0.4567} for row in rows]))
+    page = Page(write_report(run))
+    assert "KL on prompts" in page.text and "0.457" in page.text
     (run / "forgetting.json").write_text("[{}]")
     assert "forgetting.json could not be read" in Page(write_report(run)).text
 
