@@ -165,6 +165,8 @@ def _fit(sketch: Sketch, cells: Sequence[Settings], watcher: Watcher) -> dict[st
     for name in ("step_seconds", "run_seconds", "step_seconds_interval", "run_seconds_interval"):
         value = told[name]
         told[name] = [each * len(cells) for each in value] if isinstance(value, list) else value and value * len(cells)
+    if "unfitted" in told:
+        told["unfitted"]["step_seconds"] *= len(cells)
     watcher.planned(told)
     return told
 

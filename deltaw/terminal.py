@@ -182,9 +182,15 @@ def _opening(trainer: Trainer) -> Iterator[str]:
     yield f"adapter   rank {settings.rank}, alpha {settings.alpha:g}, {len(ready.targets)} layers, {size}"
     for number, line in enumerate(ready.data_lines):
         yield f"{'' if number else 'data':<10}{line}"
-    why = settings.sources.get("batch_tokens", "default")
-    step = f"about {settings.batch_tokens:,} tokens ({why}), rate {settings.lr:g}"
+    step = f"about {settings.batch_tokens:,} tokens, rate {settings.lr:g}"
     yield f"run       {length} of {step}, into {trainer.run.folder}"
+    rules = [
+        f"{name}: {settings.sources[key].removeprefix('rule: ')}"
+        for name, key in (("rank", "rank"), ("rate", "lr"), ("tokens of a step", "batch_tokens"))
+        if settings.by_rule(key)
+    ]
+    if rules:
+        yield f"by rule   {'; '.join(rules)}"
 
 
 def _tokens_per_second(rates: list[tuple[int, float]]) -> float:
@@ -310,20 +316,37 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     low, high = plan["peak_bytes_interval"]
     spread = f"{human_bytes(plan['peak_bytes'])} ({human_bytes(low)} to {human_bytes(high)})"
     yield f"plan      {spread} at its peak, of {human_bytes(plan['limit_bytes'])}; {_planned_time(plan)}"
-    chosen = list(_chosen(plan["choice"]))
-    if chosen:
-        yield f"{'':<10}to fit: {', '.join(chosen)}"
+    if fitted := _fitted(plan):
+        yield f"{'':<10}to fit: {fitted}"
 
 
 def _planned_time(plan: dict[str, Any]) -> str:
     step, rate = plan["step_seconds"], plan["tokens_per_second"]
     count = "step" if plan["steps"] == 1 else "steps"
-    about = f"{step:.2g} s a step" if step < 10 else f"{human_seconds(step)} a step"
+    about = f"{_seconds_of_step(step)} a step"
     if plan["run_seconds"] is None:
         return f"about {about}, {rate:,.0f} tokens/s"
     low, high = map(human_seconds, plan["run_seconds_interval"])
     run = f"about {human_seconds(plan['run_seconds'])} ({low} to {high}) for {plan['steps']:,} {count}"
     return f"{run}, {about}, {rate:,.0f} tokens/s"
+
+
+def _fitted(plan: dict[str, Any]) -> str:
+    """What is done to fit, and what is spared by it and lost; "" where nothing is."""
+    usual, chosen = plan.get("unfitted"), list(_chosen(plan["choice"]))
+    if usual is None:
+        return ", ".join(chosen)
+    if usual["choice"]["micro_tokens"] != plan["choice"]["micro_tokens"]:
+        chosen.insert(0, f"{plan['choice']['micro_tokens']:,} tokens a pass")
+    return f"{', '.join(chosen)}; as it stands {_briefly(usual)}"
+
+
+def _briefly(usual: dict[str, Any]) -> str:
+    return f"{human_bytes(usual['peak_bytes'])} and {_seconds_of_step(usual['step_seconds'])} a step"
+
+
+def _seconds_of_step(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else human_seconds(seconds)
 
 
 def _chosen(choice: dict[str, Any]) -> Iterator[str]:
@@ -338,8 +361,11 @@ def _chosen(choice: dict[str, Any]) -> Iterator[str]:
 PLAN_BAR = 48
 PART_STYLES = dict(
     zip(
-        ("fixed", "base", "factors", "activations", "loss", "workspace"),
-        (("░", "bright_black"), ("█", "blue"), ("▓", "magenta"), ("▒", "green"), ("▚", "yellow"), ("·", "cyan")),
+        ("fixed", "base", "factors", "optimiser", "activations", "loss", "workspace"),
+        (
+            *(("░", "bright_black"), ("█", "blue"), ("▓", "magenta"), ("▞", "red"), ("▒", "green"), ("▚", "yellow")),
+            ("·", "cyan"),
+        ),
         strict=True,
     )
 )
@@ -365,13 +391,17 @@ def plan_page(console: Console, plan: dict[str, Any]) -> None:
     console.print(marks)
     peak, choice = plan["phases"][plan["peak_phase"]], plan["choice"]
     low, high = plan["peak_bytes_interval"]
+    quick, slow = map(_seconds_of_step, plan["step_seconds_interval"])
+    least, most = plan["tokens_per_second_interval"]
     pairs(console, {
         "peak": f"{human_bytes(plan['peak_bytes'])} ({human_bytes(low)} to {human_bytes(high)}), in "
         f"{plan['peak_phase']}; the {plan['peak_is']}",
         "of it": ", ".join(f"{part} {human_bytes(size)}" for part, size in peak.items() if size),
         "limit": f"{human_bytes(plan['limit_bytes'])} ({plan['limit_source']})",
         "time": _planned_time(plan) + ("" if plan["calibrated"] else ", by data sheet: not calibrated"),
+        "a step": f"{quick} to {slow}, {least:,.0f} to {most:,.0f} tokens/s",
         "how": ", ".join([f"{choice['micro_tokens']} tokens a pass", *_chosen(choice)]) + f", by {plan['way']}",
+        **({"as it stands": _briefly(plan["unfitted"])} if "unfitted" in plan else {}),
     })  # fmt: skip
 
 

@@ -23,9 +23,8 @@ from deltaw.plan.demand import Choice, Demand
 from deltaw.plan.memory import Memory, idle_pages, memory, merging
 from deltaw.plan.speed import Clock
 
-# How far peaks and times lie below and above what is predicted: the extremes of a grid (benchmarks/plan_accuracy.py),
-# and for peaks above twice that, since a run must fit and may be longer than those.
-MEMORY_SPREAD, TIME_SPREAD = (0.16, 0.06), (0.25, 0.6)
+# How far times lie below and above what is predicted: the extremes of a grid (benchmarks/plan_accuracy.py).
+TIME_SPREAD = (0.25, 0.6)
 UNCALIBRATED_SPREAD = (0.6, 0.6)
 LEAST_MICRO = 64
 STARTS_DIFFER = 1.01  # one process holds a few MB more than the next: what a refusal names must fit when it is tried
@@ -62,25 +61,31 @@ class Plan:
     calibrated: bool
     merging: Mapping[str, int] = field(default_factory=dict)
     largest_alone_bytes: int | None = None  # the peak of the largest of several adapters, were it alone
+    unfitted: Plan | None = None  # as the settings have it, where something else was chosen to fit
 
     @property
     def needed_bytes(self) -> int:
         """The upper end of the peak's interval, which has to fit."""
-        return _needed(self.memory)
+        return self.memory.needed_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         low, high = TIME_SPREAD if self.calibrated else UNCALIBRATED_SPREAD
         peak, run, rate = self.memory.peak_bytes, self.run_seconds, self.tokens_per_second
+        interval = self.memory.interval
+        sizes = {phase: sum(parts.values()) for phase, parts in self.memory.phases.items()}
         return {
             "choice": self.choice._asdict(),
             "peak_bytes": peak,
-            "peak_bytes_interval": [round(peak * (1 - MEMORY_SPREAD[0])), self.needed_bytes],
+            "peak_bytes_interval": interval(peak),
             "peak_phase": self.memory.peak_phase,
             "peak_is": self.memory.measure,
             "phases": {phase: dict(parts) for phase, parts in self.memory.phases.items()},
+            "phases_interval": {phase: interval(size) for phase, size in sizes.items()},
             "merging": dict(self.merging),
+            "merging_interval": interval(sum(self.merging.values())),
             **({} if self.largest_alone_bytes is None else {"largest_alone_bytes": self.largest_alone_bytes}),
+            **({} if self.unfitted is None else {"unfitted": self.unfitted.briefly()}),
             "limit_bytes": self.room.limit_bytes,
             "limit_source": self.room.source,
             "step_seconds": self.step_seconds,
@@ -94,6 +99,12 @@ class Plan:
             "machine": self.machine,
             "calibrated": self.calibrated,
         }
+
+    def briefly(self) -> dict[str, Any]:
+        """What is chosen, and what that takes."""
+        return {
+            "choice": self.choice._asdict(), "peak_bytes": self.memory.peak_bytes, "step_seconds": self.step_seconds
+        }  # fmt: skip
 
 
 def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
@@ -109,7 +120,12 @@ def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
     if demand.active_share is not None:
         one = replace(demand, rank_share=demand.active_share)
         alone = _held(one, chosen.choice, room, clock.way).peak_bytes
-    return replace(chosen, merging=merging(demand, room.fixed_bytes), largest_alone_bytes=alone)
+    return replace(
+        chosen,
+        merging=merging(demand, room.fixed_bytes),
+        largest_alone_bytes=alone,
+        unfitted=None if chosen is plans[0] else plans[0],
+    )
 
 
 def require_room(demand: Demand, room: Room, way: str) -> None:
@@ -119,7 +135,7 @@ def require_room(demand: Demand, room: Room, way: str) -> None:
 
 
 def _refusal(demand: Demand, room: Room, way: str) -> DoesNotFitError:
-    needs = {choice: _needed(_held(demand, choice, room, way)) for choice in _choices(demand)}
+    needs = {choice: _held(demand, choice, room, way).needed_bytes for choice in _choices(demand)}
     least = min(needs, key=needs.__getitem__)
     return DoesNotFitError(
         f"This run needs at least {_megabytes(STARTS_DIFFER * needs[least])} ({_described(least)}), and may take "
@@ -153,7 +169,7 @@ def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> in
     if not choice.stream:
         return 0
     wanted = _wanted_pages(demand, choice, room)
-    return max(0, min(wanted, round(held.peak_bytes * (1 + MEMORY_SPREAD[1] / 2)) + wanted - room.limit_bytes))
+    return max(0, min(wanted, (held.peak_bytes + held.needed_bytes) // 2 + wanted - room.limit_bytes))
 
 
 def _wanted_pages(demand: Demand, choice: Choice, room: Room) -> int:
@@ -166,7 +182,7 @@ def _wanted_pages(demand: Demand, choice: Choice, room: Room) -> int:
 def _stays_cached(demand: Demand, choice: Choice, held: Memory, room: Room) -> bool:
     """Whether the system keeps the blocks of a streamed base once it has read them: they fit beside the run."""
     size = demand.outline.layers * demand.block_bytes(choice)
-    beside = _needed(held) + _wanted_pages(demand, choice, room)
+    beside = held.needed_bytes + _wanted_pages(demand, choice, room)
     return size <= CACHED_SHARE * room.limit_bytes and beside + size <= room.limit_bytes
 
 
@@ -223,11 +239,7 @@ def _with_memory(needed: float, room: Room, text: str) -> str:
 
 
 def _least(demand: Demand, room: Room, way: str) -> int:
-    return min(_needed(_held(demand, choice, room, way)) for choice in _choices(demand))
-
-
-def _needed(held: Memory) -> int:
-    return round(held.peak_bytes * (1 + MEMORY_SPREAD[1]))
+    return min(_held(demand, choice, room, way).needed_bytes for choice in _choices(demand))
 
 
 def _changes(demand: Demand) -> Iterator[tuple[str, Demand]]:

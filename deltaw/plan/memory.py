@@ -24,9 +24,9 @@ from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.pace import timed_blocks
 
-PARTS = ("fixed", "base", "factors", "activations", "loss", "workspace")
-# A master, a gradient and two moments of each trained number, in fp32; and the best so far, kept after an evaluation.
-STATE_BYTES, BEST_BYTES = 16, 4
+PARTS = ("fixed", "base", "factors", "optimiser", "activations", "loss", "workspace")
+# Of each trained number, in fp32: a master and a gradient; the best so far, kept after an evaluation; two moments.
+FACTOR_BYTES, BEST_BYTES, MOMENT_BYTES = 8, 4, 8
 # While an adapter is made: its first numbers and their live copies. While it is written: what is read back.
 MADE_BYTES, SAVED_BYTES = 8, 4
 # Score-sized tensors that attention holds at once in backward, and the widths beside them.
@@ -39,6 +39,9 @@ TILES, TILE_WIDTHS = 4, 6
 PRODUCT_BYTES, RUNNING_BYTES, QUANT_RUNNING_BYTES = 1_100_000, 125_000_000, 150_000_000
 KEPT_GAPS, GAPS = 1.2, 6
 CODE_BYTES = 45_000_000  # of libraries: taken back, these pages have a step wait for the disk at every call
+# How far peaks lie below and above what is predicted: the extremes of that grid, and above twice that, since a run must
+# fit and may be longer than those. On GPUs no peak was measured.
+MEMORY_SPREAD, UNMEASURED_SPREAD = (0.16, 0.06), (0.3, 0.3)
 FP32_GAPS = {"kernels": (1.0, 4), "modules": (1.3, 6)}
 # Tokens of the prompts that merging compares logits at, in the usual templates; three sets are kept, one is made.
 MERGED_POSITIONS, MERGED_LOGITS = 140, 3.5
@@ -46,10 +49,11 @@ MERGED_POSITIONS, MERGED_LOGITS = 140, 3.5
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by phase and part. `measure` says what the peak is of."""
+    """Bytes by phase and part. `measure` says what the peak is of, `spread` how far it may lie below and above."""
 
     phases: Mapping[str, Mapping[str, int]]
     measure: str
+    spread: tuple[float, float]
 
     @property
     def peak_bytes(self) -> int:
@@ -60,6 +64,16 @@ class Memory:
     def peak_phase(self) -> str:
         """When that is."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def needed_bytes(self) -> int:
+        """The upper end of the peak's interval, which has to fit."""
+        return self.interval(self.peak_bytes)[1]
+
+    def interval(self, size: int) -> list[int]:
+        """Bytes, [low, high], between which a predicted size lies."""
+        low, high = self.spread
+        return [round(size * (1 - low)), round(size * (1 + high))]
 
 
 def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_bytes: int = 0) -> Memory:
@@ -73,10 +87,11 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
     held = fixed_bytes - (idle_pages(file_bytes) if choice.stream else 0) + _running_bytes(demand, choice)
     fixed = {"fixed": held, "base": base_bytes(demand, choice)}
     best = demand.trained * BEST_BYTES if "eval" in demand.data else 0
-    factors = demand.trained * STATE_BYTES + best
+    factors = demand.trained * FACTOR_BYTES + best
     step = {
         **fixed,
         "factors": factors,
+        "optimiser": demand.trained * MOMENT_BYTES,
         "activations": round(kept_gaps * _kept(demand, choice, heavy, way, b)),
         "loss": _loss(demand, heavy, b),
         "workspace": _workspace(demand, choice, heavy, b, gaps),
@@ -90,14 +105,16 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
             "activations": round(timed * whole.tokens * _block_bytes(demand, way, b)),
             "workspace": _workspace(demand, choice, whole, b, gaps),
         },
-        "load": {**fixed, "factors": demand.trained * (STATE_BYTES + MADE_BYTES)},
+        "load": {**fixed, "factors": demand.trained * (FACTOR_BYTES + MADE_BYTES), "optimiser": step["optimiser"]},
         "step": step,
         # What a step has freed stays with the process, ready for the next one.
         "evaluation": step,
         "save": {**step, "factors": factors + demand.trained * SAVED_BYTES},
     }
-    measure = "lowest memory limit" if choice.stream else "high-water mark of the process"
-    return Memory({name: {part: parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}, measure)
+    told = {name: {part: parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}
+    if demand.device.type != "cpu":
+        return Memory(told, "memory reserved on the GPU", UNMEASURED_SPREAD)
+    return Memory(told, "lowest memory limit" if choice.stream else "high-water mark of the process", MEMORY_SPREAD)
 
 
 def idle_pages(file_bytes: int) -> int:
@@ -187,5 +204,6 @@ def _loss(demand: Demand, heavy: Pass, b: int) -> int:
     rows, _ = demand.outline.head_shape
     kind = demand.device.type
     chunk = min(heavy.labelled, chunk_rows(rows, torch.float32 if b == 4 else torch.bfloat16, kind))
-    piece = PIECE_BYTES if kind == "cpu" else chunk * rows * 4  # elsewhere the softmax is taken of a chunk at once
+    # Elsewhere the softmax is taken of a chunk at once, from a copy in fp32 where it is none.
+    piece = PIECE_BYTES if kind == "cpu" else (1 if b == 4 else 2) * chunk * rows * 4
     return 2 * chunk * rows * b + piece + 2 * heavy.labelled * demand.outline.hidden * b

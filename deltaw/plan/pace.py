@@ -38,7 +38,7 @@ from deltaw.kernels import labelled_loss
 from deltaw.plan.demand import Demand, Pass
 
 SECONDS, MOST_CALLS = 0.4, 10
-HEAD_ROWS, HEAD_LABELS = 8192, 128
+HEAD_ROWS, HEAD_LABELS, GPU_HEAD_LABELS = 8192, 128, 2048  # on a GPU few labels would time the launches alone
 MOST_BLOCKS, MOST_PARAMETERS = 3, 24_000_000
 MOST_UPDATED = MOST_DENSE = 1 << 21
 USUAL_DENSE_SECONDS = 0.5e-9
@@ -129,7 +129,9 @@ def _measure(demand: Demand, passes: list[Pass]) -> Pace:
     adapter = new_adapter(choose(base.model, spec), spec, seed=0)
     with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
         injection.train(True)
-        way, timed = base.way, [_time(base, one, blocks) for one in passes]
+        way = base.way
+        with hardware.repeatable(demand.device, strict=way == "kernels"):
+            timed = [_time(base, one, blocks) for one in passes]
     del base, injection, adapter
     gc.collect()  # modules and hooks refer to each other in circles, so the blocks would stay
     hardware.give_memory_back()
@@ -211,16 +213,17 @@ def _states(base: Base, tokens_T: Tensor, positions_T: Tensor, bounds: tuple[int
 
 def _label_seconds(demand: Demand) -> float:
     rows, width = demand.outline.head_shape
-    taken = min(rows, HEAD_ROWS)
+    on_cpu = demand.device.type == "cpu"
+    taken, labels = (min(rows, HEAD_ROWS), HEAD_LABELS) if on_cpu else (rows, GPU_HEAD_LABELS)
     W_VH = torch.randn(taken, width, device=demand.device, dtype=demand.dtype)
-    h_NH = torch.randn(HEAD_LABELS, width).to(demand.device, demand.dtype).requires_grad_()
-    targets_N, weights_N = torch.zeros(HEAD_LABELS, dtype=torch.long), torch.ones(HEAD_LABELS)
+    h_NH = torch.randn(labels, width).to(demand.device, demand.dtype).requires_grad_()
+    targets_N, weights_N = torch.zeros(labels, dtype=torch.long), torch.ones(labels)
     targets_N, weights_N = targets_N.to(demand.device), weights_N.to(demand.device)
 
     def call() -> None:
         labelled_loss(h_NH, lambda h: h @ W_VH.T, targets_N, weights_N, taken).backward()
 
-    return _median(call, demand.device) / HEAD_LABELS * rows / taken
+    return _median(call, demand.device) / labels * rows / taken
 
 
 def _update_seconds(demand: Demand) -> float:
