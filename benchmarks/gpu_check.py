@@ -18,13 +18,16 @@ comparison fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -48,6 +51,7 @@ from deltaw.engine.bench import WORKLOADS, bench  # noqa: E402
 from deltaw.engine.objective import batch_loss  # noqa: E402
 from deltaw.engine.prepare import DEFAULT_MICRO_TOKENS  # noqa: E402
 from deltaw.kernels import Span, document_attention, spans_of  # noqa: E402
+from deltaw.kernels.attention import one_call_works  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"
 SECONDS = 420  # no part begins later; none takes two minutes
@@ -113,14 +117,16 @@ class Check:
         try:
             result = act()
         except Exception as error:  # the other parts are still worth having
-            result = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            where = traceback.format_exc()[-3000:]
+            result = {"failed": f"{type(error).__name__}: {error}"[:500], "where": where}
         self.found[name] = {**result, "seconds": round(time.monotonic() - began, 1)}
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         print(name, json.dumps(self.found[name]), file=sys.stderr, flush=True)
         if self.file is not None:
             self.file.write_text(json.dumps(self.found, indent=2) + "\n", "utf-8")
+        gc.collect()
+        if torch.cuda.is_available():
+            with contextlib.suppress(RuntimeError):  # after an illegal access every call fails
+                torch.cuda.empty_cache()
 
     def end(self) -> int:
         failed = [name for name, part in self.found.items() if isinstance(part, dict) and part.get("failed")]
@@ -201,8 +207,15 @@ def filled_adapter(model: Any) -> Adapter:
 def attention(device: torch.device) -> dict[str, Any]:
     """Outputs and gradients of attention there against the processor's in fp32, relative to the largest number."""
     found, failed = {}, []
-    spans = (*spans_of((0, 40, 340, 1364)), Span(1364, 1400, 40, 340), Span(1400, 1464, 40, 340))
-    for name, window, softcap in (("plain", None, None), ("window", 100, None), ("soft cap", None, 2.0)):
+    apart_spans = spans_of((0, 40, 340, 1364, 1400, 1464))
+    continuing = (*apart_spans[:3], Span(1364, 1400, 40, 340), Span(1400, 1464, 40, 340))
+    for name, spans, window, softcap in (
+        ("plain", apart_spans, None, None),
+        ("window", apart_spans, 100, None),
+        ("continuing", continuing, None, None),
+        ("continuing, window", continuing, 100, None),
+        ("soft cap", continuing, None, 2.0),
+    ):
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
             dice = torch.Generator().manual_seed(0)
             shapes = ((1464, 8, 64), (1464, 2, 64), (1464, 2, 64), (1464, 8, 64))
@@ -217,7 +230,25 @@ def attention(device: torch.device) -> dict[str, Any]:
             found[f"{name}, {str(dtype).removeprefix('torch.')}"] = off
             if not off <= tolerance:
                 failed.append(f"{name} in {dtype}: {off:.1e} off the processor's")
-    return {**found, **({"failed": failed} if failed else {})}
+    return {**found, **many_lengths(device), **({"failed": failed} if failed else {})}
+
+
+def many_lengths(device: torch.device) -> dict[str, Any]:
+    """Whether torch's kernel for many lengths is taken, and what it spares in a pass of 51 documents."""
+    lengths = [100 + 17 * n % 120 for n in range(51)]
+    q, k, v = (torch.randn(sum(lengths), heads, 64, device=device, dtype=torch.bfloat16) for heads in (32, 8, 8))
+    taken, seconds = one_call_works(q, k, None), {}
+    for name, groups in (("one call", [lengths]), ("a call for each length", [[n] for n in lengths])):
+        asked = [x.clone().requires_grad_() for x in (q, k, v)]
+
+        def step(groups: list[list[int]] = groups, asked: list[torch.Tensor] = asked) -> None:
+            parts = zip(*(x.split([sum(group) for group in groups]) for x in asked), strict=True)
+            spans = (spans_of((0, *itertools.accumulate(group))) for group in groups)
+            outs = [document_attention(*part, where, 0.125) for part, where in zip(parts, spans, strict=True)]
+            torch.cat(outs).sum().backward()
+
+        seconds[name] = median_seconds(step, device, 0.5)
+    return {"one call is taken": taken, "seconds of many lengths": seconds}
 
 
 def shared_beginnings(device: torch.device) -> dict[str, Any]:

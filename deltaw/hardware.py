@@ -415,6 +415,13 @@ def repeatable(device: torch.device, *, strict: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=not strict)
     try:
         yield
+    except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" not in str(error):
+            raise
+        raise UsageError(
+            "This process multiplied on the GPU before deltaw could set CUBLAS_WORKSPACE_CONFIG, or it is set to "
+            f"{os.environ.get('CUBLAS_WORKSPACE_CONFIG')!r}: set it to :4096:8 before Python starts."
+        ) from error
     finally:
         torch.use_deterministic_algorithms(usual[0], warn_only=usual[1])
         search.fill_uninitialized_memory = filled

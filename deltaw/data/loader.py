@@ -89,7 +89,8 @@ class Loader:
 
     `mix` is (documents, weight) for each source, in the order in which the store holds them: a document of a source
     with weight 2 appears twice in an epoch, one with weight 0.5 in every second one. With `share`, what documents of a
-    micro-batch have in common at their start is computed once.
+    micro-batch have in common at their start is computed once; where attention `copies` its keys for each of them, as
+    on a GPU, a micro-batch has no more of them for that.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Loader:
         mix: Sequence[tuple[int, float]] = (),
         *,
         share: bool = False,
+        copies: bool = False,
     ) -> None:
-        self.share = share
+        self.share, self.copies = share, copies
         self.store, self.batch_tokens, self.micro_tokens, self.seed = store, batch_tokens, micro_tokens, seed
         self.lengths = store.lengths
         self._parts = _parts(mix or [(len(store), 1.0)])
@@ -157,8 +159,8 @@ class Loader:
         """As `cut`, with documents that begin alike side by side, and what they share counted once for each group."""
         groups: list[list[int]] = []
         total = 0
-        for members, shared in alike:
-            fresh = True
+        for members, beginning in alike:
+            fresh, shared = True, 0 if self.copies else beginning
             for document in (documents[member] for member in members):
                 own = int(self.lengths[document]) - shared
                 if not groups or total + own + (shared if fresh else 0) > micro_tokens:
@@ -254,7 +256,8 @@ def evaluation_batches(store: TokenStore, batch_tokens: int, most_rows: int | No
 def loader_of(train: DataSet, settings: Settings, *, share: bool, micro_tokens: int | None = None) -> Loader:
     """The order in which a run takes its documents; `micro_tokens` stands in for those of the settings."""
     micro = int(settings.micro_tokens) if micro_tokens is None else micro_tokens
-    return Loader(train.store, int(settings.batch_tokens), micro, settings.seed, train.mix, share=share)
+    copies = settings.device != "cpu"
+    return Loader(train.store, int(settings.batch_tokens), micro, settings.seed, train.mix, share=share, copies=copies)
 
 
 def heaviest_pass(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,8 @@ def probe(trainer: Trainer) -> None:
 def _key(trainer: Trainer) -> str:
     machine = hardware.look()
     settings = trainer.settings.without_places()
-    parts = [trainer.state()["digests"], settings, machine.memory_limit_bytes, torch.__version__]
+    gpu = None if machine.gpu is None else asdict(machine.gpu)
+    parts = [trainer.state()["digests"], settings, machine.memory_limit_bytes, gpu, torch.__version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

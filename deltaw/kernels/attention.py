@@ -14,11 +14,12 @@ n documents of one tile, L queries and M keys of each.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ TILE_TOKENS = 256
 VECTOR = 16
 TILE_PRODUCTS = 6  # of one tile: two forward, four more backward
 WIDEST_GROUPED = 256  # numbers of a head, of torch's fused kernel for groups of query heads
+ONE_CALL_TOLERANCE = 3e-2  # of the largest number, in bf16
 SIDE_BY_SIDE = (32, 64, 96, 128, 192, TILE_TOKENS)
 
 
@@ -113,8 +115,13 @@ def fused_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """`document_attention` through torch's kernels: one call for all documents of a length that continue alike."""
+    """`document_attention` through torch's kernels: one call for all documents, or for those of a length that continue
+    alike.
+    """
     lengths = [span.stop - span.start for span in spans]
+    continues = any(span.before_start < span.before_stop for span in spans)
+    if not continues and softcap is None and len(set(lengths)) > 1 and one_call_works(q_THD, k_TKD, window):
+        return attention_in_one_call(q_THD, k_TKD, v_TKD, tuple(lengths), scale, window)
     alike: dict[tuple[int, int, int], list[int]] = {}
     for number, span in enumerate(spans):
         alike.setdefault((lengths[number], span.before_start, span.before_stop), []).append(number)
@@ -130,6 +137,59 @@ def fused_attention(
         for number, out_LHD in zip(numbers, found, strict=True):
             outs[number] = out_LHD
     return torch.cat(outs)
+
+
+def attention_in_one_call(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: tuple[int, ...], scale: float, window: int | None
+) -> Tensor:
+    """All documents at once, by the kernel that torch has for many lengths: on GPUs since Ampere, in bf16 and fp16."""
+    varlen: Any = importlib.import_module("torch.nn.attention.varlen")  # older torches have none
+    ends, most = _ends(lengths, q_THD.device), max(lengths)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if q_THD.shape[1] > k_TKD.shape[1]:
+        options["enable_gqa"] = True
+    out: Tensor = varlen.varlen_attn(q_THD, k_TKD, v_TKD, ends, ends, most, most, **options)
+    return out
+
+
+def one_call_works(q_THD: Tensor, k_TKD: Tensor, window: int | None) -> bool:
+    """Whether `attention_in_one_call` does for such heads; tried once a process, against documents one by one."""
+    kind = (*q_THD.shape[1:], k_TKD.shape[1], window is not None, q_THD.dtype, q_THD.device)
+    return q_THD.device.type == "cuda" and q_THD.dtype != torch.float32 and _agrees_in_one_call(*kind)
+
+
+@lru_cache(maxsize=8)
+def _agrees_in_one_call(
+    heads: int, width: int, key_heads: int, windowed: bool, dtype: torch.dtype, device: torch.device
+) -> bool:
+    dice, lengths = torch.Generator().manual_seed(0), (5, 19, 3)
+    shapes = [(sum(lengths), count, width) for count in (heads, key_heads, key_heads, heads)]
+    *given, slope = (torch.randn(shape, generator=dice).to(device, dtype) for shape in shapes)
+    scale, window = width**-0.5, 4 if windowed else None
+
+    def one_by_one(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        parts = zip(*(x[None].split(lengths, 1) for x in (q_THD, k_TKD, v_TKD)), strict=True)
+        return torch.cat([alike_documents(q, k, v, scale, window, None)[0] for q, k, v in parts])
+
+    def at_once(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        return attention_in_one_call(q_THD, k_TKD, v_TKD, lengths, scale, window)
+
+    found = []
+    try:
+        for way in (one_by_one, at_once):
+            with torch.enable_grad():
+                asked = [x.clone().requires_grad_() for x in given]
+                out = way(*asked)
+                found.append([x.detach().float() for x in (out, *torch.autograd.grad(out, asked, slope))])
+    except (ImportError, RuntimeError, TypeError, ValueError):  # another torch, or a GPU that its kernel does not know
+        return False
+    return all(float((a - b).abs().max() / a.abs().max()) <= ONE_CALL_TOLERANCE for a, b in zip(*found, strict=True))
+
+
+@lru_cache(maxsize=4)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each document ends, behind a 0: the same for every layer."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def alike_documents(

@@ -136,5 +136,5 @@ def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) 
 def _pieces(logits_NV: Tensor, finer: torch.dtype) -> list[slice]:
     """The rows that are taken at a time: on CPU as many as `PIECE_BYTES` of the finer dtype hold, at least two."""
     N, V = logits_NV.shape
-    rows = max(2, PIECE_BYTES // (finer.itemsize * V)) if logits_NV.device.type == "cpu" else N
+    rows = max(2, PIECE_BYTES // (finer.itemsize * V)) if logits_NV.device.type == "cpu" else max(1, N)
     return [slice(start, start + rows) for start in range(0, N, rows)]

@@ -170,3 +170,7 @@ def test_what_begins_alike_is_cut_by_what_is_computed(tmp_path):
     assert all(batch.computed_tokens <= 250 for batch in batches)
     assert sum(b.weight for b in batches) == sum(b.weight for b in alone.batches(plain))
     assert together.steps_until(30) == alone.steps_until(30) == 1
+    copied = Loader(store, 10**6, 250, 0, share=True, copies=True)
+    whole = copied.step(0, 30)
+    assert len(whole.micro_batches) == 15, "no more documents than fit in full"
+    assert sum(b.computed_tokens for b in copied.batches(whole)) < sum(b.computed_tokens for b in alone.batches(plain))

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from deltaw.kernels import Span, document_attention, spans_of
-from deltaw.kernels.attention import fused_attention, products
+from deltaw.kernels.attention import (
+    _agrees_in_one_call,
+    attention_in_one_call,
+    fused_attention,
+    one_call_works,
+    products,
+)
 
 LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400, 513)
 H, K, D = 4, 2, 8
@@ -133,6 +139,18 @@ def test_what_other_devices_run_is_the_same_attention_in_bf16():
     exact = dense_attention(q, k, v, bounds, 0.7)
     rounded = fused_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), spans_of(bounds), 0.7, None, None)
     torch.testing.assert_close(rounded.float(), exact, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize(("keys", "window"), [(H, None), (K, None), (K, 5)], ids=str)
+def test_the_kernel_for_many_lengths_is_called_as_torch_has_it_and_left_where_it_does_not_run(keys, window):
+    """Forward and backward on tensors without numbers, of which torch knows the shapes; a processor has no such kernel."""
+    shapes = ((27, H, 16), (27, keys, 16), (27, keys, 16))
+    q, k, v = (torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    out = attention_in_one_call(q, k, v, (5, 19, 3), 0.25, window)
+    grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert out.shape == q.shape and [grad.shape for grad in grads] == [x.shape for x in (q, k, v)]
+    assert not one_call_works(q, k, window)
+    assert not _agrees_in_one_call(H, 16, keys, window is not None, torch.bfloat16, torch.device("cpu"))
 
 
 PASSES = [
