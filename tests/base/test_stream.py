@@ -51,6 +51,18 @@ def test_a_streamed_base_computes_the_same_bits(folders, kind):
         streamed.pager.close()
 
 
+def test_a_base_in_many_shards_streams_the_same_bits(folders, tmp_path):
+    plain = load(folders("llama"), dtype="float32")
+    plain.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+    streamed = load(tmp_path, dtype="float32", stream=True)
+    try:
+        assert all(map(torch.equal, slopes(plain), slopes(streamed)))
+    finally:
+        streamed.pager.close()
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3_moe"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_blocks_that_are_computed_again_give_the_same_bits(folders, kind, count):

@@ -81,7 +81,16 @@ def test_a_run_without_a_step_proves_nothing(tmp_path, llama_folder, chats):
         api.verify(run.folder)
 
 
-@pytest.mark.parametrize("ways", [{"stream": True, "recompute": 1}, {"quant": "nf4"}], ids=["streamed", "quantised"])
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"stream": True, "recompute": 1},
+        {"quant": "nf4"},
+        {"quant": "nf4", "stream": True, "recompute": 1},
+        {"quant": "int8", "stream": True, "recompute": 2},
+    ],
+    ids=["streamed", "quantised", "all of it in 4 bits", "all of it in 8 bits"],
+)
 def test_a_run_over_a_base_that_is_streamed_or_quantised_is_verified_too(tmp_path, llama_folder, chats, ways):
     run = training.train(model=llama_folder, data=chats, out=tmp_path / "run", **GIVEN, **ways)
     assert set(outcome(run).values()) == {True}
