@@ -468,8 +468,7 @@ class Task(NamedTuple):
 
 TASKS = (
     Task("sentiment", (1, 2, 4, 8, 16, 32, 64), (MIDDLE, 2.0, 0.5), "float32"),
-    # Other ranks go in here when there is time for them.
-    Task("phonemes", (1, 4, 16, 64), (MIDDLE, 2.0, 4.0), "bfloat16"),
+    Task("phonemes", (1, 2, 4, 8, 16, 32, 64), (MIDDLE, 2.0, 4.0), "bfloat16"),
 )
 
 
@@ -730,22 +729,17 @@ def _cost_summary(rows: list[Row]) -> dict[str, Any]:
 def judge(base: Row, cells: list[Row], told: list[Row], task: Task) -> dict[str, Any]:
     """Which rank each way to choose takes, and what its choice costs in loss beside the best of the sweep.
 
-    A rank's loss is that at the best of its rates by validation, over the seeds whose cells are all there (else over
-    seed 0's) and the rates at which all ranks are. The sweep takes the smallest rank that is not surely worse than the
-    best, by the paired interval over documents.
+    A rank's loss is that at the best of its rates by validation, of the block of seeds and rates in which no cell is
+    missing. The sweep takes the smallest rank that is not surely worse than the best, by the paired interval over
+    documents.
     """
     from deltaw.analysis.curve import mean_interval
 
-    seeds = {cell["seed"] for cell in cells}
-    whole = {s for s in seeds if {(c["rank"], c["factor"]) for c in cells if c["seed"] == s} >= set(_cells(task))}
-    used = whole or {0}
+    seeds, rates = _block(cells, task)
     tokens_D, curves, validation = unpacked(base["tokens"]), {}, {}
-    ranks, run = {cell["rank"] for cell in cells}, {(c["rank"], c["factor"]) for c in cells if c["seed"] in used}
-    rates = {factor for _, factor in run}
-    whole_rates = {factor for factor in rates if all((rank, factor) in run for rank in task.ranks)}
-    for rank in sorted(ranks):
-        for factor in sorted(whole_rates or rates):
-            some = [c for c in cells if (c["rank"], c["factor"]) == (rank, factor) and c["seed"] in used]
+    for rank in sorted({cell["rank"] for cell in cells}):
+        for factor in rates:
+            some = [c for c in cells if (c["rank"], c["factor"]) == (rank, factor) and c["seed"] in seeds]
             if some:
                 curves[rank, factor] = np.mean([unpacked(cell["sums"]) for cell in some], 0)
                 validation[rank, factor] = float(np.mean([cell["best_eval_loss"] for cell in some]))
@@ -781,13 +775,13 @@ def judge(base: Row, cells: list[Row], told: list[Row], task: Task) -> dict[str,
             "interval": mean_interval(sums_D, tokens_D),
             "behind": regret(rank),
             "by_factor": {f: float(s.sum() / tokens_D.sum()) for (r, f), s in curves.items() if r == rank},
-            "by_seed": _by_seed(cells, rank, best_of[rank], used),
+            "by_seed": _by_seed(cells, rank, best_of[rank], seeds),
         }
         for rank, sums_D in losses.items()
     }
     return {
-        "complete_seeds": len(whole),
-        "rates": sorted(whole_rates or rates),
+        "seeds": seeds,
+        "rates": rates,
         "cells": len(cells),
         "base_loss": base["loss"],
         "gain_of_best": gain,
@@ -798,8 +792,24 @@ def judge(base: Row, cells: list[Row], told: list[Row], task: Task) -> dict[str,
     }
 
 
-def _by_seed(cells: list[Row], rank: int, factor: float, used: set[int]) -> dict[int, float]:
-    some = [c for c in cells if (c["rank"], c["factor"]) == (rank, factor) and c["seed"] in used]
+def _block(cells: list[Row], task: Task) -> tuple[list[int], list[float]]:
+    """The first seeds, and the rates, at which all ranks are measured: as many such pairs as can be; else all there is.
+
+    More seeds go before more rates.
+    """
+    known = {(cell["seed"], cell["factor"], cell["rank"]) for cell in cells}
+    seeds, rates = (sorted({cell[name] for cell in cells}) for name in ("seed", "factor"))
+    found: tuple[list[int], list[float]] = ([], [])
+    for count in range(1, len(seeds) + 1):
+        some = seeds[:count]
+        whole = [f for f in rates if all((s, f, rank) in known for s in some for rank in task.ranks)]
+        if whole and len(some) * len(whole) >= len(found[0]) * len(found[1]):
+            found = some, whole
+    return found if found[0] else (seeds, rates)
+
+
+def _by_seed(cells: list[Row], rank: int, factor: float, seeds: list[int]) -> dict[int, float]:
+    some = [c for c in cells if (c["rank"], c["factor"]) == (rank, factor) and c["seed"] in seeds]
     return {cell["seed"]: cell["loss"] for cell in some}
 
 
@@ -821,6 +831,28 @@ def _picks(cells: list[Row], told: list[Row]) -> dict[str, float]:
 def _nearest(rank: float, measured: dict[int, Any]) -> int:
     """The swept rank that is nearest by its logarithm, the higher of two."""
     return min(measured, key=lambda each: (round(abs(np.log2(each / max(1.0, rank))), 9), -each))
+
+
+WAYS = ("sweep", "one adapter, 99%", "one adapter, 95%", "always 8", "always 16", "always 32", "parameter rule",
+        "energy@90", "effective rank")  # fmt: skip
+
+
+def ways_table(found: dict[str, Any]) -> str:
+    """What docs/guides/measuring-rank.md shows of the ways to choose a rank, task by task; a value for each seed."""
+    heads = [f"{task} {what}" for task in found for what in ("says", "gain lost")]
+    lines = [f"| way | {' | '.join(heads)} | as the sweep | within an octave |", f"|---|{'---|' * (len(heads) + 2)}"]
+    for way in WAYS:
+        cells, octaves = [], []
+        for judged in found.values():
+            picks = [each for name, each in judged["chosen"].items() if name == way or name.startswith(f"{way}, s")]
+            known = [each for each in picks if each["rank"] is not None]
+            cells.append(", ".join(dict.fromkeys(f"{each['says']:.0f}" for each in picks)) or "–")
+            lost = dict.fromkeys(f"{100 * each['regret_share_of_gain']:.2f} %" for each in known)
+            cells.append(", ".join(lost) or "not swept")
+            octaves += [abs(each["octaves_from_sweep"]) for each in known]
+        counts = [f"{sum(each <= most for each in octaves)} of {len(octaves)}" for most in (0, 1)]
+        lines.append(f"| {way} | {' | '.join(cells)} | {' | '.join(['', ''] if way == 'sweep' else counts)} |")
+    return "\n".join(lines)
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -845,6 +877,7 @@ def show(summary: dict[str, Any]) -> None:
         for name, each in found["chosen"].items():
             regret = "not swept" if each["rank"] is None else f"regret {each['regret_share_of_gain']:+.2%} of the gain"
             print(f"  {name:28} says {each['says']:6.1f}  rank {each['rank']!s:5} {regret}")
+    print(ways_table(summary["tasks"]))
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
     python benchmarks/start_up.py [ROUNDS]
 
-Each run is a fresh process: first with nothing cached, then with tokens and the probe's result there, then with the
-tokens alone. Writes benchmarks/results/start_up.json, with the machine's multiply rate beside it.
+Each run is a fresh process that plans, proves and probes as `deltaw train` does: first with nothing cached, then with
+tokens, pace and the probe's result there, then without the latter. Beside them, how long `deltaw demo` takes to refuse
+a memory that is too small. Writes benchmarks/results/start_up.json, with the machine's multiply rate beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "start_up.json"
-CHECKS = ("prove", "probe")
+CHECKS = ("measure_pace", "prove", "probe")
+TOO_SMALL = "100MB"
 
 
 def run(folder: Path) -> dict[str, float]:
@@ -34,11 +36,10 @@ def run(folder: Path) -> dict[str, float]:
 
 def child(out: str, started: float) -> None:
     """Trains until the first step is finished, in a process that began at `started`, and prints the seconds."""
+    from deltaw import api, training
     from deltaw.base import load
     from deltaw.demonstration import demo_settings
     from deltaw.engine import train
-    from deltaw.engine.run import create_run
-    from deltaw.engine.watcher import Watcher
 
     seconds = dict.fromkeys(CHECKS, 0.0)
 
@@ -58,11 +59,20 @@ def child(out: str, started: float) -> None:
         print(json.dumps({"first_step": time.time() - started, **seconds}), flush=True)
         os._exit(0)
 
+    timed(api, "measure_pace")
     timed(load, "prove")
     timed(train, "probe")
     train.Trainer.observe = first_step  # type: ignore[method-assign]
-    settings = demo_settings({"out": out, "steps": 2})
-    train.train(create_run(settings), settings, Watcher())
+    training.train(demo_settings({"out": out, "steps": 2}))
+
+
+def refusal(folder: Path) -> float:
+    """Seconds of a fresh process until it has refused to train in so little memory."""
+    command = [sys.executable, "-m", "deltaw", "demo", "--memory", TOO_SMALL, "--out", str(folder / "refused")]
+    began = time.perf_counter()
+    done = subprocess.run(command, env={**os.environ, "DELTAW_CACHE": str(folder / "cache")}, capture_output=True)
+    assert done.returncode == 3, done.stderr.decode()[-3000:]
+    return time.perf_counter() - began
 
 
 def main(rounds: int) -> None:
@@ -72,7 +82,8 @@ def main(rounds: int) -> None:
 
     set_threads(None)
     rate = measure_gemm(torch.bfloat16)
-    kinds: dict[str, list[dict[str, float]]] = {"nothing cached": [], "all cached": [], "tokens cached": []}
+    kinds: dict[str, list[dict[str, float]]] = {"nothing cached": [], "all cached": [], "no probe cached": []}
+    refused = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -80,13 +91,14 @@ def main(rounds: int) -> None:
             kinds["all cached"].append(run(folder))
             for probed in (folder / "cache" / "probes").iterdir():
                 probed.unlink()
-            kinds["tokens cached"].append(run(folder))
+            kinds["no probe cached"].append(run(folder))
+            refused.append(refusal(folder))
     medians = {
         kind: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for kind, runs in kinds.items()
     }
-    found = {"bf16_gemm_gflops": rate, "median_seconds": medians, "runs": kinds}
+    found = {"bf16_gemm_gflops": rate, "median_seconds": medians, "runs": kinds, "refusal_seconds": refused}
     RESULTS.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    print(json.dumps(medians))
+    print(json.dumps({**medians, "refusal": statistics.median(refused)}))
 
 
 if __name__ == "__main__":
