@@ -36,7 +36,7 @@ def run(folder: Path) -> dict[str, float]:
 
 def child(out: str, started: float) -> None:
     """Trains until the first step is finished, in a process that began at `started`, and prints the seconds."""
-    from deltaw import api, training
+    from deltaw import planning, training
     from deltaw.base import load
     from deltaw.demonstration import demo_settings
     from deltaw.engine import train
@@ -59,7 +59,7 @@ def child(out: str, started: float) -> None:
         print(json.dumps({"first_step": time.time() - started, **seconds}), flush=True)
         os._exit(0)
 
-    timed(api, "measure_pace")
+    timed(planning, "measure_pace")
     timed(load, "prove")
     timed(train, "probe")
     train.Trainer.observe = first_step  # type: ignore[method-assign]

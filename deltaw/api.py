@@ -1,4 +1,4 @@
-"""What a caller does in one call: load, plan, evaluate, merge, inspect. Joins base, data, engine and report.
+"""What a caller does in one call: load, evaluate, merge, inspect. Joins base, data, engine and report.
 
 Every function takes plain values and returns plain values or folders; it prints nothing. The command line is a thin
 layer over these names.
@@ -7,7 +7,6 @@ layer over these names.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import gc
 import json
@@ -32,7 +31,7 @@ from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN
 from deltaw.base.formed import stored_dtype
 from deltaw.base.save import check_merged, require_new, write_merged
-from deltaw.config import AS_TRAINED, AUTO, DEFAULT_MAX_LENGTH, Reading, Settings, make_settings, parse_bytes, parted
+from deltaw.config import AS_TRAINED, AUTO, DEFAULT_MAX_LENGTH, Reading, Settings, parted
 from deltaw.data.chat import Encoder
 from deltaw.data.formats import Row, parse_sources, read_rows
 from deltaw.data.prepare import DataSet, prepare
@@ -45,17 +44,13 @@ from deltaw.engine.evaluate import held_out_loss
 from deltaw.engine.forgetting import PROMPTS, STRENGTHS, neutral_texts, paragraphs
 from deltaw.engine.forgetting import forgetting as measure_forgetting
 from deltaw.engine.generate import generate, render_prompt
-from deltaw.engine.prepare import Sketch, origin_warnings, sketch_run
-from deltaw.engine.run import Run, adapter_folder, create_run, open_run, run_of
+from deltaw.engine.prepare import Sketch, origin_warnings
+from deltaw.engine.run import Run, adapter_folder, open_run, run_of
 from deltaw.engine.train import Trainer
 from deltaw.engine.verify import verify as run_verification
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, DataError, DeltawError, Interrupted, UsageError, does_not_fit
-from deltaw.plan.choose import Plan, Room, make_plan, require_room
-from deltaw.plan.demand import Demand
-from deltaw.plan.devices import DEVICES, Device
-from deltaw.plan.pace import likely_way, measure_pace
-from deltaw.plan.speed import Clock
+from deltaw.planning import carry_out, plan_sketch
 
 EVALUATION_TOKENS = 2048
 Progress = Callable[[int, int], None]
@@ -205,91 +200,6 @@ def base_of(path: Path, adapter: Adapter) -> str:
     return name
 
 
-# -- planning ----------------------------------------------------------------------------------------------------------
-
-HELD_BACK = 0.05  # of the memory that is there, for everything that is not ours
-GPU_CONTEXT_BYTES = 600_000_000  # of CUDA and its libraries, beside what torch reserves
-
-
-def plan(
-    settings: Settings | None = None, watcher: Watcher | None = None, *, on: str | None = None, **given: Any
-) -> Plan:
-    """What a run of these settings (those of `train`) will take: memory by part and phase, time, and how it is fitted.
-
-    `on` names another machine (deltaw/plan/devices.py). No weight is read. Raises DoesNotFitError with three ways out.
-    """
-    settings = one_of(settings, given)
-    with tempfile.TemporaryDirectory() as folder:
-        elsewhere = dataclasses.replace(settings, out=str(Path(folder) / "run"))
-        there = None if on is None else place_on(on, elsewhere)
-        run = create_run(elsewhere)
-        return plan_sketch(sketch_run(run, elsewhere, watcher or Watcher(), there), elsewhere, on)
-
-
-def one_of(settings: Settings | None, given: dict[str, Any]) -> Settings:
-    """The settings, or those made from keywords. UsageError where both are there, and one would have no effect."""
-    if settings is not None and given:
-        raise UsageError(f"Give settings or keywords, not both: {', '.join(given)}.")
-    return settings or make_settings(given)
-
-
-def place_on(machine: str, settings: Settings) -> tuple[torch.device, torch.dtype]:
-    """Where and in what another machine computes, noted in the settings. Raises UsageError when it is not known."""
-    if machine not in DEVICES:
-        raise UsageError(f"No machine {machine!r} is known; choose {', '.join(DEVICES)}.")
-    device = DEVICES[machine]
-    dtype = str(device.dtype).removeprefix("torch.")
-    if settings.dtype not in (AUTO, dtype):
-        raise UsageError(f"The data sheet of {machine} is read for {dtype}; leave out --dtype.")
-    settings.put("device", device.kind, f"--on {machine}")
-    settings.put("dtype", dtype, f"--on {machine}")
-    return torch.device(device.kind), device.dtype
-
-
-def plan_sketch(
-    sketch: Sketch, settings: Settings, on: str | None = None, adapters: Sequence[float] | None = None
-) -> Plan:
-    """The plan of a sketched run, here or on the machine that it was placed on.
-
-    `adapters` are the sizes of several that take turns over one base, as shares of the sketched one. Memory is then of
-    all of them, and times are the largest's.
-    """
-    device = None if on is None else DEVICES[on]
-    streams = None if device is None else device.streams
-    demand = one = Demand(sketch.outline, settings, sketch.targets, sketch.data, streams=streams)
-    if adapters is not None:
-        one = dataclasses.replace(demand, rank_share=max(adapters))
-        demand = dataclasses.replace(demand, rank_share=sum(adapters), active_share=max(adapters))
-    if settings.stream and not demand.may_stream(settings.quant):
-        raise UsageError(
-            f"--stream: the base {sketch.outline.name} cannot be read block by block on {on or 'this machine'}. That "
-            "needs Linux, a CPU, and blocks of linear layers or of weights in the dtype that is computed in."
-        )
-    room = _room(settings, device)
-    if on is None:
-        require_room(demand, room, likely_way(demand))  # timing needs time and memory, which a refusal can do without
-    clock = Clock(one, None if device else measure_pace(one), device)
-    return make_plan(demand, room, clock)
-
-
-def _room(settings: Settings, device: Device | None) -> Room:
-    """What there is on another machine, or here; on a GPU what torch can reserve."""
-    machine, fixed_bytes, file_bytes = hardware.look(), hardware.rss_bytes(), hardware.file_rss_bytes()
-    if settings.device == "cuda":
-        fixed_bytes = file_bytes = 0
-    if device is not None:
-        total, source = device.memory_bytes - GPU_CONTEXT_BYTES * (device.kind == "cuda"), device.name
-    elif settings.device == "cuda" and machine.gpu is not None:
-        total, source = hardware.free_gpu_bytes(), machine.gpu.name
-    else:  # the pages of files that this process holds count as free already
-        total, source = machine.available_bytes + fixed_bytes - file_bytes, machine.memory_limit_source
-    limit, most = round(total * (1 - HELD_BACK)), round(total / (1 - HELD_BACK))
-    # A limit that was asked for is taken at its word, also as much above what is free as processes differ.
-    if settings.memory is not None and parse_bytes(settings.memory) <= most:
-        limit, source = parse_bytes(settings.memory), "--memory"
-    return Room(limit, source, fixed_bytes, min(fixed_bytes, file_bytes), total)
-
-
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -337,13 +247,6 @@ def _fit(run: Run, settings: Settings, watcher: Watcher, sketch: Sketch) -> None
     run.write_settings(settings)  # first, so that whoever finds a plan finds what it chose
     write_text(run.plan, json.dumps(plan.as_dict(), indent=2) + "\n")
     watcher.planned(plan.as_dict())
-
-
-def carry_out(plan: Plan, settings: Settings) -> None:
-    """Notes in the settings what a plan has chosen."""
-    for name, value in plan.choice._asdict().items():
-        if getattr(settings, name) != value:
-            settings.put(name, value, f"plan: the fastest that fits ({plan.room.source})")
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:

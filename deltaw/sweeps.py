@@ -20,7 +20,7 @@ import numpy as np
 
 from deltaw.adapter import choose, read_adapter
 from deltaw.analysis.curve import mean_interval
-from deltaw.api import EVALUATION_TOKENS, carry_out, one_of, plan_sketch
+from deltaw.api import EVALUATION_TOKENS
 from deltaw.config import AUTO, Settings, make_settings
 from deltaw.disk import disk_errors, write_text
 from deltaw.engine.checkpoint import list_checkpoints
@@ -32,6 +32,7 @@ from deltaw.engine.together import Cell, Together
 from deltaw.engine.train import peak_of
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DeltawError, UsageError
+from deltaw.planning import carry_out, one_of, plan_sketch
 from deltaw.report import write_report
 from deltaw.report.sweep_page import FILE_NAME as SWEEP_PAGE
 from deltaw.report.sweep_page import write_sweep_page

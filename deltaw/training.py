@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from deltaw.adapters import compress
-from deltaw.api import one_of, train_run
+from deltaw.api import train_run
 from deltaw.config import AUTO, Settings
 from deltaw.demonstration import train_demo
 from deltaw.disk import write_text
 from deltaw.engine.run import ENDED, Run, create_run, open_run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import UsageError, command
+from deltaw.planning import one_of
 from deltaw.ranks import rank as rank_of
 
 MEASURED = "train --rank measure"  # in the summary of a run whose rank is measured when it has ended

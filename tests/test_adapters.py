@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw import adapters, api, hardware, ranks, sweeps, training
+from deltaw import adapters, api, hardware, planning, ranks, sweeps, training
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 from deltaw.analysis.spectrum import matrices, spectra
 from deltaw.analysis.truncate import truncate
@@ -631,7 +631,7 @@ def test_a_sweep_is_planned_as_a_whole_and_its_cells_are_fitted_alike(llama_fold
     monkeypatch.setattr(hardware, "rss_bytes", lambda: 400_000_000)  # what other tests left here says nothing of it
     monkeypatch.setattr(hardware, "file_rss_bytes", lambda: 0)
     given = {"model": llama_folder, "data": chats, "lr": 1e-2, **{**QUICK, "steps": 2}}
-    alone = api.plan(**given, rank=4).as_dict()
+    alone = planning.plan(**given, rank=4).as_dict()
     sweeps.sweep(**given, out=tmp_path / "sweep", ranks=[4, 8, 512])
     told = json.loads((tmp_path / "sweep" / "plan.json").read_text())
     factors = [plan["phases"]["step"]["factors"] for plan in (alone, told)]
@@ -645,7 +645,7 @@ def test_a_sweep_is_planned_as_a_whole_and_its_cells_are_fitted_alike(llama_fold
     assert "; the largest alone " in (tmp_path / "sweep" / "sweep.html").read_text()
     assert told["steps"] == 2 and told["step_seconds_interval"][0] < told["step_seconds"]
     assert told["choice"] == {"micro_tokens": 256, "recompute": 0, "stream": False, "quant": "none"}
-    recomputed = api.plan(**given, rank=4, recompute=2).as_dict()
+    recomputed = planning.plan(**given, rank=4, recompute=2).as_dict()
     saved = alone["peak_bytes_interval"][1] - recomputed["peak_bytes_interval"][1]
     tight = told["peak_bytes_interval"][1] - saved // 2
     sweeps.sweep(**given, out=tmp_path / "tight", ranks=[4, 8, 512], memory=f"{tight}B")

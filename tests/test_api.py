@@ -16,7 +16,7 @@ import yaml
 from models import byte_tokenizer, lively_model, save_base, small_model
 
 import deltaw
-from deltaw import api, demonstration, doctor, hardware, ranks, training
+from deltaw import api, demonstration, doctor, hardware, planning, ranks, training
 from deltaw.adapter import read_adapter
 from deltaw.base import forward
 from deltaw.cli.runs import _show_demo
@@ -507,7 +507,7 @@ def test_one_file_is_given_as_it_is_and_nothing_that_is_given_is_dropped(tiny_ru
     model = api.open_adapter(tiny_run.folder)
     assert model.evaluate(str(chats)) == {**model.evaluate([chats]), "seconds": pytest.approx(0, abs=1e3)}
     settings = make_settings({"model": llama_folder, "data": chats, "steps": 1})
-    for call in (api.plan, training.train):
+    for call in (planning.plan, training.train):
         with pytest.raises(UsageError, match="not both: rank"):
             call(settings, rank=8)
     for given in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}):

@@ -22,7 +22,7 @@ LAYERS = [
     {"kernels", "config"},
     {"base", "data", "analysis"},
     {"plan", "engine"},
-    {"report", "serve"},
+    {"planning", "report", "serve"},
     {"api", "datasets", "doctor"},
     {"demonstration", "ranks"},
     {"adapters", "sweeps"},

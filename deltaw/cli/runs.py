@@ -130,11 +130,11 @@ def _train_measured(settings: Settings, quiet: bool, as_json: bool) -> None:
 @json_option
 def plan(recipe: Path | None, on: str | None, as_json: bool, **options: Any) -> None:
     """What `train` with the same arguments will take: memory by part, time, and how it is fitted. Reads no weight."""
-    from deltaw import api
+    from deltaw import planning
     from deltaw.terminal import TerminalWatcher, make_console, plan_page, show_json
 
     settings, _ = _settings_of(given_of(options), recipe)
-    found = api.plan(settings, TerminalWatcher(make_console(stderr=True)), on=on).as_dict()
+    found = planning.plan(settings, TerminalWatcher(make_console(stderr=True)), on=on).as_dict()
     if as_json:
         show_json(found)
     else:

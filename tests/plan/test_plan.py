@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import VOCABULARY, save_base
 
-from deltaw import api, hardware, terminal, training
+from deltaw import api, hardware, planning, terminal, training
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.adapter.weight import stored_tensors
 from deltaw.base.builtin import cache_folder
@@ -317,7 +317,7 @@ def test_bf16_is_offered_where_fp32_was_chosen_for_its_speed_and_bf16_is_not_emu
     assert (asked.dtype, changed.dtype) == (torch.float32, torch.bfloat16)
     assert base_bytes(changed, Choice(64)) == base_bytes(asked, Choice(64)) / 2
     asked.settings.dtype = "auto"
-    api.place_on("t4-16gb", asked.settings)
+    planning.place_on("t4-16gb", asked.settings)
     assert asked.settings.device == "cuda" and offered not in dict(_changes(asked))  # what is here says nothing of it
 
 
@@ -325,7 +325,7 @@ def test_a_base_that_cannot_be_streamed_is_refused_before_it_is_opened(demand, t
     """Conv1D layers would be cast when they are opened."""
     folder = str(save_base(tmp_path / "gpt2", "gpt2"))
     with pytest.raises(UsageError, match="cannot be read block by block"):
-        api.plan(model=folder, data=demand().settings.data, dtype="bfloat16", stream=True, steps=1)
+        planning.plan(model=folder, data=demand().settings.data, dtype="bfloat16", stream=True, steps=1)
     monkeypatch.setattr("deltaw.base.stream.sys.platform", "darwin")
     with pytest.raises(UsageError, match="needs Linux and a CPU"):
         load(folder, dtype="float32", stream=True)
@@ -377,15 +377,15 @@ def test_what_may_be_taken_is_what_is_free_and_what_is_held_but_for_pages_of_fil
     monkeypatch.setattr(hardware, "rss_bytes", lambda: 500 * MB)
     monkeypatch.setattr(hardware, "file_rss_bytes", lambda: 200 * MB)
     settings = demand().settings
-    free = api._room(settings, None)
+    free = planning._room(settings, None)
     assert free.limit_bytes == round(0.95 * 1000 * MB) and free.source == "cgroup"
     settings.memory = "1000MB"
-    assert api._room(settings, None).limit_bytes == 1000 * MB
+    assert planning._room(settings, None).limit_bytes == 1000 * MB
     settings.memory = "1100MB"
-    assert api._room(settings, None).source == "cgroup"
+    assert planning._room(settings, None).source == "cgroup"
     settings.memory, settings.device = None, "cuda"
-    there = api._room(settings, DEVICES["h200"])
-    assert there.fixed_bytes == 0 and there.limit_bytes == round(0.95 * (141e9 - api.GPU_CONTEXT_BYTES))
+    there = planning._room(settings, DEVICES["h200"])
+    assert there.fixed_bytes == 0 and there.limit_bytes == round(0.95 * (141e9 - planning.GPU_CONTEXT_BYTES))
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -442,9 +442,9 @@ def test_nothing_is_timed_before_memory_is_bounded(llama_folder, chats, monkeypa
     hardware.tune_memory.cache_clear()
     bounded = []
     monkeypatch.setattr(
-        api, "measure_pace", lambda _: bounded.append(hardware.tune_memory.cache_info().currsize) or PACE
+        planning, "measure_pace", lambda _: bounded.append(hardware.tune_memory.cache_info().currsize) or PACE
     )
-    api.plan(model=llama_folder, data=[chats], steps=3)
+    planning.plan(model=llama_folder, data=[chats], steps=3)
     assert bounded == [1]
 
 
@@ -468,9 +468,9 @@ def test_more_products_are_remembered_where_passes_may_share_a_reading(
     monkeypatch.setenv(hardware.REMEMBERED, "")
     monkeypatch.delenv(hardware.REMEMBERED)
     hardware.tune_memory.cache_clear()
-    monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
+    monkeypatch.setattr(planning, "measure_pace", lambda _: PACE)
     with contextlib.suppress(DoesNotFitError):
-        api.plan(model=llama_folder, data=[data], steps=3, dtype="bfloat16", **given)
+        planning.plan(model=llama_folder, data=[data], steps=3, dtype="bfloat16", **given)
     if more:
         assert hardware.remembered_products() >= SHARING_PRODUCTS and most_together() == 4
     else:
@@ -502,8 +502,8 @@ def test_longer_documents_have_more_products_remembered(llama_folder, tmp_path, 
     monkeypatch.setenv(hardware.REMEMBERED, "")
     monkeypatch.delenv(hardware.REMEMBERED)
     hardware.tune_memory.cache_clear()
-    monkeypatch.setattr(api, "measure_pace", lambda _: PACE)
-    api.plan(model=llama_folder, data=[data], steps=3, stream=False, max_length=2048, dtype="bfloat16")
+    monkeypatch.setattr(planning, "measure_pace", lambda _: PACE)
+    planning.plan(model=llama_folder, data=[data], steps=3, stream=False, max_length=2048, dtype="bfloat16")
     assert (hardware.remembered_products() > 80) == (length == 1000)
 
 
@@ -513,7 +513,7 @@ def test_longer_documents_have_more_products_remembered(llama_folder, tmp_path, 
 def test_a_plan_reads_no_weight_and_leaves_nothing_behind(llama_folder, chats, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deltaw.base.load.open_model", lambda *_: pytest.fail("opened"))
-    made = api.plan(model=llama_folder, data=[chats], steps=3)
+    made = planning.plan(model=llama_folder, data=[chats], steps=3)
     assert list(tmp_path.iterdir()) == []
     written = made.as_dict()
     low, high = written["peak_bytes_interval"]
@@ -525,7 +525,7 @@ def test_a_plan_reads_no_weight_and_leaves_nothing_behind(llama_folder, chats, t
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_other_machines_are_planned_by_their_data_sheet_and_marked(llama_folder, chats, name):
-    made = api.plan(model=llama_folder, data=[chats], steps=3, on=name)
+    made = planning.plan(model=llama_folder, data=[chats], steps=3, on=name)
     assert not made.calibrated and made.machine == name and made.step_seconds > 0
     assert made.room.limit_bytes < DEVICES[name].memory_bytes
     assert made.choice.micro_tokens == min(1024, DEFAULT_MICRO_TOKENS[DEVICES[name].kind])
@@ -535,13 +535,13 @@ def test_other_machines_are_planned_by_their_data_sheet_and_marked(llama_folder,
 
 
 def test_merging_is_told_of_and_is_no_phase_of_the_run(llama_folder, chats, capsys):
-    made = api.plan(model=llama_folder, data=[chats], steps=3, dtype="float32").as_dict()
+    made = planning.plan(model=llama_folder, data=[chats], steps=3, dtype="float32").as_dict()
     stored = sum(file.stat().st_size for file in llama_folder.glob("*.safetensors"))
     assert made["merging"]["base"] == pytest.approx(stored, rel=0.1) and "merging" not in made["phases"]
     assert (
         made["merging"]["workspace"] == MERGED_LOGITS * MERGED_POSITIONS * VOCABULARY * 4
     )  # more than the shard's sums
-    cast = api.plan(model=llama_folder, data=[chats], steps=3, dtype="bfloat16").as_dict()["merging"]
+    cast = planning.plan(model=llama_folder, data=[chats], steps=3, dtype="bfloat16").as_dict()["merging"]
     assert cast["base"] < made["merging"]["base"] and cast["workspace"] == made["merging"]["workspace"]
     terminal.plan_page(terminal.make_console(), made)
     assert re.search(r"^merging .* [0-9.]+ [MG]B$", capsys.readouterr().out, re.M)
@@ -551,13 +551,13 @@ def test_another_machine_is_planned_with_its_own_passes_and_ways_whatever_is_her
     long = tmp_path / "long.jsonl"
     long.write_text("".join(json.dumps({"text": f"{n} " + "one two three " * 120}) + "\n" for n in range(40)))
     given = {"model": llama_folder, "data": [long], "steps": 3, "max_length": 256, "batch_tokens": 8192}
-    passes = {name: api.plan(**given, on=name).choice.micro_tokens for name in ("rtx4090-24gb", "cpu-16core-bf16")}
+    passes = {name: planning.plan(**given, on=name).choice.micro_tokens for name in ("rtx4090-24gb", "cpu-16core-bf16")}
     assert passes == {"rtx4090-24gb": 8192, "cpu-16core-bf16": 1024}
-    assert api.plan(**given, on="cpu-8core-avx2", stream=True).choice.stream
+    assert planning.plan(**given, on="cpu-8core-avx2", stream=True).choice.stream
     with pytest.raises(UsageError, match="block by block on m-cpu-8core"):
-        api.plan(**given, on="m-cpu-8core", stream=True)
+        planning.plan(**given, on="m-cpu-8core", stream=True)
     recipe = make_settings({**given, "device": "cuda"})  # a recipe for that machine names what is not here
-    assert api.plan(recipe, on="rtx4090-24gb").choice.micro_tokens == 8192
+    assert planning.plan(recipe, on="rtx4090-24gb").choice.micro_tokens == 8192
 
 
 @pytest.mark.parametrize(("steps", "evaluations"), [(1, 1), (3, 3), (7, 4), (13, 5), (120, 6)])
@@ -568,12 +568,12 @@ def test_a_plan_counts_the_evaluations_that_the_run_will_have(demand, steps, eva
 
 def test_a_dtype_that_a_data_sheet_does_not_tell_of_is_refused(llama_folder, chats):
     with pytest.raises(UsageError, match="read for bfloat16; leave out --dtype"):
-        api.plan(model=llama_folder, data=[chats], steps=3, on="h200", dtype="float32")
+        planning.plan(model=llama_folder, data=[chats], steps=3, on="h200", dtype="float32")
 
 
 def test_an_unknown_machine_is_refused_with_the_known_ones(llama_folder, chats):
     with pytest.raises(UsageError, match="rtx4090-24gb"):
-        api.plan(model=llama_folder, data=[chats], on="cray")
+        planning.plan(model=llama_folder, data=[chats], on="cray")
 
 
 def test_a_run_keeps_its_plan_and_carries_it_out_and_says_so(llama_folder, chats, tmp_path, monkeypatch):
@@ -606,7 +606,7 @@ def test_a_run_that_was_stopped_before_its_base_was_open_goes_on_by_its_plan(
 ):
     monkeypatch.setattr(hardware, "rss_bytes", lambda: 400 * MB)
     given = {"model": llama_folder, "data": [chats], "steps": 2, "rank": 4}
-    known = api.plan(**given).as_dict()
+    known = planning.plan(**given).as_dict()
     tight = known["peak_bytes_interval"][1] - known["phases"]["step"]["activations"] // 2
     part = "deltaw.engine.train.prepare_run" if planned else "deltaw.api.plan_sketch"
     with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
@@ -634,12 +634,12 @@ def test_what_is_no_size_is_refused(text):
 
 @pytest.mark.parametrize(("kind", "way"), [("llama", "kernels"), ("gemma3", "kernels"), ("gpt_neox", "modules")])
 def test_a_refusal_needs_no_timing_because_the_way_is_read_from_the_parts(kind, way, tmp_path, chats, monkeypatch):
-    monkeypatch.setattr(api, "measure_pace", lambda _: pytest.fail("timed"))
+    monkeypatch.setattr(planning, "measure_pace", lambda _: pytest.fail("timed"))
     seen = []
-    usual = api.likely_way
-    monkeypatch.setattr(api, "likely_way", lambda demand: seen.append(usual(demand)) or seen[-1])
+    usual = planning.likely_way
+    monkeypatch.setattr(planning, "likely_way", lambda demand: seen.append(usual(demand)) or seen[-1])
     with pytest.raises(DoesNotFitError, match="at least"):
-        api.plan(model=save_base(tmp_path / kind, kind), data=[chats], steps=3, memory="1MB")
+        planning.plan(model=save_base(tmp_path / kind, kind), data=[chats], steps=3, memory="1MB")
     assert seen == [way]
 
 
@@ -656,5 +656,5 @@ def test_documents_longer_than_a_base_has_positions_are_refused(tmp_path):
     folder, data = save_base(tmp_path / "gpt2", "gpt2"), tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": f"{n} one two" * (5 + 40 * (n == 3))}) + "\n" for n in range(12)))
     with pytest.raises(UsageError, match=r"knows 256 positions\. Give --max-length 256"):
-        api.plan(model=folder, data=data, max_length=600, steps=1)
-    assert api.plan(model=folder, data=data, max_length=256, steps=1).steps == 1
+        planning.plan(model=folder, data=data, max_length=600, steps=1)
+    assert planning.plan(model=folder, data=data, max_length=256, steps=1).steps == 1
