@@ -5,8 +5,8 @@
 Each case is a fresh `deltaw train` that plans with a pace of its own, measured then, and trains a few steps. Peak
 memory is the kernel's high-water mark of the process; of a streamed base, whose pages can be taken back at any time,
 the lowest cgroup limit under which the run finishes within three times its time, to 2 % of the plan. Runs without
-options are merged too, and that peak is compared. Cases by whose figures no constant of deltaw/plan was chosen are
-reported apart. Rows go to results/plan_accuracy.jsonl as they are measured; a case that has its row is not run again.
+options are merged too, and that peak is compared; so is that until the base was open, where it is in memory. Cases by
+whose figures no constant of deltaw/plan was chosen are reported apart. Rows go to results/plan_accuracy.jsonl as they are measured; a case that has its row is not run again.
 results/plan_accuracy.json holds rows and errors. `--replan` plans the memory of the rows anew, when its formula changed
 and what runs do did not; times stay as planned beside the run.
 On a processor that computes in fp32, results are plan_accuracy_fp32.*.
@@ -279,13 +279,19 @@ def errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "time_most": max(times),
             }
     merged = [row["planned_merging_bytes"] / row["merging_bytes"] - 1 for row in rows if "merging_bytes" in row]
-    if merged:
-        found["merging"] = {
-            "runs": len(merged),
-            "peak_median": statistics.median(map(abs, merged)),
-            "peak_most_under": -min(0.0, *merged),
-            "peak_most_over": max(merged),
-        }
+    opened = [
+        max(row["planned_phases"][phase] for phase in ("plan", "load")) / row["opened_bytes"] - 1
+        for row in rows
+        if row["peak_is"] == "high-water mark of the process"
+    ]
+    for label, some in (("opening", opened), ("merging", merged)):
+        if some:
+            found[label] = {
+                "runs": len(some),
+                "peak_median": statistics.median(map(abs, some)),
+                "peak_most_under": -min(0.0, *some),
+                "peak_most_over": max(some),
+            }
     return found
 
 

@@ -83,8 +83,8 @@ def forgetting(
     """
     usual = injection.strength, injection.active
     try:
-        on_text = _distances(base, injection, list(_neutral(base, texts)), strengths)
-        on_answers = _distances(base, injection, list(_answered(base, injection, prompts)), strengths)
+        neutral, answered = list(_neutral(base, texts)), list(_answered(base, injection, prompts))  # what fails, first
+        on_text, on_answers = (_distances(base, injection, some, strengths) for some in (neutral, answered))
     finally:
         injection.strength, injection.active = usual
     return [{"strength": value, **_row(number, on_text, on_answers)} for number, value in enumerate(strengths)]
