@@ -60,6 +60,14 @@ def test_the_tables_of_sweeps_are_those_of_the_measured_figures(task):
         assert f"| {rank} | {found['loss']:.3f} | {behind}|" in guide
 
 
+def test_the_table_of_ways_to_choose_a_rank_is_that_of_the_measured_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    calibration = importlib.import_module("rank_calibration")
+    found = json.loads(calibration.SUMMARY.read_text())["tasks"]
+    guide = (ROOT / "docs" / "guides" / "measuring-rank.md").read_text()
+    assert calibration.ways_table(found) in guide, "paste what the script prints"
+
+
 def test_what_the_readme_says_of_the_measured_rows_is_what_they_hold():
     results, readme = ROOT / "benchmarks" / "results", " ".join((ROOT / "README.md").read_text().split())
     sweep = json.loads((results / "versus_sweep.json").read_text())
