@@ -6,9 +6,10 @@ Each case is a fresh `deltaw train` that plans with a pace of its own, measured 
 memory is the kernel's high-water mark of the process; of a streamed base, whose pages can be taken back at any time,
 the lowest cgroup limit under which the run finishes within three times its time, to 2 % of the plan. Runs without
 options are merged too, and that peak is compared; so is that until the base was open, where it is in memory. Cases by
-whose figures no constant of deltaw/plan was chosen are reported apart. Rows go to results/plan_accuracy.jsonl as they are measured; a case that has its row is not run again.
-results/plan_accuracy.json holds rows and errors. `--replan` plans the memory of the rows anew, when its formula changed
-and what runs do did not; times stay as planned beside the run.
+whose figures no constant of deltaw/plan was chosen are reported apart. Rows go to results/plan_accuracy.jsonl as they
+are measured; a case that has its row is not run again. results/plan_accuracy.json holds rows and errors. `--replan`
+plans the memory of the rows anew, when its formula changed and what runs do did not; times stay as planned beside the
+run.
 On a processor that computes in fp32, results are plan_accuracy_fp32.*.
 Rows marked "busy" were measured while other work used the machine, and their times do not count.
 """
