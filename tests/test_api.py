@@ -24,6 +24,7 @@ from deltaw.config import make_settings
 from deltaw.engine import generate as generating
 from deltaw.engine import train as engine
 from deltaw.engine.prepare import origin_warnings
+from deltaw.engine.run import create_run
 from deltaw.engine.train import Watcher
 from deltaw.errors import AdapterError, BaseError, DataError, DiskError, Interrupted, UsageError
 
@@ -168,7 +169,7 @@ def test_the_name_of_the_base_is_never_a_path_of_the_user(tmp_path, monkeypatch,
         spelling
     ]
     settings = make_settings({**QUICK, "model": name, "data": [str(chats)], "out": str(tmp_path / "run")})
-    trainer = api.engine.train(api.create_run(settings), settings, Watcher())
+    trainer = api.engine.train(create_run(settings), settings, Watcher())
     config = json.loads((trainer.run.adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny-base"
 

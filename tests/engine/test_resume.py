@@ -416,11 +416,12 @@ def test_a_run_whose_talk_cannot_be_written_saves_its_state(start, straight):
 
 def test_a_killed_run_of_minutes_repeats_the_rates_that_it_had(start):
     """Steps behind the last checkpoint are done again with what the clock decided the first time."""
-    run, settings = start(steps=None, minutes=0.04, eval_steps=3, checkpoint_steps=4)
+    run, settings = start(steps=None, minutes=1.0, eval_steps=3, checkpoint_steps=4)
     with pytest.raises(Killed):
         train(run, settings, Saboteur(kill_at=6))
     before = [line for line in read_metrics(run.metrics) if "loss" in line]
-    _go_on(run)
+    with pytest.raises(Killed):
+        _go_on(run, Saboteur(kill_at=9))
     after = [line for line in read_metrics(run.metrics) if "loss" in line][: len(before)]
     for key in ("step", "loss", "lr", "grad_norm", "seconds"):
         assert [line[key] for line in before] == [line[key] for line in after], key
