@@ -179,7 +179,9 @@ def replan(row: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, "-m", "deltaw", "plan", *flags, *case.options, "--json"]
         environment = {**os.environ, "DELTAW_CACHE": str(FOLDER / "cache")}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return {**row, **_planned(json.loads(done.stdout), row["peak_bytes"])}
+    plan = json.loads(done.stdout)
+    merging = {"planned_merging_bytes": sum(plan["merging"].values())} if "merging_bytes" in row else {}
+    return {**row, **_planned(plan, row["peak_bytes"]), **merging}
 
 
 def _options(case: Case, folder: Path, data: Path, run: Path) -> dict[str, str]:

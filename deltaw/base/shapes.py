@@ -32,49 +32,49 @@ class Outline:
     tokenizer: Any
     model: Any
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The part of the model's config that speaks of text."""
         return self.model.config.get_text_config()
 
-    @property
+    @cached_property
     def context_tokens(self) -> int:
         """How many tokens the model was made for."""
         return int(getattr(self.config, "max_position_embeddings", 0) or MAX_CONTEXT)
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Number of decoder blocks."""
         return int(self.config.num_hidden_layers)
 
-    @property
+    @cached_property
     def hidden(self) -> int:
         """Width of the stream between blocks."""
         return int(self.config.hidden_size)
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """Number of query heads; 1 where an architecture has none."""
         return int(getattr(self.config, "num_attention_heads", None) or 1)
 
-    @property
+    @cached_property
     def head_width(self) -> int:
         """Width of one head."""
         return int(getattr(self.config, "head_dim", None) or self.hidden // self.heads)
 
-    @property
+    @cached_property
     def key_heads(self) -> int:
         """Number of heads of keys and values."""
         return int(getattr(self.config, "num_key_value_heads", None) or self.heads)
 
-    @property
+    @cached_property
     def inner(self) -> int:
         """Width of the MLP, of all experts that see a token."""
         width = mlp_width(self.config, self.hidden)
         experts = getattr(self.config, "num_experts_per_tok", None)
         return int(getattr(self.config, "moe_intermediate_size", None) or width) * experts if experts else width
 
-    @property
+    @cached_property
     def gated(self) -> bool:
         """Whether the MLP multiplies two projections, as those of Llama's kind do, or has one."""
         return any("gate" in name for name, _ in self.model.named_modules())

@@ -109,13 +109,14 @@ class Plan:
 
 def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
     """The fastest choice that fits. Raises DoesNotFitError with three ways out."""
-    plans = [_plan(demand, choice, room, clock) for choice in _choices(demand)]
-    fitting = [plan for plan in plans if plan.needed_bytes <= room.limit_bytes]
-    if not fitting:
-        raise _refusal(demand, room, clock.way)
-    fastest = min(fitting, key=lambda plan: (plan.choice.quant != demand.settings.quant, plan.step_seconds))
+    plans = (_plan(demand, choice, room, clock) for choice in _choices(demand))
     # As the settings have it where that fits: no timing, however noisy, shall change such a run.
-    chosen = plans[0] if plans[0] in fitting else fastest
+    chosen = usual = next(plans)
+    if usual.needed_bytes > room.limit_bytes:
+        fitting = [plan for plan in plans if plan.needed_bytes <= room.limit_bytes]
+        if not fitting:
+            raise _refusal(demand, room, clock.way)
+        chosen = min(fitting, key=lambda plan: (plan.choice.quant != demand.settings.quant, plan.step_seconds))
     alone = None
     if demand.active_share is not None:
         one = replace(demand, rank_share=demand.active_share)
@@ -124,7 +125,7 @@ def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
         chosen,
         merging=merging(demand, room.fixed_bytes),
         largest_alone_bytes=alone,
-        unfitted=None if chosen is plans[0] else plans[0],
+        unfitted=None if chosen is usual else usual,
     )
 
 

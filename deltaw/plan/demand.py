@@ -94,8 +94,17 @@ class Demand:
             ]
         return self._steps[micro_tokens, share]
 
+    @cached_property
+    def _heaviest(self) -> dict[int, Pass]:
+        return {}
+
     def heaviest(self, micro_tokens: int) -> Pass:
         """The longest document, and as many of the next longest as one pass may hold beside it."""
+        if micro_tokens not in self._heaviest:
+            self._heaviest[micro_tokens] = self._find_heaviest(micro_tokens)
+        return self._heaviest[micro_tokens]
+
+    def _find_heaviest(self, micro_tokens: int) -> Pass:
         store = self.data["train"].store
         lengths = np.minimum(store.lengths, self.longest_tokens)
         documents = heaviest_pass(self.data["train"], self.settings, micro_tokens, lengths)

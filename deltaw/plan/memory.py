@@ -43,8 +43,9 @@ CODE_BYTES = 45_000_000  # of libraries: taken back, these pages have a step wai
 # fit and may be longer than those. On GPUs no peak was measured.
 MEMORY_SPREAD, UNMEASURED_SPREAD = (0.16, 0.06), (0.3, 0.3)
 FP32_GAPS = {"kernels": (1.0, 4), "modules": (1.3, 6)}
-# Tokens of the prompts that merging compares logits at, in the usual templates; three sets are kept, one is made.
-MERGED_POSITIONS, MERGED_LOGITS = 140, 3.5
+# Tokens of the prompts that merging compares logits at, in the usual templates; and how many sets of them it comes to
+# hold, three of them to compare: fitted to the same grid.
+MERGED_POSITIONS, MERGED_LOGITS = 140, 5.5
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def merging(demand: Demand, fixed_bytes: int) -> dict[str, int]:
     """What `deltaw merge` will hold after the run, by part: no phase of the run, and no reason to refuse it.
 
     The base is opened as for training, and its logits compared with those of the merged model; a shard is written from
-    its sums. What lies in files as it is computed with is let go before that.
+    its sums, one of them being made. What lies in files as it is computed with is let go before that.
     """
     shards: Counter[str] = Counter()
     for each in stored_weights(demand.outline.folder).values():
@@ -135,7 +136,9 @@ def merging(demand: Demand, fixed_bytes: int) -> dict[str, int]:
     logits = round(MERGED_LOGITS * MERGED_POSITIONS * vocabulary * 4)
     writing = max(shards.values(), default=0) - (opened if demand.as_stored else 0)
     held = fixed_bytes + _running_bytes(demand, Choice(0))
-    return {"fixed": held, "base": opened, "workspace": max(logits, writing)}
+    made = max((math.prod(target.shape) for target in demand.targets), default=0) * demand.stored_dtype.itemsize
+    factors = demand.trained * SAVED_BYTES
+    return {"fixed": held, "base": opened, "factors": factors, "workspace": max(logits, writing) + made}
 
 
 def _running_bytes(demand: Demand, choice: Choice) -> int:

@@ -538,9 +538,8 @@ def test_merging_is_told_of_and_is_no_phase_of_the_run(llama_folder, chats, caps
     made = planning.plan(model=llama_folder, data=[chats], steps=3, dtype="float32").as_dict()
     stored = sum(file.stat().st_size for file in llama_folder.glob("*.safetensors"))
     assert made["merging"]["base"] == pytest.approx(stored, rel=0.1) and "merging" not in made["phases"]
-    assert (
-        made["merging"]["workspace"] == MERGED_LOGITS * MERGED_POSITIONS * VOCABULARY * 4
-    )  # more than the shard's sums
+    logits = MERGED_LOGITS * MERGED_POSITIONS * VOCABULARY * 4  # more than the shard's sums
+    assert logits < made["merging"]["workspace"] < 1.2 * logits and made["merging"]["factors"] > 0
     cast = planning.plan(model=llama_folder, data=[chats], steps=3, dtype="bfloat16").as_dict()["merging"]
     assert cast["base"] < made["merging"]["base"] and cast["workspace"] == made["merging"]["workspace"]
     terminal.plan_page(terminal.make_console(), made)
