@@ -43,6 +43,12 @@ def test_what_is_said_of_plans_is_what_the_grid_measured(monkeypatch):
     most = 100 * found["errors"]["held out"]["peak_most_under"]
     said = f"of the others none is planned more than {most:.1f} % too low"
     assert said in " ".join((ROOT / "README.md").read_text().split())
+    steady = [
+        json.loads(line) for line in (plan_accuracy.RESULTS / "plan_accuracy_steady.jsonl").read_text().splitlines()
+    ]
+    times = plan_accuracy.errors(steady)["all"]
+    said = f"[{100 * times['time_median']:.0f} and {100 * times['time_most']:.0f} %](benchmarks/results/plan_accuracy_steady"
+    assert said in (ROOT / "README.md").read_text()
     assert {case.name for case in plan_accuracy.CASES} == {row["name"] for row in found["rows"]}
     guide = (ROOT / "docs" / "guides" / "memory.md").read_text()
     assert plan_accuracy.table(found["rows"]) in guide
