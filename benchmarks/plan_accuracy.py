@@ -308,6 +308,16 @@ def sentence(found: dict[str, Any]) -> str:
     ).format(**{**shown, "runs": found["runs"]})
 
 
+def beside(found: dict[str, Any]) -> str:
+    """What docs/guides/memory.md says of the plans of opening and of merging."""
+    opening, merging = found["opening"], found["merging"]
+    return (
+        "Opening a base was planned at most {:.1f} % too low and {:.0f} % too high ({} runs), merging {:.1f} and "
+        "{:.0f} % ({} runs, by which its constants were chosen)."
+    ).format(*(each[key] if key == "runs" else 100 * each[key] for each in (opening, merging)
+               for key in ("peak_most_under", "peak_most_over", "runs")))  # fmt: skip
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """What docs/guides/memory.md shows of the rows."""
     found = {row["name"]: row for row in rows}

@@ -66,6 +66,20 @@ def child(out: str, started: float) -> None:
     training.train(demo_settings({"out": out, "steps": 2}))
 
 
+def sentence(found: dict[str, Any]) -> str:
+    """What docs/reliability.md says of the figures."""
+    medians = found["median_seconds"]
+    warm, rest, cold = (medians[kind] for kind in ("all cached", "no probe cached", "nothing cached"))
+    return (
+        f"{warm['prove']:.1f} s for the proofs on the loaded model, {cold['probe']:.1f} s for the probe, which is "
+        "remembered for each combination of base, data, settings and machine and then takes nothing. From the start of "
+        f"the process the first step is finished after {warm['first_step']:.1f} s with all cached, "
+        f"{rest['first_step']:.1f} s where the probe is not, and {cold['first_step']:.0f} s with nothing, of which "
+        f"{cold['measure_pace']:.1f} s time the machine for the plan. A memory that is too small is refused after "
+        f"{statistics.median(found['refusal_seconds']):.1f} s"
+    )
+
+
 def refusal(folder: Path) -> float:
     """Seconds of a fresh process until it has refused to train in so little memory."""
     command = [sys.executable, "-m", "deltaw", "demo", "--memory", TOO_SMALL, "--out", str(folder / "refused")]

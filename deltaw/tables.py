@@ -1,4 +1,4 @@
-"""What a person sees of adapters: tables of ranks, spectra and comparisons. Nothing is computed here."""
+"""What a person sees of adapters and of speed: tables of ranks, spectra, comparisons. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -198,3 +198,27 @@ def forgetting_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         + ("" if first["documents"] >= FEWEST else " Too few for intervals to mean anything."),
         style="dim",
     )
+
+
+def bench_tables(console: Console, found: dict[str, Any]) -> None:
+    """One line per workload, then the shares of a step's time by part."""
+    reason = f" ({found['slow_reason']})" if found["slow_reason"] else ""
+    pairs(console, {
+        "base": f"{found['base']}, {found['dtype']}, rank {found['rank']}, {found['threads']} threads",
+        "computed by": found["way"] + reason,
+    })  # fmt: skip
+    headings = ("documents", "tokens/s", "ms a step", "useful GFLOP/s", "multiply rate", "share", "peak memory")
+    workloads = found["workloads"]
+    rows = [
+        (
+            f"{row['workload']} ({row['document_tokens']} tokens, {row['trained_share']:.0%} trained)",
+            *(f"{row['tokens_per_second']:,.0f}", f"{1000 * row['step_seconds']:,.0f}"),
+            *(f"{row['useful_gflops']:,.0f}", f"{row['gemm_gflops']:,.0f}"),
+            *(f"{row['share_of_gemm']:.0%}", human_bytes(row["peak_bytes"])),
+        )
+        for row in workloads
+    ]
+    console.print(plain_table(headings, rows))
+    parts = dict.fromkeys(part for row in workloads for part in row["parts"])
+    shares = [(part, *(f"{row['parts'].get(part, 0):.0%}" for row in workloads)) for part in parts]
+    console.print(plain_table(("time of a step by part", *(row["workload"] for row in workloads)), shares))

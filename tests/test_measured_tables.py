@@ -52,6 +52,7 @@ def test_what_is_said_of_plans_is_what_the_grid_measured(monkeypatch):
     assert {case.name for case in plan_accuracy.CASES} == {row["name"] for row in found["rows"]}
     guide = (ROOT / "docs" / "guides" / "memory.md").read_text()
     assert plan_accuracy.table(found["rows"]) in guide
+    assert plan_accuracy.beside(found["errors"]) in " ".join(guide.split())
     in_fp32 = json.loads((plan_accuracy.RESULTS / "plan_accuracy_fp32.json").read_text())
     assert in_fp32["errors"] == plan_accuracy.errors(in_fp32["rows"])
     assert plan_accuracy.sentence(in_fp32["errors"]["all"]) in " ".join(guide.split())
@@ -72,6 +73,18 @@ def test_the_table_of_ways_to_choose_a_rank_is_that_of_the_measured_figures(monk
     found = json.loads(calibration.SUMMARY.read_text())["tasks"]
     guide = (ROOT / "docs" / "guides" / "measuring-rank.md").read_text()
     assert calibration.ways_table(found) in guide, "paste what the script prints"
+    said = " ".join(guide.split())
+    assert f"{found['sentiment']['cells']} of 42 cells of sentiment and {found['phonemes']['cells']} of 42" in said
+    times = json.loads(calibration.SUMMARY.read_text())["cost"]["time_ratios"]
+    assert f"as long as apart ({times['step_seconds']:.2f} times" in said
+    assert f"{times['process_seconds']:.2f} of the time of five processes" in said
+
+
+def test_what_is_said_of_start_up_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    start_up = importlib.import_module("start_up")
+    said = " ".join((ROOT / "docs" / "reliability.md").read_text().split())
+    assert start_up.sentence(json.loads(start_up.RESULTS.read_text())) in said
 
 
 def test_what_the_readme_says_of_the_measured_rows_is_what_they_hold():

@@ -39,10 +39,16 @@ from deltaw.errors import UsageError
     help="Also loss on neutral text, and KL to the base there and on prompts, by strength.",
 )
 @click.option(
-    "--neutral", type=click.Path(path_type=Path), metavar="FILE", help="Other neutral text than Python's help."
+    "--neutral",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Other neutral text than Python's help.",
 )
 @click.option(
-    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Other prompts than deltaw's, a paragraph each."
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Other prompts than deltaw's, a paragraph each.",
 )
 @model_option
 @machine_options

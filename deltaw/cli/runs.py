@@ -248,7 +248,8 @@ def verify(run: Path, steps: int, as_json: bool) -> None:
 def bench(model: str | None, rank: int, seconds: float, as_json: bool, **options: Any) -> None:
     """How fast a base trains on this machine, what share of its multiply rate that is, and where the time goes."""
     from deltaw import api
-    from deltaw.terminal import bench_tables, make_console, show_json
+    from deltaw.tables import bench_tables
+    from deltaw.terminal import make_console, show_json
 
     name = model or Settings().model
     found = api.bench(name, rank, seconds, say=say, **machine_of(options))

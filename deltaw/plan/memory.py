@@ -113,9 +113,10 @@ def memory(demand: Demand, choice: Choice, way: str, fixed_bytes: int, file_byte
         "save": {**step, "factors": factors + demand.trained * SAVED_BYTES},
     }
     told = {name: {part: parts.get(part, 0) for part in PARTS} for name, parts in phases.items()}
-    if demand.device.type != "cpu":
-        return Memory(told, "memory reserved on the GPU", UNMEASURED_SPREAD)
-    return Memory(told, "lowest memory limit" if choice.stream else "high-water mark of the process", MEMORY_SPREAD)
+    measure = "lowest memory limit" if choice.stream else "high-water mark of the process"
+    if demand.device.type == "cuda":
+        measure = "memory reserved on the GPU"
+    return Memory(told, measure, MEMORY_SPREAD if demand.device.type == "cpu" else UNMEASURED_SPREAD)
 
 
 def idle_pages(file_bytes: int) -> int:
