@@ -8,6 +8,7 @@ import torch
 
 from deltaw import hardware
 from deltaw.base.builtin import cache_folder
+from deltaw.base.proof import prepare_passes
 from deltaw.base.stream import may_stream
 
 
@@ -23,6 +24,7 @@ def doctor() -> dict[str, Any]:
     }
     device = hardware.choose_device()
     dtype = hardware.compute_dtype(device, seen)
+    unprepared = prepare_passes()
     gpu = "none" if seen.gpu is None else f"{seen.gpu.name}, {seen.gpu.total_bytes / 1e9:.0f} GB"
     machine = {
         "processor": f"{seen.cpu_name}, {seen.cores} cores",
@@ -33,6 +35,7 @@ def doctor() -> dict[str, Any]:
         "memory": f"{seen.memory_limit_bytes / 1e9:.1f} GB ({seen.memory_limit_source}), "
         f"{seen.available_bytes / 1e9:.1f} GB free",
         "gpu": gpu,
+        "compiled passes": "in use" if unprepared is None else f"none: {unprepared}",
         "platform": seen.platform,
         **{f"version of {name}": version for name, version in seen.versions.items()},
         "cache": str(cache_folder()),

@@ -181,6 +181,12 @@ def _cpu_name_maker_and_flags() -> tuple[str, str, set[str]]:
     return fields.get("model name", platform.machine()), fields.get("vendor_id", ""), flags  # aarch64 has neither
 
 
+def processor() -> list[str]:
+    """The processor's name and its features, in order: what code that was compiled for it depends on."""
+    name, _, flags = _cpu_name_maker_and_flags()
+    return [name, *sorted(flags)]
+
+
 def multiplies_fast_in_bf16(maker: str, flags: Collection[str]) -> bool:
     """Whether a processor with these features multiplies in bf16 faster than in fp32.
 

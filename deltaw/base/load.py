@@ -60,7 +60,7 @@ from deltaw.hardware import (
     tune_gpu,
     tune_memory,
 )
-from deltaw.kernels import continued_spans
+from deltaw.kernels import compiled, continued_spans
 
 # Products that the layers of a block take for a pass of one length; and passes that may share a reading.
 LAYER_PRODUCTS, MOST_TOGETHER = 32, 4
@@ -182,6 +182,11 @@ class Base:
         if self.plain_reason is not None:
             return "plain"
         return "kernels" if self.slow_reason is None else "modules"
+
+    @property
+    def computing(self) -> str:
+        """`way`, and whether the compiled passes take part: bits of a step depend on both."""
+        return f"{self.way}, compiled passes" if self.device.type == "cpu" and compiled.in_use() else self.way
 
     @property
     def slow_reason(self) -> str | None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from deltaw.adapter import Factors, Injection, LoraSpec, choose, inject, new_adapter
 from deltaw.base import forward
+from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.formed import widened
 from deltaw.base.forward import PROOF_LENGTHS, plain_attention, proof_tokens
 from deltaw.base.reading import Unreadable
-from deltaw.kernels import spans_of
+from deltaw.kernels import compiled, spans_of
 
 # Largest relative difference of the hidden states, and of each gradient, that still counts as the same computation:
 # where all is computed in fp32, and where parts that both ways call compute in bf16.
@@ -30,6 +31,8 @@ def prove(model: Any) -> tuple[str | None, Decoder | None, str | None]:
 
     Afterwards the model carries the attention that belongs to that.
     """
+    if model.device.type == "cpu":
+        prepare_passes()
     forward.forget_lengths(model)
     reason = forward.prove(model)
     if reason is not None:
@@ -39,6 +42,11 @@ def prove(model: Any) -> tuple[str | None, Decoder | None, str | None]:
         model.set_attn_implementation(forward.own_attention(model))
         return reason, None, None
     return None, decoder, module_reason
+
+
+def prepare_passes() -> str | None:
+    """Takes the compiled passes of deltaw/kernels into use; None, or why torch does their work instead."""
+    return compiled.prepare(cache_folder() / "compiled")
 
 
 def _reason_against_rows(model: Any) -> str | None:

@@ -41,7 +41,7 @@ from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, UsageError
 from deltaw.kernels import Span, continued_spans, spans_of
-from deltaw.kernels.attention import products
+from deltaw.kernels.tiles import products
 
 # Of a pass: more take memory and save nothing on a processor; with fewer, a GPU waits for its next call.
 DEFAULT_MICRO_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}

@@ -28,6 +28,7 @@ from deltaw.engine.optim import FlatFactors, all_finite
 from deltaw.engine.prepare import Prepared, spec_from
 from deltaw.engine.run import Run
 from deltaw.engine.train import (
+    WAY,
     abandonable,
     length_of,
     metrics_line,
@@ -114,7 +115,7 @@ class Together:
         """What must be the same for a sweep to go on exactly: each cell's origin, and how it is computed."""
         found = []
         for cell in self.cells:
-            origin = {**origin_of(self.ready, cell.settings), "way of computing": self.ready.base.way}
+            origin = {**origin_of(self.ready, cell.settings), WAY: self.ready.base.computing}
             del origin["deltaw_version"]
             origin["data_digest"] = self.ready.data["train"].identity
             if self.ready.held_out is not None:

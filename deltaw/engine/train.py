@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +24,7 @@ from torch import Tensor
 from deltaw import __version__, hardware
 from deltaw.adapter import Injection, inject, write_adapter
 from deltaw.base.load import WAYS, Base
+from deltaw.base.proof import prepare_passes
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
 from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader, loader_of
@@ -50,6 +53,7 @@ from deltaw.errors import (
 
 SPIKE, SPIKE_WINDOW = 4.0, 20
 # Settings that change when something is written, and no number that is.
+WAY = "way of computing"  # of which a checkpoint remembers the words, of other things a digest
 FREE_TO_CHANGE = (
     *("checkpoint_steps", "checkpoint_seconds", "keep_checkpoints", "patience", "allow_lost"),
     *("memory", "recompute", "stream"),
@@ -130,7 +134,10 @@ class Trainer:
     def require_same(self, state: dict[str, Any]) -> None:
         """Raises UsageError with every difference that would make the result depend on when the run was stopped."""
         digests = self._digests()
-        changed = [f"the {name} changed" for name, digest in digests.items() if state["digests"].get(name) != digest]
+        known = state["digests"]
+        changed = [f"the {name} changed" for name, digest in digests.items() if known.get(name) != digest]
+        if known.get(WAY) != digests[WAY]:
+            changed[-1] += f" from {known.get(WAY)!r} to {digests[WAY]!r}"
         now = json.loads(json.dumps(self.settings.without_places()))
         for name in sorted(now.keys() | state["config"].keys()):
             before, after = state["config"].get(name), now.get(name)
@@ -149,7 +156,7 @@ class Trainer:
 
     def _digests(self) -> dict[str, str]:
         data = {("data" if name == "train" else f"{name} data"): s.identity for name, s in self.ready.data.items()}
-        return {"base": self.ready.base.digest, **data, "way of computing": self.ready.base.way}
+        return {"base": self.ready.base.digest, **data, WAY: self.ready.base.computing}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint remembers besides tensors."""
@@ -290,6 +297,9 @@ def tell_way(base: Base, plan: Mapping[str, Any], watcher: Watcher) -> None:
     """Says so where the base is not computed by the kernels, and where a plan counted on a faster way."""
     if base.way == "modules":
         watcher.say(f"By the model's own modules, which is slower: {base.slow_reason}.")
+    compiles = base.device.type == "cpu" and sys.platform == "linux" and "DELTAW_COMPILED" not in os.environ
+    if compiles and (reason := prepare_passes()):
+        watcher.say(f"Without its compiled passes, which take about a quarter off a step: {reason}.")
     counted_on = plan.get("way", base.way)
     if WAYS.index(base.way) > WAYS.index(counted_on):
         watcher.say(f"The plan counted on {counted_on}: this may take more memory and time than it says.")

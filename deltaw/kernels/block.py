@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deltaw.kernels.attention import Span, Tiles, attend, attend_backward, document_attention, tiles_of
+from deltaw.kernels.attention import document_attention
 from deltaw.kernels.linear import Branch, Branches, factor_gradients, input_gradient, projections
 from deltaw.kernels.pointwise import Norm, gated, gated_backward, rms_norm, rms_norm_backward, rotate
+from deltaw.kernels.tiles import Span, Tiles, attend, attend_backward, tiles_of
 
 Gradients = tuple[Tensor | None, ...]
 Scales = Sequence[float | None]
@@ -80,9 +81,7 @@ def rotary_attention(
 ) -> Tensor:
     """Attention outputs [T, heads·width] of projected q, k and v, which are normed (if at all) and rotated here."""
     if q_TX.device.type == "cpu":
-        K, H = k_TY.shape[1] // heads.width, q_TX.shape[1] // heads.width
-        tiles = tiles_of(spans, heads.window, K, H // K, q_TX.dtype)
-        out: Tensor = _RotaryAttention.apply(q_TX, k_TY, v_TY, heads, angles, tiles)
+        out: Tensor = _RotaryAttention.apply(q_TX, k_TY, v_TY, heads, angles, tiles_of(spans, heads.window))
         return out
     q, k = _Prepare.apply(q_TX, heads.q_norm, heads, angles), _Prepare.apply(k_TY, heads.k_norm, heads, angles)
     v = v_TY.unflatten(1, (-1, heads.width))

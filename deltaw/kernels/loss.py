@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaw.kernels import compiled
+
 # Below 32 MB, up to which the C library keeps freed memory for the next chunk; above, every chunk is mapped and zeroed
 # page by page, which takes longer than the softmax.
 CHUNK_BYTES = 28_000_000
@@ -117,6 +119,8 @@ def _losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) 
     ∂ = weight·(p − 1[target]). The loss is (the largest logit − that of the target) − log(the largest p). p is the
     softmax over its own sum: where one token has nearly all, a sum in fp32 loses the rest that falls into its lane.
     """
+    if compiled.takes(logits_NV):
+        return compiled.losses_and_slopes(logits_NV, targets_N, weights_N)
     N, V = logits_NV.shape
     finer = torch.promote_types(logits_NV.dtype, torch.float32)
     losses_N, slopes_NV = logits_NV.new_empty(N, dtype=finer), torch.empty_like(logits_NV)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaw.adapter.weight import dense_weight, weight_shape
+from deltaw.kernels import compiled
 
 
 class Norm(NamedTuple):
@@ -41,12 +42,16 @@ def finer(x: Tensor) -> Tensor:
 
 def rms_norm(x_TH: Tensor, norm: Norm) -> Tensor:
     """RMSNorm (arXiv 1910.07467) over the last axis, rounded once."""
+    if compiled.takes(x_TH):
+        return compiled.rms_norm(x_TH, norm.gain(torch.float32), norm.eps)
     x = finer(x_TH)
     return (x * _rate(x, norm)).mul_(norm.gain(x.dtype)).to(x_TH.dtype)
 
 
 def rms_norm_backward(d_TH: Tensor, x_TH: Tensor, norm: Norm) -> Tensor:
     """dx = r·(d·g − x̂·mean(d·g·x̂)) with r = 1/rms and x̂ = r·x."""
+    if compiled.takes(x_TH):
+        return compiled.rms_norm_backward(d_TH, x_TH, norm.gain(torch.float32), norm.eps)
     x = finer(x_TH)
     rate = _rate(x, norm)
     unit = x.mul_(rate) if x is not x_TH else x * rate
@@ -65,6 +70,8 @@ def rotate(x_TND: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
     With −sin it is its own transpose, which is what backward needs.
     """
+    if compiled.takes(x_TND):
+        return compiled.rotate(x_TND, cos_TE, sin_TE)
     E = cos_TE.shape[-1]
     cos, sin = cos_TE[:, None], sin_TE[:, None]
     x = finer(x_TND)
@@ -77,11 +84,15 @@ def rotate(x_TND: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 def gated(g: Tensor, u: Tensor, activation: str) -> Tensor:
     """activation(g)·u (arXiv 2002.05202): "silu", "gelu" or "gelu_tanh"."""
+    if activation == "silu" and compiled.takes(g):
+        return compiled.gated(g, u)
     return _active(g, activation).mul_(u)
 
 
 def gated_backward(d: Tensor, g: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dg, du) of `gated`, and its value once more, which shares the activation with du."""
+    if activation == "silu" and compiled.takes(g):
+        return compiled.gated_backward(d, g, u)
     active = _active(g, activation)
     value = active * u
     du = active.mul_(d)

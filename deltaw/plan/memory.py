@@ -19,8 +19,8 @@ import torch
 from deltaw.base.formed import stored_weights
 from deltaw.base.load import most_together
 from deltaw.hardware import prepares_products, remembered_products
-from deltaw.kernels.attention import TILE_TOKENS
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
+from deltaw.kernels.tiles import TILE_TOKENS
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.pace import timed_blocks
 

@@ -5,14 +5,16 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 
-from deltaw.kernels import Span, document_attention, spans_of
+from deltaw.kernels import Span, compiled, document_attention, spans_of
 from deltaw.kernels.attention import (
     _agrees_in_one_call,
     attention_in_one_call,
     fused_attention,
     one_call_works,
-    products,
 )
+from deltaw.kernels.tiles import products
+
+pytestmark = pytest.mark.usefixtures("either_way")
 
 LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400, 513)
 H, K, D = 4, 2, 8
@@ -173,5 +175,6 @@ def test_products_are_counted_as_they_are_made(spans, windows, monkeypatch):
         monkeypatch.setattr(torch, name, product)
     (q, k, v), _ = random_row([spans[-1].stop])
     for window in windows:
-        torch.autograd.grad(document_attention(q, k, v, spans, 1.0, window=window).sum(), (q, k, v))
-    assert len(made) == products(spans, windows)
+        torch.autograd.grad(document_attention(q, k, v, spans, 0.7, window=window).sum(), (q, k, v))
+    # The compiled passes scale as they read, so three products of a tile are the same again.
+    assert len(made) == products(spans, windows) // (2 if compiled.in_use() else 1)

@@ -8,6 +8,8 @@ from torch import nn
 from deltaw.kernels import labelled_loss, token_losses
 from deltaw.kernels.loss import CHUNK_BYTES, PIECE_BYTES, chunk_rows
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 N, WIDTH, VOCABULARY = 50, 12, 31
 
 

@@ -1,0 +1,447 @@
+// What lies between the matrix products of a decoder layer, each in one pass over memory, for processors.
+//
+// torch takes several passes for each (widen, compute, round) and makes a tensor for every one. Here numbers are widened
+// as they are read, computed in fp32, and rounded once as they are written. Which thread takes a row changes no bit: a
+// row is always summed by one thread, in one order. Every function has a plain reference in deltaw/kernels and a test
+// between them.
+//
+// Rows in flat arrays; T is bf16 or float. Indices of rows are below zero where a padding row stands for zeros.
+// Vectors are GCC's, of any processor; where AVX-512 has an instruction for several of theirs, it is named.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;              // numbers of a vector
+constexpr long WORTH_THREADS = 16384;  // numbers; fewer are done before a second thread has woken
+constexpr long PART = 4096;            // numbers that a thread takes at a time where there are no rows
+
+using floats = float __attribute__((vector_size(4 * LANES)));
+using ints = int32_t __attribute__((vector_size(4 * LANES)));
+using words = uint32_t __attribute__((vector_size(4 * LANES)));
+using halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using doubles = double __attribute__((vector_size(8 * LANES)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// -- vectors, read and written whole or in part
+
+inline floats widened(floats x) { return x; }
+inline floats widened(halves x) {
+#ifdef __AVX512F__
+    words bits = (words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    words bits = __builtin_convertvector(x, words);
+#endif
+    return (floats)(bits << 16);
+}
+
+inline void round_to(floats &to, floats x) { to = x; }
+inline void round_to(halves &to, floats x) {  // to the nearest, halves to even; NaN stays NaN
+#ifdef __AVX512BF16__
+    to = (halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    words bits = (words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 | words{} : rounded, halves);
+#endif
+}
+
+template <class T>
+struct Packed;
+template <>
+struct Packed<float> {
+    using type = floats;
+};
+template <>
+struct Packed<bf16> {
+    using type = halves;
+};
+
+template <class T>
+inline floats load(const T *from, int count = LANES) {
+    typename Packed<T>::type x{};
+    if (count == LANES)
+        std::memcpy(&x, from, sizeof x);
+    else
+        std::memcpy(&x, from, count * sizeof(T));
+    return widened(x);
+}
+
+template <class T>
+inline void store(T *to, floats value, int count = LANES) {
+    typename Packed<T>::type x;
+    round_to(x, value);
+    if (count == LANES)
+        std::memcpy(to, &x, sizeof x);
+    else
+        std::memcpy(to, &x, count * sizeof(T));
+}
+
+// Calls body(i, how many numbers from i on) for whole vectors, and once for the rest.
+template <class Body>
+inline __attribute__((always_inline)) void each_vector(long first, long last, Body body) {
+    long i = first;
+    for (; i + LANES <= last; i += LANES) body(i, LANES);
+    if (i < last) body(i, int(last - i));
+}
+
+template <class Vector>
+inline auto sum_of(Vector x) {
+    auto sum = x[0];
+    for (int lane = 1; lane < LANES; lane++) sum += x[lane];
+    return sum;
+}
+
+inline float most_of(floats x) {
+    float most = x[0];
+    for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
+    return most;
+}
+
+inline floats larger(floats x, floats y) { return x > y ? x : y; }  // y where one is no number
+
+// -- functions of vectors
+
+// exp(x) within 2 units of the last place, by the polynomial of Cephes (Moshier); 0 far below -87, NaN of NaN.
+inline floats exp_of(floats x) {
+    constexpr float PER_LOG2 = 1.44269504f, LOG2_HIGH = 0.693359375f, LOG2_LOW = -2.12194440e-4f;
+#ifdef __AVX512F__
+    x = (floats)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
+    floats n = (floats)_mm512_roundscale_ps((__m512)(x * PER_LOG2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    constexpr float SHIFT = 0x1.8p23f;  // beside which the last place of a float is a one
+    floats bounded = x < -87.0f ? -87.0f + floats{} : (x > 88.0f ? 88.0f + floats{} : x);
+    floats given = x, shifted = bounded * PER_LOG2 + SHIFT, n = shifted - SHIFT;
+    x = bounded;
+#endif
+    floats r = x - n * LOG2_HIGH - n * LOG2_LOW;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+#ifdef __AVX512F__
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    p *= (floats)(((words)shifted + 127) << 23);
+    return given < -87.0f ? floats{} : (given > 88.0f ? INFINITY + floats{} : p);
+#endif
+}
+
+// 1 / (1 + exp(-x))
+inline floats sigmoid(floats x) {
+    floats y = 1.0f + exp_of(-x);
+#ifdef __AVX512F__
+    floats share = (floats)_mm512_rcp14_ps((__m512)y);
+    share *= 2.0f - y * share;  // one step of Newton's: from 14 bits to the last or the one before
+#else
+    floats share = 1.0f / y;
+#endif
+    return x < -85.0f ? floats{} : share;
+}
+
+// -- norms, rotations, gates
+
+// 1 / sqrt(mean of squares + eps) of a row.
+template <class T>
+inline float rate_of(const T *x, long width, float eps) {
+    floats squares{};
+    each_vector(0, width, [&](long i, int count) {
+        floats value = load(x + i, count);
+        squares += value * value;
+    });
+    return 1.0f / std::sqrt(sum_of(squares) / float(width) + eps);
+}
+
+// gain[i] * x[i] * rate, of each row.
+template <class T>
+void rms_norm(T *out, const T *x, const float *gain, float eps, long rows, long width) {
+#pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
+    for (long row = 0; row < rows; row++) {
+        const T *from = x + row * width;
+        T *to = out + row * width;
+        float rate = rate_of(from, width, eps);
+        each_vector(0, width, [&](long i, int count) {
+            store(to + i, load(from + i, count) * rate * load(gain + i, count), count);
+        });
+    }
+}
+
+// rate * (d * gain - unit * mean(d * gain * unit)), unit = rate * x, of each row.
+template <class T>
+void rms_norm_backward(T *out, const T *d, const T *x, const float *gain, float eps, long rows, long width) {
+#pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
+    for (long row = 0; row < rows; row++) {
+        const T *from = x + row * width, *slope = d + row * width;
+        T *to = out + row * width;
+        float rate = rate_of(from, width, eps);
+        floats products{};
+        each_vector(0, width, [&](long i, int count) {
+            products += load(slope + i, count) * load(gain + i, count) * (load(from + i, count) * rate);
+        });
+        float along = sum_of(products) / float(width);
+        each_vector(0, width, [&](long i, int count) {
+            floats unit = load(from + i, count) * rate;
+            store(to + i, (load(slope + i, count) * load(gain + i, count) - unit * along) * rate, count);
+        });
+    }
+}
+
+// The first 2*E of D numbers of each head turned in pairs (i, i + E) by the angles of its token.
+template <class T>
+void rotate(T *out, const T *x, const float *cos, const float *sin, long tokens, long heads, long D, long E) {
+#pragma omp parallel for schedule(static) if (tokens * heads * D > WORTH_THREADS)
+    for (long t = 0; t < tokens; t++)
+        for (long head = 0; head < heads; head++) {
+            const T *from = x + (t * heads + head) * D;
+            T *to = out + (t * heads + head) * D;
+            each_vector(0, E, [&](long i, int count) {
+                floats first = load(from + i, count), second = load(from + E + i, count);
+                floats c = load(cos + t * E + i, count), s = load(sin + t * E + i, count);
+                store(to + i, first * c - second * s, count);
+                store(to + E + i, second * c + first * s, count);
+            });
+            std::memcpy(to + 2 * E, from + 2 * E, (D - 2 * E) * sizeof(T));
+        }
+}
+
+// silu(g) * u
+template <class T>
+void gated(T *out, const T *g, const T *u, long numbers) {
+#pragma omp parallel for schedule(static) if (numbers > WORTH_THREADS)
+    for (long first = 0; first < numbers; first += PART)
+        each_vector(first, first + PART < numbers ? first + PART : numbers, [&](long i, int count) {
+            floats gate = load(g + i, count);
+            store(out + i, gate * sigmoid(gate) * load(u + i, count), count);
+        });
+}
+
+// The slopes of silu(g) * u for g and u, and its value once more.
+template <class T>
+void gated_backward(T *dg, T *du, T *value, const T *d, const T *g, const T *u, long numbers) {
+#pragma omp parallel for schedule(static) if (numbers > WORTH_THREADS)
+    for (long first = 0; first < numbers; first += PART)
+        each_vector(first, first + PART < numbers ? first + PART : numbers, [&](long i, int count) {
+            floats gate = load(g + i, count), up = load(u + i, count), slope = load(d + i, count);
+            floats share = sigmoid(gate), active = gate * share;
+            store(dg + i, slope * up * (share * (1.0f + (gate - active))), count);
+            store(du + i, slope * active, count);
+            store(value + i, active * up, count);
+        });
+}
+
+// -- attention
+
+// Rows of x [., heads * group, D] as [n, heads, group * L, D]: those of one document and group below each other.
+template <class T>
+void take(T *out, const T *x, const int32_t *rows, long n, long L, long heads, long group, long D) {
+#pragma omp parallel for collapse(2) schedule(static) if (n * L * heads * group * D > WORTH_THREADS)
+    for (long document = 0; document < n; document++)
+        for (long head = 0; head < heads * group; head++) {
+            T *to = out + (document * heads * group + head) * L * D;
+            for (long l = 0; l < L; l++, to += D) {
+                long row = rows[document * L + l];
+                if (row < 0)
+                    std::memset(to, 0, D * sizeof(T));
+                else
+                    std::memcpy(to, x + (row * heads * group + head) * D, D * sizeof(T));
+            }
+        }
+}
+
+// Writes back what `take` took.
+template <class T>
+void put(T *out, const T *x, const int32_t *rows, long n, long L, long heads, long group, long D) {
+#pragma omp parallel for collapse(2) schedule(static) if (n * L * heads * group * D > WORTH_THREADS)
+    for (long document = 0; document < n; document++)
+        for (long head = 0; head < heads * group; head++) {
+            const T *from = x + (document * heads * group + head) * L * D;
+            for (long l = 0; l < L; l++, from += D) {
+                long row = rows[document * L + l];
+                if (row >= 0) std::memcpy(out + (row * heads * group + head) * D, from, D * sizeof(T));
+            }
+        }
+}
+
+// Adds in fp32 what `take` took, several times where several documents took a row: in their order, whatever the threads.
+template <class T>
+void add(float *out, const T *x, const int32_t *rows, long n, long L, long heads, long D) {
+    long stripes = (D + LANES - 1) / LANES;
+#pragma omp parallel for collapse(2) schedule(static) if (n * L * heads * D > WORTH_THREADS)
+    for (long head = 0; head < heads; head++)
+        for (long stripe = 0; stripe < stripes; stripe++) {
+            long first = stripe * LANES;
+            int count = D - first < LANES ? int(D - first) : LANES;
+            for (long document = 0; document < n; document++) {
+                const T *from = x + (document * heads + head) * L * D + first;
+                for (long l = 0; l < L; l++, from += D) {
+                    long row = rows[document * L + l];
+                    if (row < 0) continue;
+                    float *to = out + (row * heads + head) * D + first;
+                    store(to, load(to, count) + load(from, count), count);
+                }
+            }
+        }
+}
+
+// The keys that a query sees, and the whole vectors that hold them.
+struct Seen {
+    int first, last, begin, end;
+    Seen(int low, int high) : first(low), last(high), begin(low & -LANES), end((high + LANES - 1) & -LANES) {}
+
+    floats only(floats x, int i) const {  // x for those, -inf for the others of the vector from i on
+        constexpr ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        if (i >= first && i + LANES <= last) return x;
+        ints key = lane + i;
+        return (key >= first) & (key < last) ? x : -INFINITY + floats{};
+    }
+};
+
+// softmax in place of scale * scores [n, heads * group, L, M]; a query sees the keys from low to below high, at least
+// one, and the shares of the rest are 0. M is a multiple of LANES.
+template <class T>
+void softmax(T *scores, const int32_t *low, const int32_t *high, float scale, long n, long heads, long L, long M) {
+#pragma omp parallel if (n * heads * L * M > WORTH_THREADS)
+    {
+        std::vector<float> raised(M);
+#pragma omp for schedule(static)
+        for (long row = 0; row < n * heads * L; row++) {
+            long query = row / (heads * L) * L + row % L;
+            const Seen seen(low[query], high[query]);
+            T *score = scores + row * M;
+            float *e = raised.data();
+            floats most = -INFINITY + floats{}, sum{};
+            for (int i = seen.begin; i < seen.end; i += LANES) {
+                floats value = seen.only(load(score + i) * scale, i);
+                store(e + i, value);
+                most = larger(value, most);
+            }
+            float largest = most_of(most);
+            for (int i = seen.begin; i < seen.end; i += LANES) {
+                floats value = exp_of(load(e + i) - largest);
+                store(e + i, value);
+                sum += value;
+            }
+            float share = 1.0f / sum_of(sum);
+            std::memset(score, 0, seen.begin * sizeof(T));
+            for (int i = seen.begin; i < seen.end; i += LANES) store(score + i, load(e + i) * share);
+            std::memset(score + seen.end, 0, (M - seen.end) * sizeof(T));
+        }
+    }
+}
+
+// The slopes of the scores, in place of those of the shares: scale * p * (d - sum of p * d), 0 where hidden.
+template <class T>
+void softmax_backward(T *d, const T *shares, const int32_t *low, const int32_t *high, float scale, long n, long heads,
+                      long L, long M) {
+#pragma omp parallel for schedule(static) if (n * heads * L * M > WORTH_THREADS)
+    for (long row = 0; row < n * heads * L; row++) {
+        long query = row / (heads * L) * L + row % L;
+        const Seen seen(low[query], high[query]);
+        T *slope = d + row * M;
+        const T *share = shares + row * M;
+        floats products{};
+        for (int i = seen.begin; i < seen.end; i += LANES) products += load(share + i) * load(slope + i);
+        float along = sum_of(products);
+        std::memset(slope, 0, seen.begin * sizeof(T));
+        for (int i = seen.begin; i < seen.end; i += LANES)
+            store(slope + i, scale * load(share + i) * (load(slope + i) - along));
+        std::memset(slope + seen.end, 0, (M - seen.end) * sizeof(T));
+    }
+}
+
+// -- the loss
+
+// -log p(target) of each row of logits, and weight * (p - 1 at the target); sums in fp64, since one token may have all.
+template <class T>
+void losses_and_slopes(float *losses, T *slopes, const T *logits, const int64_t *targets, const float *weights,
+                       long rows, long V) {
+#pragma omp parallel if (rows * V > WORTH_THREADS)
+    {
+        std::vector<float> raised(V);
+#pragma omp for schedule(static)
+        for (long row = 0; row < rows; row++) {
+            const T *logit = logits + row * V;
+            T *slope = slopes + row * V;
+            float *e = raised.data(), largest = -INFINITY;
+            floats most = largest + floats{};
+            doubles sums{};
+            each_vector(0, V, [&](long i, int count) {
+                floats value = load(logit + i, count);
+                if (count == LANES)
+                    most = larger(value, most);
+                else
+                    for (int lane = 0; lane < count; lane++) largest = value[lane] > largest ? value[lane] : largest;
+            });
+            float rest = most_of(most);
+            largest = rest > largest ? rest : largest;
+            each_vector(0, V, [&](long i, int count) {
+                floats value = exp_of(load(logit + i, count) - largest);
+                store(e + i, value, count);
+                for (int lane = count; lane < LANES; lane++) value[lane] = 0;
+                sums += __builtin_convertvector(value, doubles);
+            });
+            double sum = sum_of(sums);
+            long target = targets[row];
+            float share = float(weights[row] / sum), chosen[LANES];
+            each_vector(0, V, [&](long i, int count) { store(slope + i, load(e + i, count) * share, count); });
+            store(slope + target, float(weights[row] * (e[target] - sum) / sum) + floats{}, 1);
+            store(chosen, load(logit + target, 1));
+            losses[row] = float(std::log(sum) + (double(largest) - double(chosen[0])));
+        }
+    }
+}
+
+}  // namespace
+
+#define FOR(T, NAME)                                                                                                   \
+    extern "C" {                                                                                                       \
+    void rms_norm_##NAME(T *out, const T *x, const float *gain, float eps, long rows, long width) {                    \
+        rms_norm(out, x, gain, eps, rows, width);                                                                      \
+    }                                                                                                                  \
+    void rms_norm_backward_##NAME(T *out, const T *d, const T *x, const float *gain, float eps, long rows,             \
+                                  long width) {                                                                        \
+        rms_norm_backward(out, d, x, gain, eps, rows, width);                                                          \
+    }                                                                                                                  \
+    void rotate_##NAME(T *out, const T *x, const float *cos, const float *sin, long tokens, long heads,    \
+                       long D, long E) {                                                                               \
+        rotate(out, x, cos, sin, tokens, heads, D, E);                                                           \
+    }                                                                                                                  \
+    void gated_##NAME(T *out, const T *g, const T *u, long numbers) { gated(out, g, u, numbers); }                     \
+    void gated_backward_##NAME(T *dg, T *du, T *value, const T *d, const T *g, const T *u, long numbers) {             \
+        gated_backward(dg, du, value, d, g, u, numbers);                                                               \
+    }                                                                                                                  \
+    void take_##NAME(T *out, const T *x, const int32_t *rows, long n, long L, long heads, long group, long D) {        \
+        take(out, x, rows, n, L, heads, group, D);                                                                     \
+    }                                                                                                                  \
+    void put_##NAME(T *out, const T *x, const int32_t *rows, long n, long L, long heads, long group, long D) {        \
+        put(out, x, rows, n, L, heads, group, D);                                                                     \
+    }                                                                                                                  \
+    void add_##NAME(float *out, const T *x, const int32_t *rows, long n, long L, long heads, long D) {                 \
+        add(out, x, rows, n, L, heads, D);                                                                             \
+    }                                                                                                                  \
+    void softmax_##NAME(T *scores, const int32_t *low, const int32_t *high, float scale, long n, long heads, long L,    \
+                        long M) {                                                                                      \
+        softmax(scores, low, high, scale, n, heads, L, M);                                                             \
+    }                                                                                                                  \
+    void softmax_backward_##NAME(T *d, const T *shares, const int32_t *low, const int32_t *high, float scale, long n,   \
+                                 long heads, long L, long M) {                                                         \
+        softmax_backward(d, shares, low, high, scale, n, heads, L, M);                                                 \
+    }                                                                                                                  \
+    void losses_and_slopes_##NAME(float *losses, T *slopes, const T *logits, const int64_t *targets,                   \
+                                  const float *weights, long rows, long V) {                                           \
+        losses_and_slopes(losses, slopes, logits, targets, weights, rows, V);                                          \
+    }                                                                                                                  \
+    }
+
+FOR(bf16, bf16)
+FOR(float, fp32)

@@ -1,0 +1,216 @@
+"""The compiled passes against what stands beside them in torch, and what happens where none can be made."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from deltaw.base.builtin import cache_folder
+from deltaw.kernels import Norm, compiled, spans_of
+from deltaw.kernels.loss import _losses_and_slopes
+from deltaw.kernels.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
+from deltaw.kernels.tiles import attend, attend_backward, tiles_of
+
+# Of the largest number: what two orders of an fp32 sum may differ by; and in bf16, one unit of the last of 8 bits.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# Rows of 1 to 3 numbers leave every vector half empty; the last has enough of them for two threads.
+SIZES = pytest.mark.parametrize("size", [(1, 1), (3, 7), (5, 64), (2, 129), (300, 192)], ids=str)
+
+
+def norm_of(width: int, offset: float = 1.0) -> Norm:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.randn(width), requires_grad=False)
+    return Norm(layer, 1e-5, offset)
+
+
+def agree(found, wanted, dtype) -> None:
+    """Every number of the compiled way is as near to the exact one as the other way's, or within the tolerance."""
+    found, wanted = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (found, wanted))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert float((a.float() - b.float()).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(b.float().abs().max()))
+
+
+def both(function, *arguments):
+    """What the library makes of it, and torch."""
+    assert compiled.in_use()
+    found = function(*arguments)
+    with compiled.left_out():
+        assert not compiled.in_use()
+        return found, function(*arguments)
+
+
+@DTYPES
+@SIZES
+def test_norms_and_gates_are_those_of_torch(library, size, dtype):
+    x, d, u = (torch.randn(size).mul(3).to(dtype) for _ in range(3))
+    norm = norm_of(size[1])
+    for function, given in (
+        *((rms_norm, (x, norm)), (rms_norm_backward, (d, x, norm))),
+        *((gated, (x, u, "silu")), (gated_backward, (d, x, u, "silu"))),
+    ):
+        agree(*both(function, *given), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("width", "turned"), [(8, 8), (12, 8), (64, 64), (6, 2)], ids=str)
+def test_rotations_are_those_of_torch_also_of_a_part_of_a_head(library, width, turned, dtype):
+    x = torch.randn(70, 5, width).to(dtype)
+    angles = torch.rand(70, turned // 2) * 6
+    agree(*both(rotate, x, angles.cos(), angles.sin()), dtype)
+
+
+def test_what_is_not_contiguous_is_read_as_it_is(library):
+    x, d = torch.randn(2, 12, 9, dtype=torch.float32).transpose(1, 2)
+    norm = norm_of(12)
+    assert not x.is_contiguous()
+    agree(*both(rms_norm_backward, d, x, norm), torch.float32)
+    agree(*both(gated, x, d, "silu"), torch.float32)
+    heads = torch.randn(3, 7, 8).transpose(0, 1)
+    agree(*both(rotate, heads, torch.rand(7, 4), torch.rand(7, 4)), torch.float32)
+
+
+def test_a_sigmoid_is_exact_to_rounding_from_end_to_end(library):
+    """silu(x)/x over the whole range of its exp, against fp64."""
+    x = torch.cat([torch.linspace(-120, 120, 400_001), torch.tensor([-0.0, 1e-30, -1e-30, 3e38, -3e38])])
+    found = compiled.gated(x, torch.ones_like(x))
+    exact = (x.double() * torch.sigmoid(x.double())).float()
+    torch.testing.assert_close(found, exact, rtol=2.5e-7, atol=1e-34)  # below e^-85 it is 0
+
+
+@DTYPES
+def test_what_is_not_a_number_stays_none(library, dtype):
+    """A run stops at a gradient that is no number: no pass may lose it on the way."""
+    x = torch.randn(4, 40).to(dtype)
+    x[2, 3] = math.nan
+    y, norm = torch.ones_like(x), norm_of(40)
+    given = ((rms_norm, (x, norm)), (rms_norm_backward, (x, y, norm)), (rms_norm_backward, (y, x, norm)))
+    for function, arguments in given:
+        assert function(*arguments).isnan().any(1).tolist() == [False, False, True, False]
+    for arguments in ((x, y, "silu"), (y, x, "silu")):
+        assert gated(*arguments).isnan().sum() == 1
+    for out in gated_backward(x, y, y, "silu")[:2]:
+        assert out.isnan().sum() == 1
+    losses, slopes = _losses_and_slopes(x, torch.zeros(4, dtype=torch.long), torch.ones(4))
+    assert losses.isnan().tolist() == [False, False, True, False] and slopes[2].isnan().all()
+    q, k, v, d = (torch.randn(9, 1, 8).to(dtype) for _ in range(4))
+    tiles = tiles_of(spans_of([0, 4, 9]), None)
+    for number, bad in enumerate((q, k, v, d)):
+        bad = bad.clone()
+        bad[1, 0, 2] = math.nan
+        q_, k_, v_, d_ = (bad if n == number else x for n, x in enumerate((q, k, v, d)))
+        outs = [attend(q_, k_, v_, tiles, 0.3, None), *attend_backward(d_, q_, k_, v_, tiles, 0.3, None)]
+        assert any(out[:4].isnan().any() for out in outs) and not any(out[4:].isnan().any() for out in outs)
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_over_tiles_of_every_kind_is_that_of_torch(library, window, dtype):
+    lengths = [0, 1, 34, 40, 300, 560, 600, 856, 857]
+    q, d = (torch.randn(857, 6, 16).to(dtype) for _ in range(2))
+    k, v = (torch.randn(857, 2, 16).to(dtype) for _ in range(2))
+    tiles = tiles_of(spans_of(lengths), window)
+    agree(*both(attend, q, k, v, tiles, 0.25, None), dtype)
+    agree(*both(attend_backward, d, q, k, v, tiles, 0.25, None), dtype)
+
+
+@DTYPES
+def test_losses_and_their_slopes_are_those_of_torch(library, dtype):
+    logits = torch.randn(40, 1003).mul(5).to(dtype)
+    logits[3, 7] = 90  # one token has nearly all
+    targets, weights = torch.randint(1003, (40,)), torch.rand(40)
+    targets[3] = 7
+    found, wanted = both(_losses_and_slopes, logits, targets, weights)
+    torch.testing.assert_close(found[0], wanted[0], rtol=2e-6, atol=1e-6)
+    agree(found[1], wanted[1], dtype)
+    exact = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-6, atol=1e-9)
+
+
+PROGRAM = """
+import hashlib, sys, torch
+from pathlib import Path
+from deltaw.kernels import compiled, spans_of
+from deltaw.kernels.loss import _losses_and_slopes
+from deltaw.kernels.tiles import attend_backward, tiles_of
+assert compiled.prepare(Path(sys.argv[1])) is None
+torch.set_num_threads(int(sys.argv[2]))
+torch.manual_seed(0)
+x, d, u = (torch.randn(900, 200).bfloat16() for _ in range(3))
+q, k = torch.randn(500, 8, 32).bfloat16(), torch.randn(500, 4, 32).bfloat16()
+rows, _ = torch.randint(500, (96,), dtype=torch.int32).sort()
+outs = [compiled.rms_norm_backward(d, x, torch.rand(200), 1e-5), *compiled.gated_backward(d, x, u)]
+outs += _losses_and_slopes(x, torch.randint(200, (900,)), torch.rand(900))
+outs.append(sums := torch.zeros(500, 4, 32))
+compiled.add(sums, torch.randn(3 * 4, 32, 32).bfloat16(), rows, 3)
+outs.append(compiled.softmax_(torch.randn(4, 2 * 90, 96), *(torch.full((1, 90), n, dtype=torch.int32) for n in (3, 80)), 0.3))
+print(hashlib.sha256(b"".join(out.float().numpy().tobytes() for out in outs)).hexdigest())
+"""
+
+
+def test_the_number_of_threads_changes_no_bit(library):
+    program = [sys.executable, "-c", PROGRAM, str(cache_folder() / "compiled")]
+    found = {subprocess.run([*program, n], check=True, capture_output=True, text=True).stdout for n in "123"}
+    assert len(found) == 1 and len(found.pop().strip()) == 64
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "there is no no-such-compiler"),
+        ("false", "/false says: nothing"),
+        ("broken", "/broken says: out of cheese"),
+        ("idle", "No such file or directory"),
+    ],
+)
+def test_without_a_compiler_that_works_torch_does_the_work(compiler, reason, tmp_path, monkeypatch):
+    for name, script in (
+        ("broken", "case $1 in --version) ;; *) echo out of cheese >&2; exit 3;; esac"),
+        ("idle", ":"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", compiler)
+    with compiled.left_out():
+        found = compiled.prepare(tmp_path / "cache")
+        assert found is not None and reason in found
+        assert not compiled.in_use()
+        x = torch.randn(2, 3)
+        assert rms_norm(x, norm_of(3)).shape == x.shape
+    assert not [file for file in (tmp_path / "cache").glob("*") if file.suffix in (".so", ".tmp")]
+
+
+def test_it_can_be_left_out_and_is_made_once(library, tmp_path, monkeypatch):
+    monkeypatch.setenv("DELTAW_COMPILED", "0")
+    with compiled.left_out():
+        assert compiled.prepare(tmp_path / "a") == "DELTAW_COMPILED is 0"
+        monkeypatch.delenv("DELTAW_COMPILED")
+        assert compiled.prepare(tmp_path / "b") is None
+        (made,) = (tmp_path / "b").glob("*.so")
+        changed = made.stat().st_mtime_ns
+    with compiled.left_out():
+        compiled._loaded.cache_clear()
+        assert compiled.prepare(tmp_path / "b") is None and made.stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 3], lambda data: data[:9000] + b"\1" + data[9001:], None]
+)
+def test_a_damaged_library_is_made_anew(library, damage, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(cache_folder() / "compiled", folder)
+    (there,) = folder.glob("*.so")
+    there.unlink() if damage is None else there.write_bytes(damage(there.read_bytes()))
+    with compiled.left_out():
+        assert compiled.prepare(folder) is None and compiled.in_use()
+    assert hashlib.sha256(there.read_bytes()).hexdigest() == there.with_suffix(".sha256").read_text()
