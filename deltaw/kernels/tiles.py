@@ -1,6 +1,6 @@
 """Causal attention on CPU, in tiles of queries and the keys that they may see: each a handful of batched products.
 
-These run at the processor's full rate, where the fused kernel's backward does not. Documents up to 256 tokens are
+These run at the processor's full rate, where the fused kernel's backward does not. Documents up to 384 tokens are
 taken whole, those of similar length side by side in one tile; longer ones in tiles of 256 queries that end at their
 last key, so nothing above the diagonal is computed. Query heads that share a key head lie below each other in one
 product. The probabilities are not kept: backward forms them again, from the same numbers in the same way.
@@ -29,10 +29,10 @@ from torch.autograd.function import once_differentiable
 
 from deltaw.kernels import compiled
 
-TILE_TOKENS = 256
+TILE_TOKENS, WHOLE_TOKENS = 256, 384
 VECTOR = 16  # rows of scores are multiples of it: others take three times as long in a softmax
 TILE_PRODUCTS = 6  # of one tile: two forward, four more backward
-SIDE_BY_SIDE = (32, 64, 96, 128, 192, TILE_TOKENS)
+SIDE_BY_SIDE = (32, 64, 96, 128, 192, 256, WHOLE_TOKENS)
 
 
 class Span(NamedTuple):
@@ -110,7 +110,7 @@ def tiles_of(spans: tuple[Span, ...], window: int | None) -> Tiles:
     tiles: list[Tile] = []
     side_by_side: dict[tuple[int, int, int], list[Span]] = {}
     for span in spans:
-        if span.stop - span.start > TILE_TOKENS:
+        if span.stop - span.start > WHOLE_TOKENS:
             tiles += _in_parts(span, window)
         else:
             size = next(size for size in SIDE_BY_SIDE if span.stop - span.start <= size)

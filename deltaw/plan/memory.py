@@ -20,7 +20,7 @@ from deltaw.base.formed import stored_weights
 from deltaw.base.load import most_together
 from deltaw.hardware import prepares_products, remembered_products
 from deltaw.kernels.loss import PIECE_BYTES, chunk_rows
-from deltaw.kernels.tiles import TILE_TOKENS
+from deltaw.kernels.tiles import TILE_TOKENS, WHOLE_TOKENS
 from deltaw.plan.demand import Choice, Demand, Pass
 from deltaw.plan.pace import timed_blocks
 
@@ -197,8 +197,8 @@ def _workspace(demand: Demand, choice: Choice, heavy: Pass, b: int, gaps: float)
     # Memory of each size is lent on its own.
     dense = sum({o.inner, A, K}) * o.hidden * b if demand.forms(choice) else 0
     gated = T * (4 * b * o.inner + (4 + 4 + b) * o.hidden)
-    scores = sum(n * n for n in heavy.lengths if n <= TILE_TOKENS)
-    scores = max(scores, *(TILE_TOKENS * n if n > TILE_TOKENS else 0 for n in heavy.lengths))
+    scores = sum(n * n for n in heavy.lengths if n <= WHOLE_TOKENS)
+    scores = max(scores, *(TILE_TOKENS * n if n > WHOLE_TOKENS else 0 for n in heavy.lengths))
     attention = TILES * b * o.heads * scores + T * (TILE_WIDTHS * b * A + 2 * 4 * K)
     return round(gaps * max(gated, attention) + dense)
 

@@ -16,7 +16,7 @@ from deltaw.kernels.tiles import products
 
 pytestmark = pytest.mark.usefixtures("either_way")
 
-LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 400, 513)
+LENGTHS = (1, 2, 7, 127, 128, 129, 256, 257, 384, 385, 513)
 H, K, D = 4, 2, 8
 
 
