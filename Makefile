@@ -52,6 +52,7 @@ bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/memory_growth.py
 	$(BIN)/python benchmarks/versus.py --sweep
 	$(BIN)/python benchmarks/versus.py
+	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/plan_accuracy.py
 	$(BIN)/python benchmarks/big_base.py
 	$(BIN)/python benchmarks/combine_error.py

@@ -1,8 +1,7 @@
 """What the compiled passes gain: a training step with them beside the same step by torch, in turn, within one process.
 
-SmolLM2-135M, rank 16 on all linear layers, documents whose lengths spread as those of versus.py's workloads do. Before
-anything is timed, the losses of both ways are compared. `--memory` takes the peak too, each way in a process of its
-own. Writes benchmarks/results/passes.json.
+SmolLM2-135M, rank 16 on all linear layers, documents whose lengths spread as those of versus.py's workloads do. That
+both ways compute the same is shown by tests/kernels. Writes benchmarks/results/passes.json.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def defaults(bench: Bench, workloads: list[str]) -> None:
 
 
 def cold_starts(bench: Bench) -> None:
-    """512 short chats from process start to saved adapter, nothing compiled before; then its held-out loss.
+    """512 short chats from process start to saved adapter, nothing compiled before by torch; then its held-out loss.
 
     Rows stay in their steps here, so that all learn from the same chats.
     """

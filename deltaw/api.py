@@ -269,6 +269,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "machine": {"cpu_name": machine.cpu_name, "cores": machine.cores, "total_bytes": machine.total_bytes},
         "way": base.way,
+        "computing": base.computing,
         "slow_reason": base.plain_reason or base.slow_reason,
         "sizes": {
             "adapter_bytes": (trainer.run.adapter / WEIGHTS).stat().st_size,

@@ -35,7 +35,7 @@ def doctor() -> dict[str, Any]:
         "memory": f"{seen.memory_limit_bytes / 1e9:.1f} GB ({seen.memory_limit_source}), "
         f"{seen.available_bytes / 1e9:.1f} GB free",
         "gpu": gpu,
-        "compiled passes": "in use" if unprepared is None else f"none: {unprepared}",
+        "compiled passes": "in use on the processor" if unprepared is None else f"none: {unprepared}",
         "platform": seen.platform,
         **{f"version of {name}": version for name, version in seen.versions.items()},
         "cache": str(cache_folder()),

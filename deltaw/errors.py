@@ -42,7 +42,7 @@ class AdapterError(DeltawError):
 
 
 class UsageError(DeltawError):
-    """Settings contradict each other or have no meaning."""
+    """Settings contradict each other or have no meaning, or a run cannot go on exactly."""
 
     exit_code = 2
 

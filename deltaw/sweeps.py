@@ -193,6 +193,7 @@ def _summary(index: int, together: Together) -> dict[str, Any]:
         "train_seconds": sum(line.get("seconds", 0.0) for line in read_metrics(cell.run.metrics)),
         "peak_bytes": peak_of(cell.run),
         "way": together.ready.base.way,
+        "computing": together.ready.base.computing,
         "slow_reason": together.ready.base.plain_reason or together.ready.base.slow_reason,
         "data": {name: part.as_dict() for name, part in together.ready.data.items()},
     }

@@ -23,6 +23,16 @@ from deltaw.plan.devices import DEVICES
 
 HEADER = "<!-- Written by `make docs` from the code; change the code instead. -->\n\n"
 
+ENVIRONMENT = {
+    "DELTAW_CACHE": "where converted bases, quantised blocks, tokens, paces, probes and the compiled passes lie, all "
+    "of which can be made anew; else `deltaw` in `XDG_CACHE_HOME`, or in the system's folder of caches. The passes are "
+    "run from there, so let nobody else write to it",
+    "DELTAW_COMPILED": "0: torch does the work of the compiled passes, as it does where there is no g++ and elsewhere "
+    "than on Linux; a run resumes only by the same",
+    "CXX": "the g++ that makes them, if it is not the one on the path; a program without options",
+    "NO_COLOR": "no colours in the terminal",
+}
+
 
 def cli_page() -> str:
     """The help of every verb."""
@@ -50,7 +60,8 @@ def settings_page() -> str:
     """Every setting of a run with its default."""
     lines = [
         HEADER + "# Settings\n",
-        "A setting is a flag (`--batch-tokens`), a recipe key (`batch_tokens`) and a keyword of `deltaw.train`.",
+        "A setting is a flag (`--batch-tokens`), a recipe key (`batch_tokens`) and a keyword of `deltaw.train`. "
+        "Variables of the environment stand at the end.",
         "",
     ]
     by_group: dict[str, list[Any]] = {}
@@ -59,6 +70,8 @@ def settings_page() -> str:
     for group, fields in by_group.items():
         lines += ["", f"## {group.capitalize()}", "", "| setting | default | meaning |", "|---|---|---|"]
         lines += map(_setting_row, fields)
+    lines += ["", "## Environment", "", "Of the machine, not of a run.", "", "| variable | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in ENVIRONMENT.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -71,7 +71,7 @@ def train(job: Job, import_bytes: int) -> dict[str, Any]:
         write_adapter(flat.adapter(), job.out)
     if isinstance(flat, WatchedFactors) and job.gradients:
         write_adapter(flat.adapter(0, flat.first), job.gradients)
-    return {**recorder.answer(), "dtype": str(base.dtype).removeprefix("torch.")}
+    return {**recorder.answer(), "dtype": str(base.dtype).removeprefix("torch."), "computing": base.computing}
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ BUILTIN: dict[str, BuiltinBase] = {
 
 
 def cache_folder() -> Path:
-    """Where converted models lie: `DELTAW_CACHE`, else `deltaw` in the system's usual place for caches."""
+    """Where all lies that can be made anew: `DELTAW_CACHE`, else `deltaw` in the system's usual place for caches."""
     if chosen := os.environ.get("DELTAW_CACHE"):
         return Path(chosen).expanduser().absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):

@@ -185,8 +185,9 @@ class Base:
 
     @property
     def computing(self) -> str:
-        """`way`, and whether the compiled passes take part: bits of a step depend on both."""
-        return f"{self.way}, compiled passes" if self.device.type == "cpu" and compiled.in_use() else self.way
+        """`way`, and which compiled passes take part: bits of a step depend on both."""
+        passes = compiled.in_use() if self.device.type == "cpu" else None
+        return self.way if passes is None else f"{self.way}, compiled passes {passes}"
 
     @property
     def slow_reason(self) -> str | None:

@@ -29,7 +29,8 @@ NEGLIGIBLE = 1e-5  # a gradient, beside the largest
 def prove(model: Any) -> tuple[str | None, Decoder | None, str | None]:
     """(why documents go one at a time, the decoder, why modules run instead of it) of a loaded model.
 
-    Afterwards the model carries the attention that belongs to that.
+    Afterwards the model carries the attention that belongs to that. On CPU the compiled passes are taken into use
+    first, so what they compute is proved too.
     """
     if model.device.type == "cpu":
         prepare_passes()
@@ -38,6 +39,11 @@ def prove(model: Any) -> tuple[str | None, Decoder | None, str | None]:
     if reason is not None:
         return reason, None, None
     decoder, module_reason = prove_decoder(model)
+    if decoder is None and compiled.in_use():
+        with compiled.left_out():
+            decoder, _ = prove_decoder(model)
+        if decoder is not None:
+            compiled.leave_out(f"with them, {module_reason}")
     if decoder is None and (reason := _reason_against_rows(model)):
         model.set_attn_implementation(forward.own_attention(model))
         return reason, None, None

@@ -28,6 +28,7 @@ from deltaw.engine.optim import FlatFactors, all_finite
 from deltaw.engine.prepare import Prepared, spec_from
 from deltaw.engine.run import Run
 from deltaw.engine.train import (
+    COMPILED_ADVICE,
     WAY,
     abandonable,
     length_of,
@@ -102,7 +103,10 @@ class Together:
             return
         tensors, state = found
         if state["cells"] != self._identities():
-            raise UsageError(f"The checkpoints in {self.checkpoints} are of other cells, data or base; start anew.")
+            raise UsageError(
+                f"The checkpoints in {self.checkpoints} are of other cells, data or base, or were computed in another "
+                f"way ({COMPILED_ADVICE}); start anew."
+            )
         self.flat.load_state(tensors)
         self.progress.step, self.progress.seconds, self.owed = state["step"], state["seconds"], state.get("owed", [])
         for track, known in zip(self.progress.tracks, state["tracks"], strict=True):

@@ -52,8 +52,11 @@ from deltaw.errors import (
 )
 
 SPIKE, SPIKE_WINDOW = 4.0, 20
-# Settings that change when something is written, and no number that is.
 WAY = "way of computing"  # of which a checkpoint remembers the words, of other things a digest
+COMPILED_ADVICE = (
+    "the compiled passes need g++ and a cache folder for us to write in, and DELTAW_COMPILED=0 leaves them out"
+)
+# Settings that change when something is written, and no number that is.
 FREE_TO_CHANGE = (
     *("checkpoint_steps", "checkpoint_seconds", "keep_checkpoints", "patience", "allow_lost"),
     *("memory", "recompute", "stream"),
@@ -137,7 +140,7 @@ class Trainer:
         known = state["digests"]
         changed = [f"the {name} changed" for name, digest in digests.items() if known.get(name) != digest]
         if known.get(WAY) != digests[WAY]:
-            changed[-1] += f" from {known.get(WAY)!r} to {digests[WAY]!r}"
+            changed[-1] += f" from {known.get(WAY)!r} to {digests[WAY]!r}; {COMPILED_ADVICE}"
         now = json.loads(json.dumps(self.settings.without_places()))
         for name in sorted(now.keys() | state["config"].keys()):
             before, after = state["config"].get(name), now.get(name)
@@ -294,12 +297,12 @@ class Trainer:
 
 
 def tell_way(base: Base, plan: Mapping[str, Any], watcher: Watcher) -> None:
-    """Says so where the base is not computed by the kernels, and where a plan counted on a faster way."""
+    """Says so where the base is computed without the kernels or their compiled part, or a plan counted on more."""
     if base.way == "modules":
         watcher.say(f"By the model's own modules, which is slower: {base.slow_reason}.")
-    compiles = base.device.type == "cpu" and sys.platform == "linux" and "DELTAW_COMPILED" not in os.environ
+    compiles = base.device.type == "cpu" and sys.platform == "linux" and os.environ.get("DELTAW_COMPILED") != "0"
     if compiles and (reason := prepare_passes()):
-        watcher.say(f"Without its compiled passes, which take about a quarter off a step: {reason}.")
+        watcher.say(f"Without deltaw's compiled passes, which take about a quarter off a step: {reason}.")
     counted_on = plan.get("way", base.way)
     if WAYS.index(base.way) > WAYS.index(counted_on):
         watcher.say(f"The plan counted on {counted_on}: this may take more memory and time than it says.")

@@ -46,7 +46,10 @@ def verify(run: Run, watcher: Watcher, steps: int = 3) -> list[Check]:
         checks += [_check(f"tokens of the {name} data", partial(_same_tokens, part)) for name, part in stored.values()]
         if good:
             checks.append(
-                _check("base, data and settings are those of the run", partial(_same_sources, trainer, good[0]))
+                _check(
+                    "base, data, settings and way of computing are those of the run",
+                    partial(_same_sources, trainer, good[0]),
+                )
             )
         if good and run.read_summary().get("status") in ENDED:
             same = partial(_same_adapters, trainer, good)

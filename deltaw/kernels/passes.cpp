@@ -18,7 +18,14 @@
 
 namespace {
 
-constexpr int LANES = 16;              // numbers of a vector
+// Numbers of a vector: wider ones than the processor's are compared and chosen from one by one.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 constexpr long WORTH_THREADS = 16384;  // numbers; fewer are done before a second thread has woken
 constexpr long PART = 4096;            // numbers that a thread takes at a time where there are no rows
 
@@ -299,15 +306,15 @@ struct Seen {
     Seen(int low, int high) : first(low), last(high), begin(low & -LANES), end((high + LANES - 1) & -LANES) {}
 
     floats only(floats x, int i) const {  // x for those, -inf for the others of the vector from i on
-        constexpr ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         if (i >= first && i + LANES <= last) return x;
-        ints key = lane + i;
+        ints key;
+        for (int lane = 0; lane < LANES; lane++) key[lane] = i + lane;
         return (key >= first) & (key < last) ? x : -INFINITY + floats{};
     }
 };
 
 // softmax in place of scale * scores [n, heads * group, L, M]; a query sees the keys from low to below high, at least
-// one, and the shares of the rest are 0. M is a multiple of LANES.
+// one, and the shares of the rest are 0. M is a multiple of 16, and so of LANES.
 template <class T>
 void softmax(T *scores, const int32_t *low, const int32_t *high, float scale, long n, long heads, long L, long M) {
 #pragma omp parallel if (n * heads * L * M > WORTH_THREADS)

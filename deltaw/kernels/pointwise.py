@@ -1,4 +1,5 @@
-"""What lies between the products of a decoder layer: norms, rotary angles, gates. Each with its backward by hand.
+"""What lies between the products of a decoder layer: norms, rotary angles, gates. Each with its backward by hand,
+in torch, and through deltaw/kernels/compiled.py where that takes the tensor.
 
 All compute in fp32 at least and round once. Nothing is kept that can be formed again from the input.
 

@@ -7,8 +7,8 @@ product. The probabilities are not kept: backward forms them again, from the sam
 
 A document may continue other rows of the flat row, which several documents have in common: it sees them before its own.
 
-Between the products, the library of deltaw/kernels/compiled.py copies and takes the softmax where there is one; what
-stands here beside it is the same in torch.
+Between the products, the library of deltaw/kernels/compiled.py copies and takes the softmax, where there is one and no
+score is capped; what stands here beside it is the same in torch.
 
 Legend: q_THD queries, k_TKD and v_TKD keys and values, x_TND either; H query heads, K key heads, G = H/K, T tokens,
 D head width; n documents of one tile, L queries and M keys of each.
@@ -24,13 +24,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltaw.kernels import compiled
 
 TILE_TOKENS, WHOLE_TOKENS = 256, 384
-VECTOR = 16  # rows of scores are multiples of it: others take three times as long in a softmax
 TILE_PRODUCTS = 6  # of one tile: two forward, four more backward
 SIDE_BY_SIDE = (32, 64, 96, 128, 192, 256, WHOLE_TOKENS)
 
@@ -63,10 +63,9 @@ class Rows:
 
     @cached_property
     def run(self) -> slice | None:
-        """The rows as a slice, if they are one."""
-        first, count = int(self.number[0]), len(self.number)
-        wanted = torch.arange(first, first + count, dtype=self.number.dtype)
-        return slice(first, first + count) if first >= 0 and torch.equal(self.number, wanted) else None
+        """The real rows as a slice, if they are one, with all padding behind them."""
+        first, count = int(self.number[0]), len(self.real)
+        return slice(first, first + count) if torch.equal(self.number[:count], _run(first, first + count)) else None
 
     @cached_property
     def places(self) -> Tensor:
@@ -109,7 +108,7 @@ def tiles_of(spans: tuple[Span, ...], window: int | None) -> Tiles:
     """The tiles of a flat row; every layer of a model uses the same."""
     tiles: list[Tile] = []
     side_by_side: dict[tuple[int, int, int], list[Span]] = {}
-    for span in spans:
+    for span in (span for span in spans if span.start < span.stop):
         if span.stop - span.start > WHOLE_TOKENS:
             tiles += _in_parts(span, window)
         else:
@@ -142,7 +141,7 @@ def _in_parts(span: Span, window: int | None) -> list[Tile]:
             common = common[max(0, len(common) - reach) :]
         keys = torch.cat([common, _run(low, last)])
         high_1L = _run(len(keys) - (last - first) + 1, len(keys) + 1)[None]
-        keys = torch.nn.functional.pad(keys, (0, -len(keys) % VECTOR), value=-1)
+        keys = F.pad(keys, (0, -len(keys) % compiled.VECTOR), value=-1)
         tiles.append(_tile(_run(first, last)[None], keys[None], high_1L, window))
     return tiles
 
@@ -151,7 +150,7 @@ def _whole(documents: list[Span], window: int | None) -> Tile:
     """Documents side by side, each padded to one length with rows that nothing sees."""
     common = _run(documents[0].before_start, documents[0].before_stop)
     longest = max(span.stop - span.start for span in documents)
-    longest += -(len(common) + longest) % VECTOR
+    longest += -(len(common) + longest) % compiled.VECTOR  # also in torch, other rows take three times as long
     starts_n1 = torch.tensor([span.start for span in documents], dtype=torch.int32)[:, None]
     lengths_n1 = torch.tensor([span.stop - span.start for span in documents], dtype=torch.int32)[:, None]
     step_L = _run(0, longest)
@@ -199,6 +198,7 @@ class _TiledAttention(torch.autograd.Function):
 
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tiles: Tiles, scale: float, softcap: float | None) -> Tensor:
     """Attention outputs [T, H, D], tile by tile; rows of no document are zero."""
+    q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
     out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
     for tile in tiles:
         q, k, v = _taken(q_THD, k_TKD, v_TKD, tile)
@@ -217,6 +217,7 @@ def attend_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attend`."""
+    d_THD, q_THD, k_TKD, v_TKD = (x.contiguous() for x in (d_THD, q_THD, k_TKD, v_TKD))
     dq_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
     # A key gathers what all tiles say of it: summed in fp32.
     finer = torch.promote_types(k_TKD.dtype, torch.float32)
@@ -277,11 +278,11 @@ def _take(x_TND: Tensor, rows: Rows, count: int, heads: int) -> Tensor:
         return compiled.take(x_TND, rows.number, count, heads)
     T, N, D = x_TND.shape
     if rows.run is not None:
-        x_nLND = x_TND[None, rows.run]
+        taken = F.pad(x_TND[rows.run], (0, 0, 0, 0, 0, len(rows.number) - len(rows.real)))
     else:
-        x_nLND = x_TND.new_zeros(count, len(rows.number) // count, N, D)
-        x_nLND.view(-1, N * D).index_copy_(0, rows.places, x_TND.reshape(T, N * D).index_select(0, rows.real))
-    by_head = x_nLND.unflatten(2, (heads, N // heads)).permute(0, 2, 3, 1, 4)
+        taken = x_TND.new_zeros(len(rows.number), N, D)
+        taken.view(-1, N * D).index_copy_(0, rows.places, x_TND.reshape(T, N * D).index_select(0, rows.real))
+    by_head = taken.unflatten(1, (heads, N // heads)).unflatten(0, (count, -1)).permute(0, 2, 3, 1, 4)
     return by_head.reshape(count * heads, -1, D)
 
 
@@ -290,7 +291,7 @@ def _put(out_TND: Tensor, x: Tensor, rows: Rows, count: int, heads: int) -> None
     if compiled.takes(x):
         compiled.put(out_TND, x, rows.number, count, heads)
     elif rows.run is not None:
-        out_TND[rows.run] = _in_rows(x, count, *out_TND.shape[1:]).view(-1, *out_TND.shape[1:])
+        out_TND[rows.run] = _in_rows(x, count, *out_TND.shape[1:])[: len(rows.real)].view(-1, *out_TND.shape[1:])
     else:
         real = _in_rows(x, count, *out_TND.shape[1:]).index_select(0, rows.places)
         out_TND.view(len(out_TND), -1).index_copy_(0, rows.real, real)
@@ -303,7 +304,7 @@ def _add(out_TND: Tensor, x: Tensor, rows: Rows, count: int) -> None:
         return
     in_rows = _in_rows(x, count, *out_TND.shape[1:])
     if rows.run is not None:
-        out_TND[rows.run] += in_rows.view(-1, *out_TND.shape[1:])
+        out_TND[rows.run] += in_rows[: len(rows.real)].view(-1, *out_TND.shape[1:])
     else:
         real = in_rows.index_select(0, rows.places).to(out_TND.dtype)
         out_TND.view(len(out_TND), -1).index_add_(0, rows.real, real)

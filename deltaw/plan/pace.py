@@ -34,7 +34,7 @@ from deltaw.base.quant import quantised_reader
 from deltaw.base.reading import Unreadable
 from deltaw.base.shapes import Outline
 from deltaw.disk import keep_note
-from deltaw.kernels import labelled_loss
+from deltaw.kernels import compiled, labelled_loss
 from deltaw.plan.demand import Demand, Pass
 
 SECONDS, MOST_CALLS = 0.4, 10
@@ -43,7 +43,7 @@ MOST_BLOCKS, MOST_PARAMETERS = 3, 24_000_000
 MOST_UPDATED = MOST_DENSE = 1 << 21
 USUAL_DENSE_SECONDS = 0.5e-9
 MOST_VOCABULARY = 512
-_VERSION = 4  # raised when the same blocks would be timed, or proved, otherwise
+_VERSION = 5  # raised when the same blocks would be timed, or proved, otherwise
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _key(demand: Demand, passes: list[Pass]) -> str:
     machine, settings = hardware.look(), demand.settings
     config = demand.outline.model.config.to_json_string()
     parts = [
-        _VERSION, settings.device == "cpu" and prepare_passes() is None,
+        _VERSION, settings.device == "cpu" and (prepare_passes(), compiled.in_use()),
         machine.cpu_name, machine.cores, machine.gpu, machine.versions, settings.device, settings.dtype,
         settings.threads, config, str(demand.stored_dtype),
         demand.ranks, demand.trained, settings.dora, settings.dropout, settings.quant,

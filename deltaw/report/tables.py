@@ -241,7 +241,7 @@ def plan(contents: ReportContents) -> Table:
     between = [said.get("step_seconds"), *(said.get("step_seconds_interval") or [None, None])]
     times = [human_seconds(value * steps if is_number(value) and is_number(steps) else None) for value in between]
     parts = mapping(mapping(said.get("phases")).get(str(said.get("peak_phase"))))
-    took = ": ".join(filter(None, (summary.get("way"), summary.get("slow_reason"))))
+    took = ": ".join(filter(None, (summary.get("computing") or summary.get("way"), summary.get("slow_reason"))))
     choice = [f"{title(str(name))}: {value}" for name, value in mapping(said.get("choice")).items()]
     rows = [
         ["Peak memory", *(human_bytes(said.get("peak_bytes")), f"{human_bytes(peak[0])} to {human_bytes(peak[1])}"),

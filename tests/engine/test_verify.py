@@ -40,7 +40,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit_and_is_left_as_it_was(run):
     checks = api.verify(run.folder)
     assert [check["what"] for check in checks] == [
         "checkpoints/step-00000006.ckpt", "checkpoints/step-00000004.ckpt", "adapter/", "last/", "tokens of the train data",
-        "base, data and settings are those of the run", "the adapters are those of the last checkpoint", "the first steps: repeated, and resumed",
+        "base, data, settings and way of computing are those of the run", "the adapters are those of the last checkpoint", "the first steps: repeated, and resumed",
         "the steps behind step-00000004.ckpt: repeated, and resumed",
     ]  # fmt: skip
     assert all(check["ok"] for check in checks), checks
@@ -122,4 +122,4 @@ def test_a_changed_log_checkpoint_adapter_or_data_is_found(run, chats, tmp_path)
     config = moved / "config.yaml"
     config.write_text(config.read_text().replace("lr:\n  value: 0.01", "lr:\n  value: 0.02"))
     checks = {check["what"]: check for check in api.verify(open_run(moved).folder)}
-    assert "cannot go on exactly" in checks["base, data and settings are those of the run"]["detail"]
+    assert "cannot go on exactly" in checks["base, data, settings and way of computing are those of the run"]["detail"]

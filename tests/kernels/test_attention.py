@@ -75,6 +75,13 @@ def test_documents_of_every_length_side_by_side_get_dense_attention_each(heads, 
     assert largest_difference(LENGTHS, heads=heads, **options) < 1e-5
 
 
+@pytest.mark.parametrize("lengths", [(32, 32), (256,) * 4, (48,) * 3, (16, 16, 9)], ids=str)
+def test_neighbours_of_equal_length_are_kept_apart(lengths):
+    """Their rows are one slice of the flat row."""
+    for options in ({}, {"window": 6}, {"softcap": 1.5}):
+        assert largest_difference(lengths, **options) < 1e-5, options
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 1.5}], ids=str)
 def test_bf16_stays_within_one_percent_of_exact_attention(options):
     """bf16 keeps 8 bits: one unit in the last place is 0.4 to 0.8 % of a value."""

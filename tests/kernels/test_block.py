@@ -204,7 +204,7 @@ def llama_block(x, dtype=torch.float64, weights=torch.float64):
     return kernels, plain, factors(*branches.values())
 
 
-def test_a_whole_layer_in_bf16_is_as_near_to_the_exact_one_as_plain_torch_in_bf16():
+def test_a_whole_layer_in_bf16_is_as_near_to_the_exact_one_as_plain_torch_in_bf16(either_way):
     """Errors of every gradient relative to its size; the same weights and inputs, already rounded, for all three."""
     x, upstream = torch.randn(40, H).bfloat16(), torch.randn(40, H).bfloat16()
 
@@ -217,6 +217,18 @@ def test_a_whole_layer_in_bf16_is_as_near_to_the_exact_one_as_plain_torch_in_bf1
     ratios = [float((a - c).norm() / (b - c).norm()) for a, b, c in zip(kernels, plain, exact, strict=True)]
     assert all(ratio < 2 for ratio in ratios) and statistics.median(ratios) < 1.1
     assert all(grad.dtype == torch.float64 for grad in kernels[1:])  # factors keep their own precision
+
+
+def test_a_whole_layer_in_fp32_is_that_of_plain_torch_in_fp64(either_way):
+    x, upstream = torch.randn(300, H).float(), torch.randn(300, H)
+
+    def gradients(way, dtype):
+        forwards = llama_block(x, dtype, weights=torch.float32)
+        leaf = x.to(dtype).requires_grad_()
+        return torch.autograd.grad(forwards[way](leaf), [leaf, *forwards[2]], upstream.to(dtype))
+
+    for found, exact in zip(gradients(0, torch.float32), gradients(1, torch.float64), strict=True):
+        assert float((found - exact).norm() / exact.norm()) < 1e-5
 
 
 def test_a_layer_keeps_its_inputs_q_k_v_o_gate_up_and_the_products_with_A_and_nothing_else():
