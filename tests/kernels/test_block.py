@@ -228,7 +228,7 @@ def test_a_whole_layer_in_fp32_is_that_of_plain_torch_in_fp64(either_way):
         return torch.autograd.grad(forwards[way](leaf), [leaf, *forwards[2]], upstream.to(dtype))
 
     for found, exact in zip(gradients(0, torch.float32), gradients(1, torch.float64), strict=True):
-        assert float((found - exact).norm() / exact.norm()) < 1e-5
+        assert float((found - exact).norm() / exact.norm()) < 5e-5  # scores are large: plain torch in fp32 is 1e-5 off
 
 
 def test_a_layer_keeps_its_inputs_q_k_v_o_gate_up_and_the_products_with_A_and_nothing_else():
