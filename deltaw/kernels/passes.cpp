@@ -92,6 +92,14 @@ inline void store(T *to, floats value, int count = LANES) {
         std::memcpy(to, &x, count * sizeof(T));
 }
 
+// As it would be read again after it was written.
+template <class T>
+inline floats rounded(floats x) {
+    typename Packed<T>::type kept;
+    round_to(kept, x);
+    return widened(kept);
+}
+
 // Calls body(i, how many numbers from i on) for whole vectors, and once for the rest.
 template <class Body>
 inline __attribute__((always_inline)) void each_vector(long first, long last, Body body) {
@@ -221,14 +229,14 @@ void rotate(T *out, const T *x, const float *cos, const float *sin, long tokens,
         }
 }
 
-// silu(g) * u
+// silu(g) * u, each rounded: behind a product that was rounded once, what is huge in a model came out further off.
 template <class T>
 void gated(T *out, const T *g, const T *u, long numbers) {
 #pragma omp parallel for schedule(static) if (numbers > WORTH_THREADS)
     for (long first = 0; first < numbers; first += PART)
         each_vector(first, first + PART < numbers ? first + PART : numbers, [&](long i, int count) {
             floats gate = load(g + i, count);
-            store(out + i, gate * sigmoid(gate) * load(u + i, count), count);
+            store(out + i, rounded<T>(gate * sigmoid(gate)) * load(u + i, count), count);
         });
 }
 
@@ -239,8 +247,8 @@ void gated_backward(T *dg, T *du, T *value, const T *d, const T *g, const T *u, 
     for (long first = 0; first < numbers; first += PART)
         each_vector(first, first + PART < numbers ? first + PART : numbers, [&](long i, int count) {
             floats gate = load(g + i, count), up = load(u + i, count), slope = load(d + i, count);
-            floats share = sigmoid(gate), active = gate * share;
-            store(dg + i, slope * up * (share * (1.0f + (gate - active))), count);
+            floats share = sigmoid(gate), active = rounded<T>(gate * share);
+            store(dg + i, slope * up * (share * (1.0f + gate * (1.0f - share))), count);
             store(du + i, slope * active, count);
             store(value + i, active * up, count);
         });
