@@ -100,3 +100,11 @@ def test_the_table_of_speeds_is_that_of_the_measured_rows(monkeypatch):
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert " ".join(summary.readme_table(found).split()) in readme, "paste what it gives"
     assert all(sentence in readme for sentence in summary.readme_sentences(found)), summary.readme_sentences(found)
+
+
+def test_what_is_said_of_the_compiled_passes_is_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "passes.json").read_text())
+    saved = [1 - 1 / row["ratio"] for row in found["workloads"]]
+    said = f"{100 * min(saved):.0f} to {100 * max(saved):.0f} %"
+    for page in ("README.md", "CHANGELOG.md", "docs/architecture.md"):
+        assert f"a step takes {said} less" in " ".join((ROOT / page).read_text().split()), (page, said)
