@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from models import save_base
 
+from deltaw.base.proof import prepare_passes
 from deltaw.config import make_settings
 from deltaw.engine import train as engine
 from deltaw.engine.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
@@ -55,6 +56,7 @@ class Ground:
     def __init__(self, folder: Path, steps: int = STEPS, every: int = 2, options: dict[str, Any] | None = None) -> None:
         self.folder, self.steps, self.every, self.options = folder, steps, every, options or {}
         os.environ["DELTAW_CACHE"] = str(folder / "cache")
+        prepare_passes()  # here, and not in each child
         self.base = save_base(folder / "base")
         self.data = folder / "chats.jsonl"
         rows = [
