@@ -3,7 +3,7 @@
     python benchmarks/start_up.py [ROUNDS]
 
 Each run is a fresh process that plans, proves and probes as `deltaw train` does: first with nothing cached, then with
-tokens, pace, the compiled passes and the probe's result there, then without the latter. Beside them, how long `deltaw demo` takes to refuse
+tokens, pace and the probe's result there, then without the latter. Beside them, how long `deltaw demo` takes to refuse
 a memory that is too small. Writes benchmarks/results/start_up.json, with the machine's multiply rate beside it.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "start_up.json"
-CHECKS = ("measure_pace", "prove", "probe", "_compile")
+CHECKS = ("measure_pace", "prove", "probe")
 TOO_SMALL = "100MB"
 
 
@@ -40,7 +40,6 @@ def child(out: str, started: float) -> None:
     from deltaw.base import load
     from deltaw.demonstration import demo_settings
     from deltaw.engine import train
-    from deltaw.kernels import library
 
     seconds = dict.fromkeys(CHECKS, 0.0)
 
@@ -63,7 +62,6 @@ def child(out: str, started: float) -> None:
     timed(planning, "measure_pace")
     timed(load, "prove")
     timed(train, "probe")
-    timed(library, "_compile")
     train.Trainer.observe = first_step  # type: ignore[method-assign]
     training.train(demo_settings({"out": out, "steps": 2}))
 
@@ -77,8 +75,7 @@ def sentence(found: dict[str, Any]) -> str:
         "remembered for each combination of base, data, settings and machine and then takes nothing. From the start of "
         f"the process the first step is finished after {warm['first_step']:.1f} s with all cached, "
         f"{rest['first_step']:.1f} s where the probe is not, and {cold['first_step']:.0f} s with nothing, of which "
-        f"{cold['_compile']:.1f} s compile the passes and {cold['measure_pace'] - cold['_compile']:.1f} s time the machine "
-        "for the plan. A memory that is too small is refused after "
+        f"{cold['measure_pace']:.1f} s time the machine for the plan. A memory that is too small is refused after "
         f"{statistics.median(found['refusal_seconds']):.1f} s"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from deltaw.kernels.library import NoLibraryError, open_library
 FLAGS = {"compiled": (), "compiled without AVX-512": ("-march=haswell",), "compiled without bf16": ("-mno-avx512bf16",)}
 
 
+@functools.cache
 def library_for(way: str):
     """passes.cpp as one of FLAGS; only without a compiler is there nothing to test."""
     if sys.platform != "linux" or shutil.which(os.environ.get("CXX") or "g++") is None:

@@ -198,7 +198,7 @@ print(hashlib.sha256(b"".join(out.float().numpy().tobytes() for out in outs)).he
 def test_the_number_of_threads_changes_no_bit():
     library_for("compiled")
     program = [sys.executable, "-c", PROGRAM, str(cache_folder() / "compiled")]
-    found = {subprocess.run([*program, n], check=True, capture_output=True, text=True).stdout for n in "123"}
+    found = {subprocess.run([*program, n], check=True, capture_output=True, text=True).stdout for n in "13"}
     assert len(found) == 1 and len(found.pop().strip()) == 64
 
 
