@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 
 
+@pytest.mark.long
 def test_every_part_of_the_gpu_check_runs_and_every_family_agrees():
     command = [sys.executable, str(SCRIPT), "--tiny", "cpu", "--seconds", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
