@@ -138,9 +138,8 @@ class Trainer:
         """Raises UsageError with every difference that would make the result depend on when the run was stopped."""
         digests = self._digests()
         known = state["digests"]
-        changed = [f"the {name} changed" for name, digest in digests.items() if known.get(name) != digest]
-        if known.get(WAY) != digests[WAY]:
-            changed[-1] += f" from {known.get(WAY)!r} to {digests[WAY]!r}; {COMPILED_ADVICE}"
+        words = {WAY: f" from {known.get(WAY)!r} to {digests[WAY]!r}; {COMPILED_ADVICE}"}
+        changed = [f"the {n} changed{words.get(n, '')}" for n, digest in digests.items() if known.get(n) != digest]
         now = json.loads(json.dumps(self.settings.without_places()))
         for name in sorted(now.keys() | state["config"].keys()):
             before, after = state["config"].get(name), now.get(name)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deltaw.kernels.tiles import Span, hidden_keys, tiled_attention
+from deltaw.kernels.tiles import Span, tiled_attention
 
 WIDEST_GROUPED = 256  # numbers of a head, of torch's fused kernel for groups of query heads
 ONE_CALL_TOLERANCE = 3e-2  # of the largest number, in bf16
@@ -165,5 +165,12 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, soft
 
 @lru_cache(maxsize=2)
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """What `hidden_keys` leaves, once for all layers."""
-    return ~hidden_keys(queries, keys, window, device)
+    """What `_hidden` leaves, once for all layers."""
+    return ~_hidden(queries, keys, window, device)
+
+
+def _hidden(queries: int, keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
+    """[queries, keys], true where a query must not see a key; the last query is at the last key."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    later = ones.triu(keys - queries + 1)
+    return later if window is None else later | ones.tril(keys - queries - window)

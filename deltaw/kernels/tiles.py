@@ -123,13 +123,6 @@ def products(spans: tuple[Span, ...], windows: Iterable[int | None] = (None,)) -
     return TILE_PRODUCTS * len({(tile.count, len(tile.queries.number), len(tile.keys.number)) for tile in tiles})
 
 
-def hidden_keys(queries: int, keys: int, window: int | None, device: torch.device | None = None) -> Tensor:
-    """[queries, keys], true where a query must not see a key; the last query is at the last key."""
-    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    later = ones.triu(keys - queries + 1)
-    return later if window is None else later | ones.tril(keys - queries - window)
-
-
 def _in_parts(span: Span, window: int | None) -> list[Tile]:
     tiles = []
     for first in range(span.start, span.stop, TILE_TOKENS):
