@@ -211,7 +211,7 @@ def _run(
         adapted = live.get(id(layer))
         return None if adapted is None else Branch(adapted.A, adapted.B, adapted.scale * strength)
 
-    qkv = normed_projections(x_TH, block.before_attention, block.qkv, [branch(layer) for layer in block.qkv])
+    qkv, x_TH = normed_projections(x_TH, block.before_attention, block.qkv, [branch(layer) for layer in block.qkv])
     q, k, v = qkv if len(qkv) == 3 else qkv[0].split(block.widths, 1)
     o_TX = rotary_attention(q, k, v, block.heads, angles, spans)
     if rows_N is not None:  # behind the last attention, only what a label needs
@@ -219,7 +219,8 @@ def _run(
     x_TH = projected_sum(x_TH, o_TX, block.out, branch(block.out), block.after_attention)
     if isinstance(block.mlp, Gate):
         gate, down = block.mlp, block.mlp.down
-        gates = normed_projections(x_TH, block.before_mlp, gate.layers, [branch(layer) for layer in gate.layers])
+        branches = [branch(layer) for layer in gate.layers]
+        gates, x_TH = normed_projections(x_TH, block.before_mlp, gate.layers, branches)
         g, u = gates if len(gates) == 2 else gates[0].chunk(2, 1)
         return gated_sum(x_TH, g, u, gate.activation, down, branch(down), block.after_mlp)
     assert block.other is not None

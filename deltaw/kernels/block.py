@@ -3,6 +3,8 @@
     x ─ norm ─ q, k, v ─ attention ─ o ─(+ x)─ norm ─ gate, up ─ act(gate)·up ─ down ─(+)─
        └ normed_projections ┘        └ projected_sum ┘└ normed_projections ┘└── gated_sum ──┘
 
+`normed_projections` hands x on to the sum, so that backward adds x's two gradients where it forms one of them.
+
 Kept for each token: the input of each half, q, k, v and the attention's output, gate and up, and the A·x of adapted
 layers. Norms, rotated heads, probabilities and products of gates are formed again. Nothing is computed for an input
 that needs no gradient, so nothing below the lowest adapter costs a backward.
@@ -31,9 +33,10 @@ Scales = Sequence[float | None]
 
 def normed_projections(
     x_TH: Tensor, norm: Norm | None, layers: Sequence[nn.Module], branches: Branches
-) -> list[Tensor]:
-    """W·norm(x) + s·B·A·norm(x) of layers that share an input, [T, O] each."""
-    return list(_NormedProjections.apply(x_TH, norm, layers, _scales(branches), *_factors(branches)))
+) -> tuple[list[Tensor], Tensor]:
+    """(W·norm(x) + s·B·A·norm(x) of layers that share an input, [T, O] each; x, for the sum that is to come)."""
+    *ys, passed_TH = _NormedProjections.apply(x_TH, norm, layers, _scales(branches), *_factors(branches))
+    return ys, passed_TH if x_TH.requires_grad else x_TH
 
 
 def normed(x_TH: Tensor, norm: Norm | None) -> Tensor:
@@ -128,11 +131,12 @@ class _NormedProjections(torch.autograd.Function):
         ys, xA_TS = projections(n_TH, layers, _branches(scales, factors))
         ctx.save_for_backward(x_TH, xA_TS, *factors)
         ctx.rest = (norm, layers, scales)
-        return tuple(ys)
+        return (*ys, x_TH)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *ds: Tensor) -> Gradients:
+    def backward(ctx: Any, *upstream: Tensor) -> Gradients:
+        *ds, passed_TH = upstream
         x_TH, xA_TS, *factors = ctx.saved_tensors
         norm, layers, scales = ctx.rest
         branches, grads = _branches(scales, factors), []
@@ -140,7 +144,12 @@ class _NormedProjections(torch.autograd.Function):
         if dxA_TS is not None:
             n_TH = x_TH if norm is None else rms_norm(x_TH, norm)
             grads = factor_gradients(ds, n_TH, xA_TS, dxA_TS, branches)
-        dx_TH = dn_TH if norm is None or dn_TH is None else rms_norm_backward(dn_TH, x_TH, norm)
+        if dn_TH is None:
+            dx_TH = None
+        elif norm is None:
+            dx_TH = dn_TH.add_(passed_TH)
+        else:
+            dx_TH = rms_norm_backward(dn_TH, x_TH, norm, passed_TH)
         return (dx_TH, None, None, None, *grads)
 
 

@@ -87,11 +87,12 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return out
 
 
-def rms_norm_backward(d: Tensor, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def rms_norm_backward(d: Tensor, x: Tensor, gain: Tensor, eps: float, more: Tensor | None) -> Tensor:
     """`pointwise.rms_norm_backward`."""
     d, x, out, width = d.contiguous(), x.contiguous(), _like(x), x.shape[-1]
-    assert (d.shape, d.dtype) == (x.shape, x.dtype)
-    _call("rms_norm_backward", x.dtype, out, d, x, _gain(gain, width), eps, x.numel() // width, width)
+    more = None if more is None else more.contiguous()
+    assert all((given.shape, given.dtype) == (x.shape, x.dtype) for given in (d, *(() if more is None else (more,))))
+    _call("rms_norm_backward", x.dtype, out, d, x, _gain(gain, width), more, eps, x.numel() // width, width)
     return out
 
 
@@ -184,7 +185,7 @@ def _gain(gain: Tensor, width: int) -> Tensor:
     return gain.expand(width).contiguous()
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     assert _state.library is not None
     _state.library.functions[dtype][name](*given)

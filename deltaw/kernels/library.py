@@ -36,7 +36,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # The arguments of each function of passes.cpp: pointers, floats and longs.
 ARGUMENTS = {
     "rms_norm": "pppfll",
-    "rms_norm_backward": "ppppfll",
+    "rms_norm_backward": "pppppfll",
     "rotate": "ppppllll",
     "gated": "pppl",
     "gated_backward": "ppppppl",

@@ -41,7 +41,7 @@ def projections(x_TI: Tensor, layers: Sequence[nn.Module], branches: Branches) -
         return ys, None
     xA_TS = x_TI @ _stacked([branch.A_RI for _, branch in adapted], x_TI.dtype).T
     for (y_TO, branch), xA_TR in zip(adapted, xA_TS.split(_ranks(branches), 1), strict=True):
-        y_TO.addmm_(xA_TR, branch.B_OR.to(y_TO.dtype).T, alpha=branch.scale)
+        y_TO.addmm_(xA_TR, _scaled_B(branch, y_TO.dtype).T)
     return ys, xA_TS
 
 
@@ -57,9 +57,8 @@ def input_gradient(
     adapted = [(d, branch) for d, branch in zip(ds, branches, strict=True) if branch is not None]
     if not adapted:
         return dx_TI, None
-    dxA_TS = ds[0].new_empty(len(ds[0]), sum(_ranks(branches)))
-    for (d_TO, branch), dxA_TR in zip(adapted, dxA_TS.split(_ranks(branches), 1), strict=True):
-        torch.mul(d_TO @ branch.B_OR.to(d_TO.dtype), branch.scale, out=dxA_TR)
+    dxAs = [d_TO @ _scaled_B(branch, d_TO.dtype) for d_TO, branch in adapted]
+    dxA_TS = dxAs[0] if len(dxAs) == 1 else torch.cat(dxAs, 1)
     if dx_TI is not None:
         dx_TI.addmm_(dxA_TS, _stacked([branch.A_RI for _, branch in adapted], dxA_TS.dtype))
     return dx_TI, dxA_TS
@@ -80,6 +79,12 @@ def factor_gradients(
 
 def _ranks(branches: Branches) -> list[int]:
     return [len(branch.A_RI) for branch in branches if branch is not None]
+
+
+def _scaled_B(branch: Branch, dtype: torch.dtype) -> Tensor:
+    """s·B in `dtype`: as an `alpha` of the product, s would cost as much as the product itself."""
+    B_OR = branch.B_OR.detach()
+    return (B_OR if branch.scale == 1 else B_OR * branch.scale).to(dtype)
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -108,28 +108,46 @@ inline __attribute__((always_inline)) void each_vector(long first, long last, Bo
     if (i < last) body(i, int(last - i));
 }
 
-template <class Vector>
-inline auto sum_of(Vector x) {
-    auto sum = x[0];
+inline ints counted_from(int first) {  // first, first + 1, ...
+    constexpr int32_t COUNTED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ints x;
+    std::memcpy(&x, COUNTED, sizeof x);
+    return x + first;
+}
+
+inline floats larger(floats x, floats y) {  // y where one is no number
+#ifdef __AVX512F__
+    return (floats)_mm512_max_ps((__m512)x, (__m512)y);
+#else
+    return x > y ? x : y;
+#endif
+}
+
+inline float sum_of(floats x) {
+    for (int apart = LANES / 2; apart; apart /= 2) x += __builtin_shuffle(x, counted_from(apart));
+    return x[0];
+}
+
+inline double sum_of(doubles x) {
+    double sum = x[0];
     for (int lane = 1; lane < LANES; lane++) sum += x[lane];
     return sum;
 }
 
 inline float most_of(floats x) {
-    float most = x[0];
-    for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
-    return most;
+    for (int apart = LANES / 2; apart; apart /= 2) x = larger(x, __builtin_shuffle(x, counted_from(apart)));
+    return x[0];
 }
-
-inline floats larger(floats x, floats y) { return x > y ? x : y; }  // y where one is no number
 
 // -- functions of vectors
 
-// exp(x) within 2 units of the last place, by the polynomial of Cephes (Moshier); 0 far below -87, NaN of NaN.
+// exp(x), 0 below -87, NaN of NaN: within 2 units of the last place by the polynomial of Cephes (Moshier), or
+// within 2^-18 where what comes of it is rounded to the 8 bits of bf16.
+template <class T>
 inline floats exp_of(floats x) {
+    constexpr bool FINE = sizeof(T) == sizeof(float);
     constexpr float PER_LOG2 = 1.44269504f, LOG2_HIGH = 0.693359375f, LOG2_LOW = -2.12194440e-4f;
 #ifdef __AVX512F__
-    x = (floats)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
     floats n = (floats)_mm512_roundscale_ps((__m512)(x * PER_LOG2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     constexpr float SHIFT = 0x1.8p23f;  // beside which the last place of a float is a one
@@ -137,15 +155,26 @@ inline floats exp_of(floats x) {
     floats given = x, shifted = bounded * PER_LOG2 + SHIFT, n = shifted - SHIFT;
     x = bounded;
 #endif
-    floats r = x - n * LOG2_HIGH - n * LOG2_LOW;
-    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    floats p;
+    if (FINE) {
+        floats r = x - n * LOG2_HIGH - n * LOG2_LOW;
+        p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+        p = p * r + 8.3334519073e-3f;
+        p = p * r + 4.1665795894e-2f;
+        p = p * r + 1.6666665459e-1f;
+        p = p * r + 5.0000001201e-1f;
+        p = p * (r * r) + r + 1.0f;
+    } else {  // the least relative error that four powers can have
+        floats r = x - n * (LOG2_HIGH + LOG2_LOW);
+        p = r * 4.145840081e-2f + 1.679103074e-1f;
+        p = p * r + 5.000436737e-1f;
+        p = p * r + 9.999633325e-1f;
+        p = p * r + 9.999992592e-1f;
+    }
 #ifdef __AVX512F__
-    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+    // Masked, and not left to underflow: a number below the normal ones costs as much as a hundred others.
+    __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    return (floats)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
     p *= (floats)(((words)shifted + 127) << 23);
     return given < -87.0f ? floats{} : (given > 88.0f ? INFINITY + floats{} : p);
@@ -153,11 +182,13 @@ inline floats exp_of(floats x) {
 }
 
 // 1 / (1 + exp(-x))
+template <class T>
 inline floats sigmoid(floats x) {
-    floats y = 1.0f + exp_of(-x);
+    floats y = 1.0f + exp_of<T>(-x);
 #ifdef __AVX512F__
     floats share = (floats)_mm512_rcp14_ps((__m512)y);
-    share *= 2.0f - y * share;  // one step of Newton's: from 14 bits to the last or the one before
+    // One step of Newton's: from 14 bits to the last or the one before.
+    if (sizeof(T) == sizeof(float)) share *= 2.0f - y * share;
 #else
     floats share = 1.0f / y;
 #endif
@@ -191,9 +222,10 @@ void rms_norm(T *out, const T *x, const float *gain, float eps, long rows, long 
     }
 }
 
-// rate * (d * gain - unit * mean(d * gain * unit)), unit = rate * x, of each row.
+// rate * (d * gain - unit * mean(d * gain * unit)), unit = rate * x, of each row; and `more` on top, unless it is null.
 template <class T>
-void rms_norm_backward(T *out, const T *d, const T *x, const float *gain, float eps, long rows, long width) {
+void rms_norm_backward(T *out, const T *d, const T *x, const float *gain, const T *more, float eps, long rows,
+                       long width) {
 #pragma omp parallel for schedule(static) if (rows * width > WORTH_THREADS)
     for (long row = 0; row < rows; row++) {
         const T *from = x + row * width, *slope = d + row * width;
@@ -206,7 +238,8 @@ void rms_norm_backward(T *out, const T *d, const T *x, const float *gain, float 
         float along = sum_of(products) / float(width);
         each_vector(0, width, [&](long i, int count) {
             floats unit = load(from + i, count) * rate;
-            store(to + i, (load(slope + i, count) * load(gain + i, count) - unit * along) * rate, count);
+            floats value = (load(slope + i, count) * load(gain + i, count) - unit * along) * rate;
+            store(to + i, more ? value + load(more + row * width + i, count) : value, count);
         });
     }
 }
@@ -236,7 +269,7 @@ void gated(T *out, const T *g, const T *u, long numbers) {
     for (long first = 0; first < numbers; first += PART)
         each_vector(first, first + PART < numbers ? first + PART : numbers, [&](long i, int count) {
             floats gate = load(g + i, count);
-            store(out + i, rounded<T>(gate * sigmoid(gate)) * load(u + i, count), count);
+            store(out + i, rounded<T>(gate * sigmoid<T>(gate)) * load(u + i, count), count);
         });
 }
 
@@ -247,7 +280,7 @@ void gated_backward(T *dg, T *du, T *value, const T *d, const T *g, const T *u, 
     for (long first = 0; first < numbers; first += PART)
         each_vector(first, first + PART < numbers ? first + PART : numbers, [&](long i, int count) {
             floats gate = load(g + i, count), up = load(u + i, count), slope = load(d + i, count);
-            floats share = sigmoid(gate), active = rounded<T>(gate * share);
+            floats share = sigmoid<T>(gate), active = rounded<T>(gate * share);
             store(dg + i, slope * up * (share * (1.0f + gate * (1.0f - share))), count);
             store(du + i, slope * active, count);
             store(value + i, active * up, count);
@@ -315,8 +348,7 @@ struct Seen {
 
     floats only(floats x, int i) const {  // x for those, -inf for the others of the vector from i on
         if (i >= first && i + LANES <= last) return x;
-        ints key;
-        for (int lane = 0; lane < LANES; lane++) key[lane] = i + lane;
+        ints key = counted_from(i);
         return (key >= first) & (key < last) ? x : -INFINITY + floats{};
     }
 };
@@ -342,7 +374,7 @@ void softmax(T *scores, const int32_t *low, const int32_t *high, float scale, lo
             }
             float largest = most_of(most);
             for (int i = seen.begin; i < seen.end; i += LANES) {
-                floats value = exp_of(load(e + i) - largest);
+                floats value = exp_of<T>(load(e + i) - largest);
                 store(e + i, value);
                 sum += value;
             }
@@ -400,7 +432,7 @@ void losses_and_slopes(float *losses, T *slopes, const T *logits, const int64_t 
             float rest = most_of(most);
             largest = rest > largest ? rest : largest;
             each_vector(0, V, [&](long i, int count) {
-                floats value = exp_of(load(logit + i, count) - largest);
+                floats value = exp_of<float>(load(logit + i, count) - largest);
                 store(e + i, value, count);
                 for (int lane = count; lane < LANES; lane++) value[lane] = 0;
                 sums += __builtin_convertvector(value, doubles);
@@ -423,13 +455,13 @@ void losses_and_slopes(float *losses, T *slopes, const T *logits, const int64_t 
     void rms_norm_##NAME(T *out, const T *x, const float *gain, float eps, long rows, long width) {                    \
         rms_norm(out, x, gain, eps, rows, width);                                                                      \
     }                                                                                                                  \
-    void rms_norm_backward_##NAME(T *out, const T *d, const T *x, const float *gain, float eps, long rows,             \
-                                  long width) {                                                                        \
-        rms_norm_backward(out, d, x, gain, eps, rows, width);                                                          \
+    void rms_norm_backward_##NAME(T *out, const T *d, const T *x, const float *gain, const T *more, float eps,         \
+                                  long rows, long width) {                                                             \
+        rms_norm_backward(out, d, x, gain, more, eps, rows, width);                                                    \
     }                                                                                                                  \
-    void rotate_##NAME(T *out, const T *x, const float *cos, const float *sin, long tokens, long heads,    \
+    void rotate_##NAME(T *out, const T *x, const float *cos, const float *sin, long tokens, long heads,                \
                        long D, long E) {                                                                               \
-        rotate(out, x, cos, sin, tokens, heads, D, E);                                                           \
+        rotate(out, x, cos, sin, tokens, heads, D, E);                                                                 \
     }                                                                                                                  \
     void gated_##NAME(T *out, const T *g, const T *u, long numbers) { gated(out, g, u, numbers); }                     \
     void gated_backward_##NAME(T *dg, T *du, T *value, const T *d, const T *g, const T *u, long numbers) {             \
@@ -438,17 +470,17 @@ void losses_and_slopes(float *losses, T *slopes, const T *logits, const int64_t 
     void take_##NAME(T *out, const T *x, const int32_t *rows, long n, long L, long heads, long group, long D) {        \
         take(out, x, rows, n, L, heads, group, D);                                                                     \
     }                                                                                                                  \
-    void put_##NAME(T *out, const T *x, const int32_t *rows, long n, long L, long heads, long group, long D) {        \
-        put(out, x, rows, n, L, heads, group, D);                                                                     \
+    void put_##NAME(T *out, const T *x, const int32_t *rows, long n, long L, long heads, long group, long D) {         \
+        put(out, x, rows, n, L, heads, group, D);                                                                      \
     }                                                                                                                  \
     void add_##NAME(float *out, const T *x, const int32_t *rows, long n, long L, long heads, long D) {                 \
         add(out, x, rows, n, L, heads, D);                                                                             \
     }                                                                                                                  \
-    void softmax_##NAME(T *scores, const int32_t *low, const int32_t *high, float scale, long n, long heads, long L,    \
+    void softmax_##NAME(T *scores, const int32_t *low, const int32_t *high, float scale, long n, long heads, long L,   \
                         long M) {                                                                                      \
         softmax(scores, low, high, scale, n, heads, L, M);                                                             \
     }                                                                                                                  \
-    void softmax_backward_##NAME(T *d, const T *shares, const int32_t *low, const int32_t *high, float scale, long n,   \
+    void softmax_backward_##NAME(T *d, const T *shares, const int32_t *low, const int32_t *high, float scale, long n,  \
                                  long heads, long L, long M) {                                                         \
         softmax_backward(d, shares, low, high, scale, n, heads, L, M);                                                 \
     }                                                                                                                  \

@@ -49,16 +49,17 @@ def rms_norm(x_TH: Tensor, norm: Norm) -> Tensor:
     return (x * _rate(x, norm)).mul_(norm.gain(x.dtype)).to(x_TH.dtype)
 
 
-def rms_norm_backward(d_TH: Tensor, x_TH: Tensor, norm: Norm) -> Tensor:
-    """dx = r·(d·g − x̂·mean(d·g·x̂)) with r = 1/rms and x̂ = r·x."""
+def rms_norm_backward(d_TH: Tensor, x_TH: Tensor, norm: Norm, more_TH: Tensor | None = None) -> Tensor:
+    """dx = r·(d·g − x̂·mean(d·g·x̂)) with r = 1/rms and x̂ = r·x; plus what else x is to get, rounded once."""
     if compiled.takes(x_TH):
-        return compiled.rms_norm_backward(d_TH, x_TH, norm.gain(torch.float32), norm.eps)
+        return compiled.rms_norm_backward(d_TH, x_TH, norm.gain(torch.float32), norm.eps, more_TH)
     x = finer(x_TH)
     rate = _rate(x, norm)
     unit = x.mul_(rate) if x is not x_TH else x * rate
     d = finer(d_TH) * norm.gain(x.dtype)
     along = (d * unit).mean(-1, keepdim=True)
-    return d.addcmul_(unit, along, value=-1).mul_(rate).to(x_TH.dtype)
+    dx = d.addcmul_(unit, along, value=-1).mul_(rate)
+    return (dx if more_TH is None else dx.add_(more_TH)).to(x_TH.dtype)
 
 
 def _rate(x: Tensor, norm: Norm) -> Tensor:

@@ -91,8 +91,11 @@ def test_layers_that_share_an_input_give_what_each_gives_alone(kind, adapted, bi
     x, norm = torch.randn(T, H, requires_grad=True), norm_of(kind)
     layers = [linear(H, width, bias) for width in (I, 8, 8)]
     branches = [branch_of(layer, rank=2 + n) if n in adapted else None for n, layer in enumerate(layers)]
-    plain = [plain_linear(plain_norm(x, norm), layer, b) for layer, b in zip(layers, branches, strict=True)]
-    same(normed_projections(x, norm, layers, branches), plain, [x, *factors(*branches)])
+    for summed in (True, False):  # whether x is also passed on to a sum
+        plain = [plain_linear(plain_norm(x, norm), layer, b) for layer, b in zip(layers, branches, strict=True)]
+        ys, passed = normed_projections(x, norm, layers, branches)
+        ours, plain = ([*ys, passed], [*plain, x * 1]) if summed else (ys, plain)
+        same(ours, plain, [x, *factors(*branches)])
 
 
 @pytest.mark.parametrize("kind", NORMS)
@@ -187,10 +190,10 @@ def llama_block(x, dtype=torch.float64, weights=torch.float64):
     angles = (turns.cos(), turns.sin())
 
     def kernels(x):
-        q, k, v = normed_projections(x, norms[0], qkv, [branches[layer] for layer in qkv])
+        (q, k, v), x = normed_projections(x, norms[0], qkv, [branches[layer] for layer in qkv])
         o = rotary_attention(q, k, v, heads, angles, spans_of((0, len(x))))
         x = projected_sum(x, o, out, branches[out], None)
-        g, u = normed_projections(x, norms[1], gates, [branches[layer] for layer in gates])
+        (g, u), x = normed_projections(x, norms[1], gates, [branches[layer] for layer in gates])
         return gated_sum(x, g, u, "silu", down, branches[down], None)
 
     def plain(x):
@@ -250,11 +253,12 @@ def test_a_layer_keeps_its_inputs_q_k_v_o_gate_up_and_the_products_with_A_and_no
 
 def test_below_the_lowest_adapter_nothing_is_kept_and_nothing_goes_backward():
     x, layer = torch.randn(T, H), linear(H, H)
-    (y,) = normed_projections(x, norm_of("llama"), [layer], [None])
-    assert not y.requires_grad
+    (y,), passed = normed_projections(x, norm_of("llama"), [layer], [None])
+    assert not y.requires_grad and not passed.requires_grad
     assert not projected_sum(x, y, layer, None, None).requires_grad
     branch = branch_of(layer)
-    (y,) = normed_projections(x, None, [layer], [branch])
+    (y,), passed = normed_projections(x, None, [layer], [branch])
+    assert not passed.requires_grad
     assert y.requires_grad and y.grad_fn.next_functions[0][0] is None  # x itself is asked for no gradient
 
 
@@ -267,7 +271,7 @@ def test_no_frozen_weight_is_kept_between_forward_and_backward():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.untyped_storage().data_ptr()) or t, lambda t: t
     ):
-        (y,) = normed_projections(x, norm, [layer], [branch_of(layer)])
+        (y,), _ = normed_projections(x, norm, [layer], [branch_of(layer)])
     assert kept and not weights & set(kept)
     with torch.no_grad():
         layer.weight.zero_()  # what is asked for in backward is what stands there then

@@ -58,7 +58,7 @@ def test_norms_and_gates_are_those_of_torch(library, size, dtype):
     x, d, u = (torch.randn(size).mul(3).to(dtype) for _ in range(3))
     norm = norm_of(size[1])
     for function, given in (
-        *((rms_norm, (x, norm)), (rms_norm_backward, (d, x, norm))),
+        *((rms_norm, (x, norm)), (rms_norm_backward, (d, x, norm)), (rms_norm_backward, (d, x, norm, u))),
         *((gated, (x, u, "silu")), (gated_backward, (d, x, u, "silu"))),
     ):
         agree(*both(function, *given), dtype, least=1.0)  # a row of one number is its own norm, with a slope near 0
@@ -88,6 +88,10 @@ def test_a_sigmoid_is_exact_to_rounding_from_end_to_end(library):
     found = compiled.gated(x, torch.ones_like(x))
     exact = (x.double() * torch.sigmoid(x.double())).float()
     torch.testing.assert_close(found, exact, rtol=2.5e-7, atol=1e-34)  # below e^-85 it is 0
+    rounded = x.bfloat16()
+    found = compiled.gated(rounded, torch.ones_like(rounded))
+    exact = rounded.double() * torch.sigmoid(rounded.double())
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8 * 1.01, atol=1e-34)  # half of the last of 8 bits
 
 
 @DTYPES
@@ -152,6 +156,8 @@ def test_what_torch_would_refuse_is_refused(library):
         lambda: rms_norm(x, norm),
         lambda: rms_norm_backward(x, y, norm),
         lambda: rms_norm_backward(y.bfloat16(), y, norm),
+        lambda: rms_norm_backward(y, y, norm, x),
+        lambda: rms_norm_backward(y, y, norm, y.bfloat16()),
         lambda: gated(x, y, "silu"),
         lambda: gated_backward(x, y, y, "silu"),
         lambda: rotate(torch.randn(4, 2, 6), torch.rand(3, 3), torch.rand(3, 3)),
@@ -185,7 +191,7 @@ torch.set_num_threads(int(sys.argv[2]))
 torch.manual_seed(0)
 x, d, u = (torch.randn(900, 200).bfloat16() for _ in range(3))
 rows, _ = torch.randint(500, (96,), dtype=torch.int32).sort()
-outs = [compiled.rms_norm_backward(d, x, torch.rand(200), 1e-5), *compiled.gated_backward(d, x, u)]
+outs = [compiled.rms_norm_backward(d, x, torch.rand(200), 1e-5, u), *compiled.gated_backward(d, x, u)]
 outs += _losses_and_slopes(x, torch.randint(200, (900,)), torch.rand(900))
 outs.append(sums := torch.zeros(500, 4, 32))
 compiled.add(sums, torch.randn(3 * 4, 32, 32).bfloat16(), rows, 3)
