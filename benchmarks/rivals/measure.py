@@ -116,7 +116,7 @@ def code_digest() -> str:
     """sha256 over deltaw's hot path, the runners, the workloads and the pinned versions."""
     parts = [ROOT / "deltaw" / part for part in HOT]
     files = [path for part in parts for path in ([part] if part.is_file() else sorted(part.rglob("*")))]
-    files = [path for path in files if path.suffix in (".py", ".cpp")]
+    files = [path for path in files if path.suffix in (".py", ".cpp", ".hpp")]
     files += [HERE / "job.py", HERE / "workloads.py", *sorted(HERE.glob("*_run.py")), *sorted(HERE.glob("*.txt"))]
     content = [*(path.read_bytes() for path in files), repr(WORKLOADS).encode()]
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]

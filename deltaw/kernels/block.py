@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from deltaw.kernels.attention import document_attention
 from deltaw.kernels.linear import Branch, Branches, factor_gradients, input_gradient, projections
 from deltaw.kernels.pointwise import Norm, gated, gated_backward, rms_norm, rms_norm_backward, rotate
-from deltaw.kernels.tiles import Span, Tiles, attend, attend_backward, tiles_of
+from deltaw.kernels.tiles import Span, attend, attend_backward
 
 Gradients = tuple[Tensor | None, ...]
 Scales = Sequence[float | None]
@@ -84,7 +84,7 @@ def rotary_attention(
 ) -> Tensor:
     """Attention outputs [T, heads·width] of projected q, k and v, which are normed (if at all) and rotated here."""
     if q_TX.device.type == "cpu":
-        out: Tensor = _RotaryAttention.apply(q_TX, k_TY, v_TY, heads, angles, tiles_of(spans, heads.window))
+        out: Tensor = _RotaryAttention.apply(q_TX, k_TY, v_TY, heads, angles, spans)
         return out
     q, k = _Prepare.apply(q_TX, heads.q_norm, heads, angles), _Prepare.apply(k_TY, heads.k_norm, heads, angles)
     v = v_TY.unflatten(1, (-1, heads.width))
@@ -218,24 +218,26 @@ class _RotaryAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_TX: Tensor, k_TY: Tensor, v_TY: Tensor,
-        heads: Heads, angles: tuple[Tensor, Tensor], tiles: Tiles,
+        heads: Heads, angles: tuple[Tensor, Tensor], spans: tuple[Span, ...],
     ) -> Tensor:  # fmt: skip
         q_THD, k_TKD = _prepared(q_TX, heads.q_norm, heads, angles), _prepared(k_TY, heads.k_norm, heads, angles)
         # What a norm needs in backward, or, where there is none, what attention needs.
         kept = (q_THD if heads.q_norm is None else q_TX, k_TKD if heads.k_norm is None else k_TY)
         ctx.save_for_backward(*kept, v_TY, *angles)
-        ctx.rest = (heads, tiles)
-        return attend(q_THD, k_TKD, v_TY.unflatten(1, (-1, heads.width)), tiles, heads.scale, heads.softcap).flatten(1)
+        ctx.rest = (heads, spans)
+        v_TKD = v_TY.unflatten(1, (-1, heads.width))
+        return attend(q_THD, k_TKD, v_TKD, spans, heads.scale, heads.window, heads.softcap).flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Gradients:
         q, k, v_TY, *angles = ctx.saved_tensors
-        heads, tiles = ctx.rest
+        heads, spans = ctx.rest
         q_THD = q if heads.q_norm is None else _prepared(q, heads.q_norm, heads, angles)
         k_TKD = k if heads.k_norm is None else _prepared(k, heads.k_norm, heads, angles)
         d_THD, v_TKD = (x.unflatten(1, (-1, heads.width)) for x in (upstream[0], v_TY))
-        dq, dk, dv = attend_backward(d_THD, q_THD, k_TKD, v_TKD, tiles, heads.scale, heads.softcap)
+        given = (spans, heads.scale, heads.window, heads.softcap)
+        dq, dk, dv = attend_backward(d_THD, q_THD, k_TKD, v_TKD, *given)
         dq_TX = _prepared_backward(dq, q, heads.q_norm, angles)
         return dq_TX, _prepared_backward(dk, k, heads.k_norm, angles), dv.flatten(1), None, None, None
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deltaw.kernels.library import Library, NoLibraryError, open_library
 
+WIDTHS = 32  # of which a head's is a multiple where attention.cpp takes it
 VECTOR = 16  # numbers of the widest vector in passes.cpp: rows of scores are multiples of it
 
 
@@ -163,6 +164,44 @@ def softmax_backward_(d: Tensor, shares: Tensor, low_nL: Tensor, high_nL: Tensor
     heads = d.shape[0] * d.shape[1] // (count * length)
     _call("softmax_backward", d.dtype, d, shares, low_nL, high_nL, scale, count, heads, length, d.shape[2])
     return d
+
+
+def attends(q_THD: Tensor) -> bool:
+    """Whether there is attention as a whole for such heads."""
+    there = takes(q_THD) and _state.library is not None and "attend" in _state.library.functions[q_THD.dtype]
+    return there and q_THD.shape[2] % WIDTHS == 0
+
+
+def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts_n5: Tensor, scale: float, window: int | None) -> Tensor:
+    """`tiles.attend` of the parts that `tiles.parts_of` names."""
+    q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
+    shape = _shape(q_THD, k_TKD, v_TKD, parts_n5)
+    out_THD = torch.zeros_like(q_THD)
+    _call("attend", q_THD.dtype, out_THD, q_THD, k_TKD, v_TKD, parts_n5, scale, *shape, window or 0)
+    return out_THD
+
+
+def attend_backward(
+    d_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts_n5: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tiles.attend_backward` of the parts that `tiles.parts_of` names."""
+    d_THD, q_THD, k_TKD, v_TKD = (x.contiguous() for x in (d_THD, q_THD, k_TKD, v_TKD))
+    shape = _shape(q_THD, k_TKD, v_TKD, parts_n5)
+    assert (d_THD.shape, d_THD.dtype) == (q_THD.shape, q_THD.dtype)
+    dq_THD = torch.zeros_like(q_THD)
+    dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=torch.float32) for x in (k_TKD, v_TKD))
+    given = (d_THD, q_THD, k_TKD, v_TKD, parts_n5)
+    _call("attend_backward", q_THD.dtype, dq_THD, dk_TKD, dv_TKD, *given, scale, *shape, window or 0)
+    return dq_THD, dk_TKD.to(k_TKD.dtype), dv_TKD.to(v_TKD.dtype)
+
+
+def _shape(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts_n5: Tensor) -> tuple[int, int, int, int]:
+    """How many parts, query heads and key heads, and their width."""
+    (T, H, D), K = q_THD.shape, k_TKD.shape[1]
+    assert k_TKD.shape == v_TKD.shape == (T, K, D) and q_THD.dtype == k_TKD.dtype == v_TKD.dtype and H % K == 0
+    assert parts_n5.dtype == torch.int32 and parts_n5.is_contiguous() and parts_n5.shape[1] == 5
+    assert not len(parts_n5) or 0 <= int(parts_n5.min()) <= int(parts_n5.max()) <= T
+    return len(parts_n5), H, K, D
 
 
 def losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:

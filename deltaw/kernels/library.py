@@ -1,4 +1,5 @@
-"""The library of compiled passes: passes.cpp, made once for this very processor by g++, kept in a cache, and opened.
+"""The library of compiled passes: passes.cpp and attention.cpp, made once for this very processor by g++, kept in a
+cache, and opened.
 
 It is compiled for OpenMP and linked with none: it finds torch's in the process and shares its threads, where a second
 set of threads would wait for the first.
@@ -27,13 +28,14 @@ from deltaw import hardware
 from deltaw.disk import make_once, new_file, sha256_file, write_text
 from deltaw.errors import DiskError
 
-SOURCE = Path(__file__).with_name("passes.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("passes.cpp", "attention.cpp"))
+HEADER = Path(__file__).with_name("vectors.hpp")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-w")
 X86_FLAGS = ("-mprefer-vector-width=512",)
 COMPILE_SECONDS = 120
 COMPILING_BYTES = 400_000_000  # g++ takes 140 MB
 KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-# The arguments of each function of passes.cpp: pointers, floats and longs.
+# The arguments of each function: pointers, floats and longs.
 ARGUMENTS = {
     "rms_norm": "pppfll",
     "rms_norm_backward": "pppppfll",
@@ -47,6 +49,8 @@ ARGUMENTS = {
     "softmax_backward": "ppppfllll",
     "losses_and_slopes": "pppppll",
 }
+# Of attention.cpp, for bf16 alone, and only where the processor multiplies it.
+ATTENTION = {"attend": "pppppflllll", "attend_backward": "ppppppppflllll"}
 _C_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_long}
 
 
@@ -111,15 +115,17 @@ def _opened(command: Sequence[str], folder: Path) -> Library:
 
 def _digest(command: Sequence[str]) -> str:
     """Of the source, the command, the compiler and the processor: machines may share a cache."""
-    parts = [SOURCE.read_text("utf-8"), *command, _run([command[0], "--version"]), *hardware.processor()]
+    sources = [path.read_text("utf-8") for path in (HEADER, *SOURCES)]
+    parts = [*sources, *command, _run([command[0], "--version"]), *hardware.processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, new_file(path) as library:
-        part = Path(folder, "passes.o")
-        _run([*command, "-c", str(SOURCE), "-o", str(part)])
-        _run([command[0], "-shared", str(part), "-o", str(library)])
+        parts = [str(Path(folder, source.stem + ".o")) for source in SOURCES]
+        for source, part in zip(SOURCES, parts, strict=True):
+            _run([*command, "-c", str(source), "-o", part])
+        _run([command[0], "-shared", *parts, "-o", str(library)])
     write_text(path.with_suffix(".sha256"), sha256_file(path))
 
 
@@ -152,7 +158,8 @@ def _require_ours(path: Path) -> None:
 
 def _bound(library: ctypes.CDLL, kind: str) -> dict[str, Any]:
     functions = {}
-    for name, letters in ARGUMENTS.items():
+    there = {name: letters for name, letters in ATTENTION.items() if hasattr(library, f"{name}_{kind}")}
+    for name, letters in (ARGUMENTS | there).items():
         function = getattr(library, f"{name}_{kind}")
         function.argtypes, function.restype = [_C_TYPES[letter] for letter in letters], None
         functions[name] = function

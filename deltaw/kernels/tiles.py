@@ -101,6 +101,7 @@ class Tile:
 
 
 Tiles = tuple[Tile, ...]
+PARTS, PART_TOKENS, PART_STEP = 4, 256, 32  # of a document: so many at most, so long at least, of whole steps
 
 
 @lru_cache(maxsize=4)
@@ -115,6 +116,24 @@ def tiles_of(spans: tuple[Span, ...], window: int | None) -> Tiles:
             size = next(size for size in SIDE_BY_SIDE if span.stop - span.start <= size)
             side_by_side.setdefault((size, span.before_start, span.before_stop), []).append(span)
     return (*(_whole(documents, window) for documents in side_by_side.values()), *tiles)
+
+
+@lru_cache(maxsize=4)
+def parts_of(spans: tuple[Span, ...], window: int | None) -> Tensor:
+    """What the compiled attention takes by themselves, [n, 5]: some queries of a document, from one row to below
+    another; the first row of its own whose key they see; and the rows before, which it continues.
+    """
+    parts = []
+    for span in spans:
+        length = span.stop - span.start
+        size = -(-length // min(PARTS, -(-length // PART_TOKENS) or 1))
+        for first in range(span.start, span.stop, max(1, size + -size % PART_STEP)):
+            last, own, before = min(span.stop, first + size + -size % PART_STEP), span.start, span.before_start
+            if window is not None:  # what no query sees any more is left out
+                own = max(own, first - window + 1)
+                before = max(before, span.before_stop - max(0, window - 1 - (first - span.start)))
+            parts.append((first, last, own, before, max(before, span.before_stop)))
+    return torch.tensor(parts, dtype=torch.int32).reshape(-1, 5)
 
 
 def products(spans: tuple[Span, ...], windows: Iterable[int | None] = (None,)) -> int:
@@ -170,30 +189,37 @@ def tiled_attention(
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """`document_attention` by tiles."""
-    out: Tensor = _TiledAttention.apply(q_THD, k_TKD, v_TKD, tiles_of(spans, window), scale, softcap)
+    out: Tensor = _TiledAttention.apply(q_THD, k_TKD, v_TKD, spans, scale, window, softcap)
     return out
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tiles: Tiles, scale: float, softcap: float | None
+        ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, spans: tuple[Span, ...], scale: float,
+        window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q_THD, k_TKD, v_TKD)
-        ctx.rest = (tiles, scale, softcap)
-        return attend(q_THD, k_TKD, v_TKD, tiles, scale, softcap)
+        ctx.rest = (spans, scale, window, softcap)
+        return attend(q_THD, k_TKD, v_TKD, *ctx.rest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *attend_backward(upstream[0], *ctx.saved_tensors, *ctx.rest), None, None, None
+        return *attend_backward(upstream[0], *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
-def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, tiles: Tiles, scale: float, softcap: float | None) -> Tensor:
-    """Attention outputs [T, H, D], tile by tile; rows of no document are zero."""
+def attend(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, spans: tuple[Span, ...], scale: float, window: int | None,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention outputs [T, H, D]; rows of no document are zero."""
+    assert all(max(span) <= len(q_THD) for span in spans)
+    if softcap is None and compiled.attends(q_THD):
+        return compiled.attend(q_THD, k_TKD, v_TKD, parts_of(spans, window), scale, window)
     q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
     out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
-    for tile in tiles:
+    for tile in tiles_of(spans, window):
         q, k, v = _taken(q_THD, k_TKD, v_TKD, tile)
         shares, _ = _shares(q, k, tile, scale, softcap)
         _put(out_THD, torch.bmm(shares, v), tile.queries, tile.count, k_TKD.shape[1])
@@ -205,18 +231,21 @@ def attend_backward(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
-    tiles: Tiles,
+    spans: tuple[Span, ...],
     scale: float,
+    window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attend`."""
+    if softcap is None and compiled.attends(q_THD):
+        return compiled.attend_backward(d_THD, q_THD, k_TKD, v_TKD, parts_of(spans, window), scale, window)
     d_THD, q_THD, k_TKD, v_TKD = (x.contiguous() for x in (d_THD, q_THD, k_TKD, v_TKD))
     dq_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
     # A key gathers what all tiles say of it: summed in fp32.
     finer = torch.promote_types(k_TKD.dtype, torch.float32)
     dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=finer) for x in (k_TKD, v_TKD))
     heads = k_TKD.shape[1]
-    for tile in tiles:
+    for tile in tiles_of(spans, window):
         q, k, v = _taken(q_THD, k_TKD, v_TKD, tile)
         d = _take(d_THD, tile.queries, tile.count, heads)
         shares, slope = _shares(q, k, tile, scale, softcap)

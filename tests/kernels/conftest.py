@@ -10,7 +10,7 @@ from deltaw.kernels import compiled
 
 @pytest.fixture(params=FLAGS)
 def library(request, monkeypatch):
-    """passes.cpp, compiled in each way and in use."""
+    """The compiled passes, compiled in each way and in use."""
     monkeypatch.setattr(compiled, "_state", compiled._State(library_for(request.param)))
 
 

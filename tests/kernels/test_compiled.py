@@ -15,10 +15,10 @@ from passes import library_for
 from torch import nn
 
 from deltaw.base.builtin import cache_folder
-from deltaw.kernels import Norm, compiled, continued_spans, spans_of
+from deltaw.kernels import Norm, Span, compiled, continued_spans, spans_of
 from deltaw.kernels.loss import _losses_and_slopes
 from deltaw.kernels.pointwise import gated, gated_backward, rms_norm, rms_norm_backward, rotate
-from deltaw.kernels.tiles import attend, attend_backward, tiles_of
+from deltaw.kernels.tiles import attend, attend_backward, parts_of, tiles_of
 
 # Of the largest number: what two orders of an fp32 sum may differ by; and in bf16, one unit of the last of 8 bits.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
@@ -109,14 +109,15 @@ def test_what_is_not_a_number_stays_none(library, dtype):
         assert out.isnan().sum() == 1
     losses, slopes = _losses_and_slopes(x, torch.zeros(4, dtype=torch.long), torch.ones(4))
     assert losses.isnan().tolist() == [False, False, True, False] and slopes[2].isnan().all()
-    q, k, v, d = (torch.randn(9, 1, 8).to(dtype) for _ in range(4))
-    tiles = tiles_of(spans_of([0, 4, 9]), None)
-    for number, bad in enumerate((q, k, v, d)):
-        bad = bad.clone()
-        bad[1, 0, 2] = math.nan
-        q_, k_, v_, d_ = (bad if n == number else x for n, x in enumerate((q, k, v, d)))
-        outs = [attend(q_, k_, v_, tiles, 0.3, None), *attend_backward(d_, q_, k_, v_, tiles, 0.3, None)]
-        assert any(out[:4].isnan().any() for out in outs) and not any(out[4:].isnan().any() for out in outs)
+    for width in (8, 32):
+        q, k, v, d = (torch.randn(9, 1, width).to(dtype) for _ in range(4))
+        given = (spans_of([0, 4, 9]), 0.3, None, None)
+        for number, bad in enumerate((q, k, v, d)):
+            bad = bad.clone()
+            bad[1, 0, 2] = math.nan
+            q_, k_, v_, d_ = (bad if n == number else x for n, x in enumerate((q, k, v, d)))
+            outs = [attend(q_, k_, v_, *given), *attend_backward(d_, q_, k_, v_, *given)]
+            assert any(out[:4].isnan().any() for out in outs) and not any(out[4:].isnan().any() for out in outs)
 
 
 @DTYPES
@@ -129,10 +130,61 @@ def test_attention_over_tiles_of_every_kind_is_that_of_torch(library, continued,
     before = [(0, 0) if start <= shared[0] else shared for start in bounds[:-1]] if continued else []
     q, d = (torch.randn(bounds[-1], 6, 16).to(dtype) for _ in range(2))
     k, v = (torch.randn(bounds[-1], 2, 16).to(dtype) for _ in range(2))
-    tiles = tiles_of(continued_spans(bounds, before), window)
-    assert {tile.count > 1 for tile in tiles} == {True, False}
-    agree(*both(attend, q, k, v, tiles, 0.25, None), dtype)
-    agree(*both(attend_backward, d, q, k, v, tiles, 0.25, None), dtype)
+    spans = continued_spans(bounds, before)
+    assert {tile.count > 1 for tile in tiles_of(spans, window)} == {True, False}
+    agree(*both(attend, q, k, v, spans, 0.25, window, None), dtype)
+    agree(*both(attend_backward, d, q, k, v, spans, 0.25, window, None), dtype)
+
+
+@pytest.mark.parametrize("window", [None, 50, 300])
+@pytest.mark.parametrize("continued", [False, True], ids=["", "continued"])
+@pytest.mark.parametrize(("width", "heads", "key_heads"), [(32, 6, 2), (64, 3, 3), (96, 5, 1), (128, 8, 4)], ids=str)
+def test_attention_as_a_whole_is_nearer_to_the_exact_one_than_in_tiles(
+    library, width, heads, key_heads, continued, window
+):
+    """Of documents whole and in parts, of one row and of many keys, with rows of none behind them."""
+    spans = continued_spans(*rows_of((1, 33, 6, 260, 64, 1, 700, 1100), 3 if continued else None))
+    if not compiled.attends(torch.empty(1, heads, width, dtype=torch.bfloat16)):
+        pytest.skip("this processor does not multiply bf16, or the library was told so")
+    q, d = (torch.randn(spans[-1].stop + 3, heads, width).bfloat16() for _ in range(2))
+    k, v = (torch.randn(spans[-1].stop + 3, key_heads, width).bfloat16() for _ in range(2))
+    rest = (spans, width**-0.5, window, None)
+
+    def all_of(q, k, v, d):
+        return [attend(q, k, v, *rest), *attend_backward(d, q, k, v, *rest)]
+
+    found = all_of(q, k, v, d)
+    with compiled.left_out():
+        tiled, exact = all_of(q, k, v, d), all_of(*(x.double() for x in (q, k, v, d)))
+    for one, other, true in zip(found, tiled, exact, strict=True):
+        assert one.dtype == torch.bfloat16 and one.shape == true.shape and not one[-3:].any()
+        off, tiles_off = (float((x.double() - true).norm() / true.norm()) for x in (one, other))
+        assert off < tiles_off and off < 2.5e-3  # rounding what comes out is 1.7e-3
+
+
+def rows_of(lengths, shared=None):
+    """Bounds, and the rows of the document `shared` for all behind it."""
+    bounds = list(accumulate(lengths, initial=0))
+    if shared is None:
+        return bounds, []
+    return bounds, [(0, 0) if n <= shared else tuple(bounds[shared : shared + 2]) for n in range(len(lengths))]
+
+
+def test_parts_are_all_queries_once_and_the_keys_that_they_see():
+    for window in (None, 1, 50, 300, 5000):
+        spans = continued_spans(*rows_of((1, 33, 0, 260, 64, 700, 5000), 3))
+        queries, seen = [], {}
+        for first, last, own, before, before_end in parts_of(spans, window).tolist():
+            queries += range(first, last)
+            keys = [*range(before, before_end), *range(own, last)]
+            for query in range(first, last):
+                reach = keys[: len(keys) - (last - query) + 1]
+                seen[query] = reach if window is None else reach[-window:]
+        assert queries == list(range(spans[-1].stop))
+        for start, stop, before, before_end in spans:
+            for query in range(start, stop):
+                reach = [*range(before, before_end), *range(start, query + 1)]
+                assert seen[query] == (reach if window is None else reach[-window:])
 
 
 @DTYPES
@@ -151,7 +203,7 @@ def test_losses_and_their_slopes_are_those_of_torch(library, dtype):
 def test_what_torch_would_refuse_is_refused(library):
     """Nothing is read or written behind a tensor's end."""
     x, y, norm = torch.randn(4, 6), torch.randn(4, 8), norm_of(8)
-    n = torch.zeros(1, 4, dtype=torch.int32)
+    n, q = torch.zeros(1, 4, dtype=torch.int32), torch.randn(4, 2, 32).bfloat16()
     for wrong in (
         lambda: rms_norm(x, norm),
         lambda: rms_norm_backward(x, y, norm),
@@ -162,6 +214,10 @@ def test_what_torch_would_refuse_is_refused(library):
         lambda: gated_backward(x, y, y, "silu"),
         lambda: rotate(torch.randn(4, 2, 6), torch.rand(3, 3), torch.rand(3, 3)),
         lambda: rotate(torch.randn(4, 2, 6), torch.rand(4, 4), torch.rand(4, 4)),
+        lambda: attend(q, q[:3], q, (Span(0, 4),), 1.0, None, None),
+        lambda: attend(q, q, q.float(), (Span(0, 4),), 1.0, None, None),
+        lambda: attend(q, q, q, (Span(0, 5),), 1.0, None, None),
+        lambda: attend_backward(q[:3], q, q, q, (Span(0, 4),), 1.0, None, None),
         lambda: compiled.softmax_(torch.randn(1, 4, 17), n, n + 1, 1.0),
         lambda: compiled.softmax_backward_(torch.randn(1, 4, 16), torch.randn(1, 4, 16).bfloat16(), n, n + 1, 1.0),
         lambda: _losses_and_slopes(x, torch.tensor([0, 1, 2, 6]), torch.ones(4)),
@@ -184,8 +240,9 @@ def test_the_default_dtype_of_a_process_is_not_that_of_losses(library):
 PROGRAM = """
 import hashlib, sys, torch
 from pathlib import Path
-from deltaw.kernels import compiled
+from deltaw.kernels import compiled, continued_spans
 from deltaw.kernels.loss import _losses_and_slopes
+from deltaw.kernels.tiles import attend, attend_backward
 assert compiled.prepare(Path(sys.argv[1])) is None
 torch.set_num_threads(int(sys.argv[2]))
 torch.manual_seed(0)
@@ -197,6 +254,9 @@ outs.append(sums := torch.zeros(500, 4, 32))
 compiled.add(sums, torch.randn(3 * 4, 32, 32).bfloat16(), rows, 3)
 seen = (torch.full((1, 90), n, dtype=torch.int32) for n in (3, 80))
 outs.append(compiled.softmax_(torch.randn(4, 2 * 90, 96), *seen, 0.3))
+q, k, v, d = (torch.randn(900, heads, 64).bfloat16() for heads in (6, 2, 2, 6))
+spans = continued_spans([0, 300, 310, 500, 900], [(0, 0), (0, 300), (0, 300), (0, 0)])
+outs += [attend(q, k, v, spans, 0.1, None, None), *attend_backward(d, q, k, v, spans, 0.1, None, None)]
 print(hashlib.sha256(b"".join(out.float().numpy().tobytes() for out in outs)).hexdigest())
 """
 

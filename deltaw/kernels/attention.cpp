@@ -1,0 +1,536 @@
+// Causal attention of the documents of a flat row, forward and backward, in bf16 where AVX-512 or AMX multiplies it.
+//
+// A part is some queries of one document with all keys that they see; a task is a part and one key head, whose keys
+// are packed once for all its query heads. A block of queries, of several heads below each other, passes over its keys
+// at once, so that scores and shares live in the cache of a core and nothing of queries × keys is ever written to
+// memory. Sums are fp32; shares and the slopes of scores are rounded to bf16 for their products. What a key gathers
+// from several parts is added in the order of the parts, so that the number of threads changes no bit.
+//
+// Pairs: two bf16 in 32 bits, as the instructions want them. "Along D" they are two numbers of one row, and "along
+// rows" one number each of two rows. T rows of the flat row; H query and K key heads; D numbers of a head, a multiple
+// of 32; M keys of a part, and `pitch` places for each row of scores.
+
+#include "vectors.hpp"
+
+#ifdef __AVX512BF16__
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr long STEP = 32;         // rows, columns and terms of a product are multiples of it
+constexpr long SCORES = 1 << 17;  // of a block at most, if it has more than STEP queries: half of a core's cache
+constexpr long HEADS = 4;         // of a block at most
+constexpr long GAP = 16;          // places between rows, so that equal columns do not share a place in the cache
+
+using pair = uint32_t;
+
+inline long up(long count) { return (count + STEP - 1) / STEP * STEP; }
+
+// Queries [first, last) of a document and their keys: rows [before, before_end), which it continues, and [own, last).
+struct Part {
+    int32_t first, last, own, before, before_end;
+
+    long common() const { return before_end - before; }
+    long keys() const { return common() + last - own; }
+    long row(long key) const { return key < common() ? before + key : own + key - common(); }
+};
+
+struct Shape {
+    long H, K, D, window;  // window 0: none
+    float scale;
+
+    long group() const { return H / K; }
+};
+
+// The keys that a query sees: [low, high).
+struct Sight {
+    long low, high;
+    Sight(const Part &part, const Shape &shape, long query) : low(0), high(part.common() + query - part.own + 1) {
+        if (shape.window && high > shape.window) low = high - shape.window;
+    }
+};
+
+// -- products: C [M, N] = or += A [M, K] · B of pairs along its rows [K / 2, N]; all multiples of 32
+
+#ifdef __AMX_BF16__
+bool has_tiles() {  // Linux lends the tiles to who asks for them
+    static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return granted;
+}
+
+struct Tiles {  // of one thread: eight, of 16 rows of 64 bytes
+    Tiles() {
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, unused[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shapes;
+        if (has_tiles()) _tile_loadconfig(&shapes);
+    }
+    ~Tiles() {
+        if (has_tiles()) _tile_release();
+    }
+};
+
+template <bool ADD>
+void product_by_tiles(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long M, long N, long K) {
+    for (long n = 0; n < N; n += 32)
+        for (long m = 0; m < M; m += 32) {
+            float *c = C + m * ldc + n;
+            if (ADD) {
+                _tile_loadd(0, c, ldc * 4);
+                _tile_loadd(1, c + 16, ldc * 4);
+                _tile_loadd(2, c + 16 * ldc, ldc * 4);
+                _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (long k = 0; k < K; k += 32) {
+                const bf16 *a = A + m * lda + k;
+                const pair *b = B + k / 2 * ldb + n;
+                _tile_loadd(4, a, lda * 2);
+                _tile_loadd(6, b, ldb * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, b + 16, ldb * 4);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, a + 16 * lda, lda * 2);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, c, ldc * 4);
+            _tile_stored(1, c + 16, ldc * 4);
+            _tile_stored(2, c + 16 * ldc, ldc * 4);
+            _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+        }
+}
+#else
+struct Tiles {};
+#endif
+
+template <bool ADD>
+void product(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long M, long N, long K) {
+#ifdef __AMX_BF16__
+    if (has_tiles()) return product_by_tiles<ADD>(C, ldc, A, lda, B, ldb, M, N, K);
+#endif
+    constexpr int ROWS = 8;
+    for (long n = 0; n < N; n += 32)
+        for (long m = 0; m < M; m += ROWS) {
+            __m512 sums[ROWS][2];
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; row++)
+                for (int half = 0; half < 2; half++)
+                    sums[row][half] = ADD ? _mm512_loadu_ps(C + (m + row) * ldc + n + 16 * half) : _mm512_setzero_ps();
+            for (long k = 0; k < K; k += 2) {
+                __m512bh first = (__m512bh)_mm512_loadu_si512(B + k / 2 * ldb + n);
+                __m512bh second = (__m512bh)_mm512_loadu_si512(B + k / 2 * ldb + n + 16);
+#pragma GCC unroll 8
+                for (int row = 0; row < ROWS; row++) {
+                    int32_t both;
+                    std::memcpy(&both, A + (m + row) * lda + k, sizeof both);
+                    __m512bh a = (__m512bh)_mm512_set1_epi32(both);
+                    sums[row][0] = _mm512_dpbf16_ps(sums[row][0], a, first);
+                    sums[row][1] = _mm512_dpbf16_ps(sums[row][1], a, second);
+                }
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; row++)
+                for (int half = 0; half < 2; half++)
+                    _mm512_storeu_ps(C + (m + row) * ldc + n + 16 * half, sums[row][half]);
+        }
+}
+
+// -- orders in memory
+
+// to [16, 16] = from [16, 16] turned, of 32 bits each.
+inline void turn16(uint32_t *to, long to_pitch, const uint32_t *from, long from_pitch) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_pitch);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {  // 128 bits of four rows each are in place; now they change places themselves
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512(to + i * to_pitch, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 4) * to_pitch, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * to_pitch, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512(to + (i + 12) * to_pitch, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+// to [columns, rows] = from [rows, columns] turned, of 32 bits each.
+inline void turned(uint32_t *to, long to_pitch, const uint32_t *from, long from_pitch, long rows, long columns) {
+    for (long row = 0; row < rows; row += 16)
+        for (long column = 0; column < columns; column += 16)
+            turn16(to + column * to_pitch + row, to_pitch, from + row * from_pitch + column, from_pitch);
+}
+
+inline __m512i paired(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// Pairs along rows [rows / 2, D] of x [rows, D].
+inline void pairs_along_rows(pair *to, const bf16 *x, long rows, long D) {
+    for (long row = 0; row < rows; row += 2)
+        for (long i = 0; i < D; i += 16) {
+            const bf16 *from = x + row * D + i;
+            __m256i low = _mm256_loadu_si256((const __m256i *)from);
+            __m256i high = _mm256_loadu_si256((const __m256i *)(from + D));
+            _mm512_storeu_si512(to + row / 2 * D + i, paired(low, high));
+        }
+}
+
+// Pairs along D [D / 2, rows] of x [rows, D].
+inline void pairs_along_D(pair *to, const bf16 *x, long rows, long D) {
+    turned(to, rows, (const uint32_t *)x, D / 2, rows, D / 2);
+}
+
+// x [rows, D] turned: [D, rows], by way of `pairs` [rows / 2, D].
+inline void turned_bf16(bf16 *to, pair *pairs, const bf16 *x, long rows, long D) {
+    pairs_along_rows(pairs, x, rows, D);
+    turned((uint32_t *)to, rows / 2, pairs, D, rows / 2, D);
+}
+
+// One head of the keys of a part, [M, D], and zeros up to `padded` rows.
+inline void gather_keys(bf16 *to, const bf16 *x, const Part &part, const Shape &shape, long head, long padded) {
+    long D = shape.D, keys = part.keys();
+    for (long key = 0; key < keys; key++)
+        std::memcpy(to + key * D, x + (part.row(key) * shape.K + head) * D, D * sizeof(bf16));
+    std::memset((void *)(to + keys * D), 0, (padded - keys) * D * sizeof(bf16));
+}
+
+// -- memory of a thread
+
+struct Freed {
+    void operator()(void *memory) const { std::free(memory); }
+};
+
+// Numbers on whole cache lines, not set to anything.
+template <class T>
+class Numbers {
+  public:
+    explicit Numbers(long count) : memory((T *)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {
+        if (!memory) throw std::bad_alloc();
+    }
+    operator T *() const { return memory.get(); }
+
+  private:
+    std::unique_ptr<T, Freed> memory;
+};
+
+// -- one block of queries
+
+// How many queries of how many heads make a block: many, for the products; few, for the cache.
+struct Size {
+    long queries, heads;
+    Size(long M, const Shape &shape) {
+        long steps = SCORES / (STEP * M);
+        heads = std::max(1l, std::min({steps, HEADS, shape.group()}));
+        queries = steps >= 2 * heads && heads < 3 ? 2 * STEP : STEP;
+    }
+    long rows() const { return queries * heads; }
+};
+
+// `count` queries from `first` on, of some heads, `step` rows for each head; and the keys [begin, end) that some of
+// them see, in multiples of 32.
+struct Block {
+    long first, count, step, head, heads, rows, begin, end;
+    Block(const Part &part, const Shape &shape, const Size &size, long query, long first_head, long last_head)
+        : first(query), count(std::min(size.queries, part.last - query)), step(up(count)), head(first_head),
+          heads(std::min(size.heads, last_head - first_head)), rows(heads * step),
+          begin(Sight(part, shape, query).low / STEP * STEP), end(up(Sight(part, shape, query + count - 1).high)) {}
+
+    bool has(long row) const { return row % step < count; }
+    long query(long row) const { return first + row % step; }
+    long head_of(long row) const { return head + row / step; }
+};
+
+// Calls body(block) for all blocks of a part and one key head.
+template <class Body>
+inline void each_block(const Part &part, const Shape &shape, long key_head, Body body) {
+    const Size size(up(part.keys()), shape);
+    long last_head = (key_head + 1) * shape.group();
+    for (long head = key_head * shape.group(); head < last_head; head += size.heads)
+        for (long query = part.first; query < part.last; query += size.queries)
+            body(Block(part, shape, size, query, head, last_head));
+}
+
+// The rows of a block, [rows, D], and zeros for those that have no query.
+inline void gather_queries(bf16 *to, const bf16 *x, const Block &block, const Shape &shape) {
+    for (long row = 0; row < block.rows; row++, to += shape.D)
+        if (block.has(row))
+            std::memcpy(to, x + (block.query(row) * shape.H + block.head_of(row)) * shape.D, shape.D * sizeof(bf16));
+        else
+            std::memset((void *)to, 0, shape.D * sizeof(bf16));
+}
+
+inline void scatter_query(bf16 *out, const float *rows, float factor, const Block &block, long row, const Shape &shape) {
+    bf16 *to = out + (block.query(row) * shape.H + block.head_of(row)) * shape.D;
+    for (long i = 0; i < shape.D; i += LANES) store(to + i, load(rows + row * shape.D + i) * factor);
+}
+
+inline floats hidden(floats x, long i, const Sight &sight) {  // what is not seen of the vector from i on is -inf
+    if (i >= sight.low && i + LANES <= sight.high) return x;
+    ints key = counted_from(int(i));
+    return (key >= int(sight.low)) & (key < int(sight.high)) ? x : -INFINITY + floats{};
+}
+
+// Scores of one query times `scale`, and their largest.
+inline float scaled_scores(float *scores, const Sight &sight, float scale) {
+    floats most = -INFINITY + floats{};
+    for (long i = sight.low & -LANES; i < sight.high; i += LANES) {
+        floats value = hidden(load(scores + i) * scale, i, sight);
+        store(scores + i, value);
+        most = larger(value, most);
+    }
+    return most_of(most);
+}
+
+template <class T>
+inline void clear(T *row, long from, long to) {
+    if (to > from) std::memset((void *)(row + from), 0, (to - from) * sizeof(T));
+}
+
+// -- forward
+
+struct Forward {  // for up to M keys and so many rows of queries
+    long pitch;
+    Numbers<bf16> rows, queries, shares;
+    Numbers<pair> keys, values;
+    Numbers<float> scores, outs, sums;
+
+    Forward(long M, long D, long N)
+        : pitch(M + GAP), rows(M * D), queries(N * D), shares(N * pitch), keys(M * D / 2), values(M * D / 2),
+          scores(N * pitch), outs(N * D), sums(N) {}
+};
+
+// e to the scores less their largest, in bf16, and their sums: what divides the outputs of a query.
+void softmax_of(Forward &f, const Part &part, const Shape &shape, const Block &block) {
+    for (long row = 0; row < block.rows; row++) {
+        bf16 *share = f.shares + row * f.pitch;
+        if (!block.has(row)) {
+            clear(share, block.begin, block.end);
+            continue;
+        }
+        const Sight sight(part, shape, block.query(row));
+        float *score = f.scores + row * f.pitch, largest = scaled_scores(score, sight, shape.scale);
+        floats sum{};
+        long i = sight.low & -LANES;
+        clear(share, block.begin, i);
+        for (; i < sight.high; i += LANES) {
+            floats value = exp_of<bf16>(load(score + i) - largest);
+            store(share + i, value);
+            sum += value;
+        }
+        clear(share, i, block.end);
+        f.sums[row] = sum_of(sum);
+    }
+}
+
+void attend_part(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part &part, const Shape &shape,
+                 long key_head, Forward &f) {
+    long D = shape.D, M = up(part.keys());
+    gather_keys(f.rows, k, part, shape, key_head, M);
+    pairs_along_D(f.keys, f.rows, M, D);
+    gather_keys(f.rows, v, part, shape, key_head, M);
+    pairs_along_rows(f.values, f.rows, M, D);
+    each_block(part, shape, key_head, [&](const Block &block) {
+        long begin = block.begin, seen = block.end - begin, rows = block.rows;
+        gather_queries(f.queries, q, block, shape);
+        product<false>(f.scores + begin, f.pitch, f.queries, D, f.keys + begin, M, rows, seen, D);
+        softmax_of(f, part, shape, block);
+        product<false>(f.outs, D, f.shares + begin, f.pitch, f.values + begin / 2 * D, D, rows, D, seen);
+        for (long row = 0; row < rows; row++)
+            if (block.has(row)) scatter_query(out, f.outs, 1.0f / f.sums[row], block, row, shape);
+    });
+}
+
+// -- backward
+
+struct Backward {  // for up to M keys and N rows of queries
+    long pitch;
+    Numbers<bf16> rows, queries, slopes, queries_turned, slopes_turned, score_slopes;
+    Numbers<pair> keys, values, key_pairs, pairs, share_pairs, score_slope_pairs;
+    Numbers<float> scores, share_slopes, query_slopes;
+
+    Backward(long M, long D, long N)
+        : pitch(M + GAP), rows(M * D), queries(N * D), slopes(N * D), queries_turned(N * D), slopes_turned(N * D),
+          score_slopes(N * pitch), keys(M * D / 2), values(M * D / 2), key_pairs(M * D / 2), pairs(N * D / 2),
+          share_pairs(N / 2 * pitch), score_slope_pairs(N / 2 * pitch), scores(N * pitch), share_slopes(N * pitch),
+          query_slopes(N * D) {}
+};
+
+struct Share {
+    float factor, along;  // of e to the scores; the sum of shares times their slopes
+};
+
+// e to the scores less their largest in their own place, zeros where nothing is seen, and what makes shares of them.
+Share exponentials(Backward &b, const Part &part, const Shape &shape, const Block &block, long row) {
+    float *score = b.scores + row * b.pitch;
+    const float *slope = b.share_slopes + row * b.pitch;
+    if (!block.has(row)) {
+        clear(score, block.begin, block.end);
+        return {0, 0};
+    }
+    const Sight sight(part, shape, block.query(row));
+    float largest = scaled_scores(score, sight, shape.scale);
+    floats sum{}, products{};
+    long i = sight.low & -LANES;
+    clear(score, block.begin, i);
+    for (; i < sight.high; i += LANES) {
+        floats value = exp_of<bf16>(load(score + i) - largest);
+        store(score + i, value);
+        sum += value;
+        products += value * load(slope + i);
+    }
+    clear(score, i, block.end);
+    float factor = 1.0f / sum_of(sum);
+    return {factor, factor * sum_of(products)};
+}
+
+inline __m256i in_bf16(floats x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+
+// Shares, and the slopes of scores from those of shares, of all queries of a block: as pairs along rows, and the latter
+// also as they are.
+void slopes_of_scores(Backward &b, const Part &part, const Shape &shape, const Block &block) {
+    for (long row = 0; row < block.rows; row += 2) {
+        const Share one = exponentials(b, part, shape, block, row), two = exponentials(b, part, shape, block, row + 1);
+        long at = row * b.pitch, next = at + b.pitch, half = row / 2 * b.pitch;
+        for (long i = block.begin; i < block.end; i += LANES) {
+            floats share = load(b.scores + at + i) * one.factor, other = load(b.scores + next + i) * two.factor;
+            floats slope = shape.scale * share * (load(b.share_slopes + at + i) - one.along);
+            floats another = shape.scale * other * (load(b.share_slopes + next + i) - two.along);
+            __m256i low = in_bf16(slope), high = in_bf16(another);
+            _mm512_storeu_si512(b.share_pairs + half + i, paired(in_bf16(share), in_bf16(other)));
+            _mm512_storeu_si512(b.score_slope_pairs + half + i, paired(low, high));
+            _mm256_storeu_si256((__m256i *)(b.score_slopes + at + i), low);
+            _mm256_storeu_si256((__m256i *)(b.score_slopes + next + i), high);
+        }
+    }
+}
+
+// dq of a part's queries; dk and dv of its keys for one key head, turned [D, M] each.
+void attend_part_backward(bf16 *dq, float *dk, float *dv, const bf16 *d, const bf16 *q, const bf16 *k, const bf16 *v,
+                          const Part &part, const Shape &shape, long key_head, Backward &b) {
+    long D = shape.D, M = up(part.keys());
+    gather_keys(b.rows, v, part, shape, key_head, M);
+    pairs_along_D(b.values, b.rows, M, D);
+    gather_keys(b.rows, k, part, shape, key_head, M);
+    pairs_along_D(b.keys, b.rows, M, D);
+    pairs_along_rows(b.key_pairs, b.rows, M, D);
+    clear(dk, 0, D * M);
+    clear(dv, 0, D * M);
+    each_block(part, shape, key_head, [&](const Block &block) {
+        long begin = block.begin, seen = block.end - begin, rows = block.rows;
+        gather_queries(b.queries, q, block, shape);
+        gather_queries(b.slopes, d, block, shape);
+        product<false>(b.scores + begin, b.pitch, b.queries, D, b.keys + begin, M, rows, seen, D);
+        product<false>(b.share_slopes + begin, b.pitch, b.slopes, D, b.values + begin, M, rows, seen, D);
+        slopes_of_scores(b, part, shape, block);
+        turned_bf16(b.queries_turned, b.pairs, b.queries, rows, D);
+        turned_bf16(b.slopes_turned, b.pairs, b.slopes, rows, D);
+        product<true>(dv + begin, M, b.slopes_turned, rows, b.share_pairs + begin, b.pitch, D, seen, rows);
+        product<true>(dk + begin, M, b.queries_turned, rows, b.score_slope_pairs + begin, b.pitch, D, seen, rows);
+        const pair *keys = b.key_pairs + begin / 2 * D;
+        product<false>(b.query_slopes, D, b.score_slopes + begin, b.pitch, keys, D, rows, D, seen);
+        for (long row = 0; row < rows; row++)
+            if (block.has(row)) scatter_query(dq, b.query_slopes, 1.0f, block, row, shape);
+    });
+}
+
+// Adds what a part found for its keys, turned [D, M], to rows of out [T, K, D]: 16 numbers of one head from i on.
+void add_turned(float *out, const float *found, const Part &part, const Shape &shape, long head, long i) {
+    alignas(64) float rows[16 * 16];
+    long keys = part.keys(), M = up(keys);
+    for (long key = 0; key < keys; key += 16) {
+        turn16((uint32_t *)rows, 16, (const uint32_t *)found + i * M + key, M);
+        for (long n = 0; n < 16 && key + n < keys; n++) {
+            float *to = out + (part.row(key + n) * shape.K + head) * shape.D + i;
+            store(to, load(to) + load(rows + 16 * n));
+        }
+    }
+}
+
+long most_keys(const Part *parts, long count) {
+    long most = 0;
+    for (long n = 0; n < count; n++) most = std::max(most, parts[n].keys());
+    return up(most);
+}
+
+// Rows of the largest block of these parts.
+long most_rows(const Part *parts, long count, const Shape &shape) {
+    long most = 0;
+    for (long n = 0; n < count; n++) most = std::max(most, Size(up(parts[n].keys()), shape).rows());
+    return most;
+}
+
+}  // namespace
+
+extern "C" {
+
+void attend_bf16(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part *parts, float scale, long count,
+                 long H, long K, long D, long window) {
+    const Shape shape{H, K, D, window, scale};
+#pragma omp parallel
+    {
+        Tiles tiles;
+        Forward space(most_keys(parts, count), D, most_rows(parts, count, shape));
+#pragma omp for schedule(dynamic)
+        for (long task = count * K - 1; task >= 0; task--) {  // the parts with most keys are the last of their document
+            attend_part(out, q, k, v, parts[task / K], shape, task % K, space);
+        }
+    }
+}
+
+void attend_backward_bf16(bf16 *dq, float *dk, float *dv, const bf16 *d, const bf16 *q, const bf16 *k, const bf16 *v,
+                          const Part *parts, float scale, long count, long H, long K, long D, long window) {
+    const Shape shape{H, K, D, window, scale};
+    std::vector<long> place(count + 1);  // of each part's dk and dv
+    for (long n = 0; n < count; n++) place[n + 1] = place[n] + 2 * K * D * up(parts[n].keys());
+    Numbers<float> slopes(place[count]);
+    auto of = [&](long part, long head, long which) {
+        return slopes + place[part] + (2 * head + which) * D * up(parts[part].keys());
+    };
+#pragma omp parallel
+    {
+        Tiles tiles;
+        Backward space(most_keys(parts, count), D, most_rows(parts, count, shape));
+#pragma omp for schedule(dynamic)
+        for (long task = count * K - 1; task >= 0; task--) {
+            long part = task / K, head = task % K;
+            attend_part_backward(dq, of(part, head, 0), of(part, head, 1), d, q, k, v, parts[part], shape, head, space);
+        }
+#pragma omp for collapse(3) schedule(static)
+        for (long which = 0; which < 2; which++)
+            for (long head = 0; head < K; head++)
+                for (long i = 0; i < D; i += 16)
+                    for (long part = 0; part < count; part++)
+                        add_turned(which ? dv : dk, of(part, head, which), parts[part], shape, head, i);
+    }
+}
+}
+
+#endif
