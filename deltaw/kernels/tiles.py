@@ -214,7 +214,7 @@ def attend(
     softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """Attention outputs [T, H, D]; rows of no document are zero."""
-    assert all(max(span) <= len(q_THD) for span in spans)
+    assert len(q_THD) == len(k_TKD) == len(v_TKD) and all(max(span) <= len(q_THD) for span in spans)
     if softcap is None and compiled.attends(q_THD):
         return compiled.attend(q_THD, k_TKD, v_TKD, parts_of(spans, window), scale, window)
     q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
@@ -236,7 +236,8 @@ def attend_backward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of `attend`."""
+    """(dq, dk, dv) of `attend`, which was given the same."""
+    assert d_THD.shape == q_THD.shape
     if softcap is None and compiled.attends(q_THD):
         return compiled.attend_backward(d_THD, q_THD, k_TKD, v_TKD, parts_of(spans, window), scale, window)
     d_THD, q_THD, k_TKD, v_TKD = (x.contiguous() for x in (d_THD, q_THD, k_TKD, v_TKD))
