@@ -301,7 +301,7 @@ def tell_way(base: Base, plan: Mapping[str, Any], watcher: Watcher) -> None:
         watcher.say(f"By the model's own modules, which is slower: {base.slow_reason}.")
     compiles = base.device.type == "cpu" and sys.platform == "linux" and os.environ.get("DELTAW_COMPILED") != "0"
     if compiles and (reason := prepare_passes()):
-        watcher.say(f"Without deltaw's compiled passes, which take about a quarter off a step: {reason}.")
+        watcher.say(f"Without deltaw's compiled passes, which take about a third off a step: {reason}.")
     counted_on = plan.get("way", base.way)
     if WAYS.index(base.way) > WAYS.index(counted_on):
         watcher.say(f"The plan counted on {counted_on}: this may take more memory and time than it says.")

@@ -17,8 +17,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
+#include <omp.h>
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,7 +29,7 @@
 namespace {
 
 constexpr long STEP = 32;         // rows, columns and terms of a product are multiples of it
-constexpr long SCORES = 1 << 17;  // of a block at most, if it has more than STEP queries: half of a core's cache
+constexpr long SCORES = 1 << 17;  // of a block at most, if it has more than STEP rows: a quarter of a core's cache
 constexpr long HEADS = 4;         // of a block at most
 constexpr long GAP = 16;          // places between rows, so that equal columns do not share a place in the cache
 
@@ -59,7 +61,8 @@ struct Sight {
     }
 };
 
-// -- products: C [M, N] = or += A [M, K] · B of pairs along its rows [K / 2, N]; all multiples of 32
+// -- products: C [rows, columns] = or += A [rows, terms] · B of pairs along its rows [terms / 2, columns], in multiples
+// of 32, and so many places between the rows of each
 
 #ifdef __AMX_BF16__
 bool has_tiles() {  // Linux lends the tiles to who asks for them
@@ -69,11 +72,11 @@ bool has_tiles() {  // Linux lends the tiles to who asks for them
 
 struct Tiles {  // of one thread: eight, of 16 rows of 64 bytes
     Tiles() {
-        struct alignas(64) {
+        static const struct alignas(64) {  // static, since GCC before 13.3 does not say that all of it is read
             uint8_t palette = 1, start = 0, unused[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } shapes;
+        } shapes{};
         if (has_tiles()) _tile_loadconfig(&shapes);
     }
     ~Tiles() {
@@ -82,10 +85,12 @@ struct Tiles {  // of one thread: eight, of 16 rows of 64 bytes
 };
 
 template <bool ADD>
-void product_by_tiles(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long M, long N, long K) {
-    for (long n = 0; n < N; n += 32)
-        for (long m = 0; m < M; m += 32) {
-            float *c = C + m * ldc + n;
+void product_by_tiles(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long rows, long columns,
+                      long terms) {
+    asm volatile("" ::: "memory");  // what A, B and C hold is written before tiles are loaded from it
+    for (long column = 0; column < columns; column += 32)
+        for (long row = 0; row < rows; row += 32) {
+            float *c = C + row * ldc + column;
             if (ADD) {
                 _tile_loadd(0, c, ldc * 4);
                 _tile_loadd(1, c + 16, ldc * 4);
@@ -97,9 +102,9 @@ void product_by_tiles(float *C, long ldc, const bf16 *A, long lda, const pair *B
                 _tile_zero(2);
                 _tile_zero(3);
             }
-            for (long k = 0; k < K; k += 32) {
-                const bf16 *a = A + m * lda + k;
-                const pair *b = B + k / 2 * ldb + n;
+            for (long term = 0; term < terms; term += 32) {
+                const bf16 *a = A + row * lda + term;
+                const pair *b = B + term / 2 * ldb + column;
                 _tile_loadd(4, a, lda * 2);
                 _tile_loadd(6, b, ldb * 4);
                 _tile_dpbf16ps(0, 4, 6);
@@ -120,34 +125,34 @@ struct Tiles {};
 #endif
 
 template <bool ADD>
-void product(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long M, long N, long K) {
+void product(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long rows, long columns, long terms) {
 #ifdef __AMX_BF16__
-    if (has_tiles()) return product_by_tiles<ADD>(C, ldc, A, lda, B, ldb, M, N, K);
+    if (has_tiles()) return product_by_tiles<ADD>(C, ldc, A, lda, B, ldb, rows, columns, terms);
 #endif
     constexpr int ROWS = 8;
-    for (long n = 0; n < N; n += 32)
-        for (long m = 0; m < M; m += ROWS) {
+    for (long column = 0; column < columns; column += 32)
+        for (long first = 0; first < rows; first += ROWS) {
+            float *c = C + first * ldc + column;
             __m512 sums[ROWS][2];
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; row++)
                 for (int half = 0; half < 2; half++)
-                    sums[row][half] = ADD ? _mm512_loadu_ps(C + (m + row) * ldc + n + 16 * half) : _mm512_setzero_ps();
-            for (long k = 0; k < K; k += 2) {
-                __m512bh first = (__m512bh)_mm512_loadu_si512(B + k / 2 * ldb + n);
-                __m512bh second = (__m512bh)_mm512_loadu_si512(B + k / 2 * ldb + n + 16);
+                    sums[row][half] = ADD ? _mm512_loadu_ps(c + row * ldc + 16 * half) : _mm512_setzero_ps();
+            for (long term = 0; term < terms; term += 2) {
+                const pair *b = B + term / 2 * ldb + column;
+                __m512bh left = (__m512bh)_mm512_loadu_si512(b), right = (__m512bh)_mm512_loadu_si512(b + 16);
 #pragma GCC unroll 8
                 for (int row = 0; row < ROWS; row++) {
                     int32_t both;
-                    std::memcpy(&both, A + (m + row) * lda + k, sizeof both);
+                    std::memcpy(&both, A + (first + row) * lda + term, sizeof both);
                     __m512bh a = (__m512bh)_mm512_set1_epi32(both);
-                    sums[row][0] = _mm512_dpbf16_ps(sums[row][0], a, first);
-                    sums[row][1] = _mm512_dpbf16_ps(sums[row][1], a, second);
+                    sums[row][0] = _mm512_dpbf16_ps(sums[row][0], a, left);
+                    sums[row][1] = _mm512_dpbf16_ps(sums[row][1], a, right);
                 }
             }
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; row++)
-                for (int half = 0; half < 2; half++)
-                    _mm512_storeu_ps(C + (m + row) * ldc + n + 16 * half, sums[row][half]);
+                for (int half = 0; half < 2; half++) _mm512_storeu_ps(c + row * ldc + 16 * half, sums[row][half]);
         }
 }
 
@@ -233,7 +238,7 @@ template <class T>
 class Numbers {
   public:
     explicit Numbers(long count) : memory((T *)std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) {
-        if (!memory) throw std::bad_alloc();
+        if (!memory && count) throw std::bad_alloc();
     }
     operator T *() const { return memory.get(); }
 
@@ -487,37 +492,39 @@ long most_rows(const Part *parts, long count, const Shape &shape) {
     return most;
 }
 
-}  // namespace
+// Memory of its own for each thread, there before they begin: among them, nobody could say that there is none.
+template <class Space>
+std::vector<std::unique_ptr<Space>> spaces_for(const Part *parts, long count, const Shape &shape) {
+    std::vector<std::unique_ptr<Space>> spaces;
+    for (int n = 0; n < omp_get_max_threads(); n++)
+        spaces.push_back(std::make_unique<Space>(most_keys(parts, count), shape.D, most_rows(parts, count, shape)));
+    return spaces;
+}
 
-extern "C" {
-
-void attend_bf16(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part *parts, float scale, long count,
-                 long H, long K, long D, long window) {
-    const Shape shape{H, K, D, window, scale};
+void attend(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part *parts, long count, const Shape &shape) {
+    auto spaces = spaces_for<Forward>(parts, count, shape);
 #pragma omp parallel
     {
         Tiles tiles;
-        Forward space(most_keys(parts, count), D, most_rows(parts, count, shape));
+        Forward &space = *spaces[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
-        for (long task = count * K - 1; task >= 0; task--) {  // the parts with most keys are the last of their document
-            attend_part(out, q, k, v, parts[task / K], shape, task % K, space);
-        }
+        for (long task = count * shape.K - 1; task >= 0; task--)  // of a document, the last parts have most keys
+            attend_part(out, q, k, v, parts[task / shape.K], shape, task % shape.K, space);
     }
 }
 
-void attend_backward_bf16(bf16 *dq, float *dk, float *dv, const bf16 *d, const bf16 *q, const bf16 *k, const bf16 *v,
-                          const Part *parts, float scale, long count, long H, long K, long D, long window) {
-    const Shape shape{H, K, D, window, scale};
-    std::vector<long> place(count + 1);  // of each part's dk and dv
-    for (long n = 0; n < count; n++) place[n + 1] = place[n] + 2 * K * D * up(parts[n].keys());
-    Numbers<float> slopes(place[count]);
+// Some parts: `place` says where in `found` each leaves dk and dv of its keys, before they are added.
+void attend_backward(bf16 *dq, float *dk, float *dv, float *found, const bf16 *d, const bf16 *q, const bf16 *k,
+                     const bf16 *v, const Part *parts, const long *place, long count, const Shape &shape) {
+    auto spaces = spaces_for<Backward>(parts, count, shape);
+    long K = shape.K, D = shape.D;
     auto of = [&](long part, long head, long which) {
-        return slopes + place[part] + (2 * head + which) * D * up(parts[part].keys());
+        return found + place[part] + (2 * head + which) * D * up(parts[part].keys());
     };
 #pragma omp parallel
     {
         Tiles tiles;
-        Backward space(most_keys(parts, count), D, most_rows(parts, count, shape));
+        Backward &space = *spaces[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
         for (long task = count * K - 1; task >= 0; task--) {
             long part = task / K, head = task % K;
@@ -530,6 +537,41 @@ void attend_backward_bf16(bf16 *dq, float *dk, float *dv, const bf16 *d, const b
                     for (long part = 0; part < count; part++)
                         add_turned(which ? dv : dk, of(part, head, which), parts[part], shape, head, i);
     }
+}
+
+}  // namespace
+
+// Both return 0, or 1 where there is not enough memory.
+extern "C" {
+
+int attend_bf16(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part *parts, float scale, long count,
+                long H, long K, long D, long window) try {
+    attend(out, q, k, v, parts, count, Shape{H, K, D, window, scale});
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+// `found` has room for so many numbers, which is enough for any one part: as many at a time as fit.
+int attend_backward_bf16(bf16 *dq, float *dk, float *dv, float *found, const bf16 *d, const bf16 *q, const bf16 *k,
+                         const bf16 *v, const Part *parts, float scale, long room, long count, long H, long K, long D,
+                         long window) try {
+    std::vector<long> place;
+    for (long first = 0; first < count; first += place.size()) {
+        place.clear();
+        for (long part = first, taken = 0; part < count; part++) {
+            long size = 2 * K * D * up(parts[part].keys());
+            if (taken + size > room) break;
+            place.push_back(taken);
+            taken += size;
+        }
+        if (place.empty()) return 1;
+        attend_backward(dq, dk, dv, found, d, q, k, v, parts + first, place.data(), place.size(),
+                        Shape{H, K, D, window, scale});
+    }
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
 }
 }
 

@@ -1,6 +1,6 @@
 """Causal attention over a flat row of documents: each attends to itself alone, and no mask of the whole row exists.
 
-On CPU by tiles (deltaw/kernels/tiles.py); elsewhere through torch's fused kernels, in one call for all documents where
+On CPU by deltaw/kernels/tiles.py; elsewhere through torch's fused kernels, in one call for all documents where
 there is one for many lengths.
 
 Legend: q_THD queries, k_TKD and v_TKD keys and values; H query heads, K key heads, T tokens, D head width; n documents

@@ -1,4 +1,4 @@
-"""What lies between the products, in one pass over memory each: the library of passes.cpp, called.
+"""What lies between the products, in one pass over memory each, and attention as a whole: the compiled library, called.
 
 On Linux, where there is g++ (or what `CXX` names), `prepare` has deltaw/kernels/library.py make it in a few seconds, in
 a folder of caches, and takes it into use. Nothing but the last bits depends on it: without, the kernels compute the
@@ -15,14 +15,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltaw.kernels.library import Library, NoLibraryError, open_library
 
-WIDTHS = 32  # of which a head's is a multiple where attention.cpp takes it
+WIDTHS = 32  # of which a head's is a multiple where attention.cpp takes it; and keys are filled up to multiples
 VECTOR = 16  # numbers of the widest vector in passes.cpp: rows of scores are multiples of it
+ROOM = 1 << 23  # numbers for what parts find for keys, before it is added; fewer parts at a time where they need more
+NO_MEMORY = "out of memory for attention"
+
+
+class Parts(NamedTuple):
+    """What attention as a whole takes by themselves, and their keys in multiples of WIDTHS: of all, and of the largest.
+
+    `rows_n5`: some queries of a document, from one row to below another; the first row of its own whose key they see;
+    and the rows before, which it continues, from one to below another.
+    """
+
+    rows_n5: Tensor
+    keys: int
+    most_keys: int
 
 
 @dataclass
@@ -172,36 +187,40 @@ def attends(q_THD: Tensor) -> bool:
     return there and q_THD.shape[2] % WIDTHS == 0
 
 
-def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts_n5: Tensor, scale: float, window: int | None) -> Tensor:
+def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts: Parts, scale: float, window: int | None) -> Tensor:
     """`tiles.attend` of the parts that `tiles.parts_of` names."""
     q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
-    shape = _shape(q_THD, k_TKD, v_TKD, parts_n5)
+    shape = _shape(q_THD, k_TKD, v_TKD, parts)
     out_THD = torch.zeros_like(q_THD)
-    _call("attend", q_THD.dtype, out_THD, q_THD, k_TKD, v_TKD, parts_n5, scale, *shape, window or 0)
+    if _call("attend", q_THD.dtype, out_THD, q_THD, k_TKD, v_TKD, parts.rows_n5, scale, *shape, window or 0):
+        raise MemoryError(NO_MEMORY)
     return out_THD
 
 
 def attend_backward(
-    d_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts_n5: Tensor, scale: float, window: int | None
+    d_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts: Parts, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`tiles.attend_backward` of the parts that `tiles.parts_of` names."""
     d_THD, q_THD, k_TKD, v_TKD = (x.contiguous() for x in (d_THD, q_THD, k_TKD, v_TKD))
-    shape = _shape(q_THD, k_TKD, v_TKD, parts_n5)
+    shape = _shape(q_THD, k_TKD, v_TKD, parts)
     assert (d_THD.shape, d_THD.dtype) == (q_THD.shape, q_THD.dtype)
     dq_THD = torch.zeros_like(q_THD)
     dk_TKD, dv_TKD = (torch.zeros(x.shape, dtype=torch.float32) for x in (k_TKD, v_TKD))
-    given = (d_THD, q_THD, k_TKD, v_TKD, parts_n5)
-    _call("attend_backward", q_THD.dtype, dq_THD, dk_TKD, dv_TKD, *given, scale, *shape, window or 0)
+    of_a_key = 2 * k_TKD.shape[1] * k_TKD.shape[2]
+    found = torch.empty(max(of_a_key * parts.most_keys, min(of_a_key * parts.keys, ROOM)), dtype=torch.float32)
+    given = (found, d_THD, q_THD, k_TKD, v_TKD, parts.rows_n5, scale, len(found), *shape, window or 0)
+    if _call("attend_backward", q_THD.dtype, dq_THD, dk_TKD, dv_TKD, *given):
+        raise MemoryError(NO_MEMORY)
     return dq_THD, dk_TKD.to(k_TKD.dtype), dv_TKD.to(v_TKD.dtype)
 
 
-def _shape(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts_n5: Tensor) -> tuple[int, int, int, int]:
+def _shape(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts: Parts) -> tuple[int, int, int, int]:
     """How many parts, query heads and key heads, and their width."""
-    (T, H, D), K = q_THD.shape, k_TKD.shape[1]
+    (T, H, D), K, rows = q_THD.shape, k_TKD.shape[1], parts.rows_n5
     assert k_TKD.shape == v_TKD.shape == (T, K, D) and q_THD.dtype == k_TKD.dtype == v_TKD.dtype and H % K == 0
-    assert parts_n5.dtype == torch.int32 and parts_n5.is_contiguous() and parts_n5.shape[1] == 5
-    assert not len(parts_n5) or 0 <= int(parts_n5.min()) <= int(parts_n5.max()) <= T
-    return len(parts_n5), H, K, D
+    assert rows.dtype == torch.int32 and rows.is_contiguous() and rows.shape[1] == 5
+    assert not len(rows) or 0 <= int(rows.min()) <= int(rows.max()) <= T
+    return len(rows), H, K, D
 
 
 def losses_and_slopes(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +243,8 @@ def _gain(gain: Tensor, width: int) -> Tensor:
     return gain.expand(width).contiguous()
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> int | None:
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     assert _state.library is not None
-    _state.library.functions[dtype][name](*given)
+    returned: int | None = _state.library.functions[dtype][name](*given)
+    return returned

@@ -49,8 +49,8 @@ ARGUMENTS = {
     "softmax_backward": "ppppfllll",
     "losses_and_slopes": "pppppll",
 }
-# Of attention.cpp, for bf16 alone, and only where the processor multiplies it.
-ATTENTION = {"attend": "pppppflllll", "attend_backward": "ppppppppflllll"}
+# Of attention.cpp, for bf16 alone, and only where the processor multiplies it; these return 1 where memory lacks.
+ATTENTION = {"attend": "pppppflllll", "attend_backward": "pppppppppfllllll"}
 _C_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_long}
 
 
@@ -161,6 +161,7 @@ def _bound(library: ctypes.CDLL, kind: str) -> dict[str, Any]:
     there = {name: letters for name, letters in ATTENTION.items() if hasattr(library, f"{name}_{kind}")}
     for name, letters in (ARGUMENTS | there).items():
         function = getattr(library, f"{name}_{kind}")
-        function.argtypes, function.restype = [_C_TYPES[letter] for letter in letters], None
+        function.argtypes = [_C_TYPES[letter] for letter in letters]
+        function.restype = ctypes.c_int if name in ATTENTION else None
         functions[name] = function
     return functions

@@ -7,8 +7,9 @@ product. The probabilities are not kept: backward forms them again, from the sam
 
 A document may continue other rows of the flat row, which several documents have in common: it sees them before its own.
 
-Between the products, the library of deltaw/kernels/compiled.py copies and takes the softmax, where there is one and no
-score is capped; what stands here beside it is the same in torch.
+Where no score is capped, the library of deltaw/kernels/compiled.py computes attention as a whole if the processor
+multiplies bf16 and a head's width is a multiple of 32, and else copies and takes the softmax between the products. What
+stands here beside it is the same in torch.
 
 Legend: q_THD queries, k_TKD and v_TKD keys and values, x_TND either; H query heads, K key heads, G = H/K, T tokens,
 D head width; n documents of one tile, L queries and M keys of each.
@@ -101,7 +102,7 @@ class Tile:
 
 
 Tiles = tuple[Tile, ...]
-PARTS, PART_TOKENS, PART_STEP = 4, 256, 32  # of a document: so many at most, so long at least, of whole steps
+PARTS, PART_TOKENS, PART_STEP = 4, 256, 32  # at most so many of a document, those beyond so long, of whole steps
 
 
 @lru_cache(maxsize=4)
@@ -119,10 +120,8 @@ def tiles_of(spans: tuple[Span, ...], window: int | None) -> Tiles:
 
 
 @lru_cache(maxsize=4)
-def parts_of(spans: tuple[Span, ...], window: int | None) -> Tensor:
-    """What the compiled attention takes by themselves, [n, 5]: some queries of a document, from one row to below
-    another; the first row of its own whose key they see; and the rows before, which it continues.
-    """
+def parts_of(spans: tuple[Span, ...], window: int | None) -> compiled.Parts:
+    """The parts of a flat row that attention as a whole takes by themselves; every layer of a model uses the same."""
     parts = []
     for span in spans:
         length = span.stop - span.start
@@ -133,7 +132,9 @@ def parts_of(spans: tuple[Span, ...], window: int | None) -> Tensor:
                 own = max(own, first - window + 1)
                 before = max(before, span.before_stop - max(0, window - 1 - (first - span.start)))
             parts.append((first, last, own, before, max(before, span.before_stop)))
-    return torch.tensor(parts, dtype=torch.int32).reshape(-1, 5)
+    keys = [last - own + before_end - before for _, last, own, before, before_end in parts]
+    keys = [count + -count % compiled.WIDTHS for count in keys]
+    return compiled.Parts(torch.tensor(parts, dtype=torch.int32).reshape(-1, 5), sum(keys), max(keys, default=0))
 
 
 def products(spans: tuple[Span, ...], windows: Iterable[int | None] = (None,)) -> int:

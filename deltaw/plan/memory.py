@@ -29,8 +29,8 @@ PARTS = ("fixed", "base", "factors", "optimiser", "activations", "loss", "worksp
 FACTOR_BYTES, BEST_BYTES, MOMENT_BYTES = 8, 4, 8
 # While an adapter is made: its first numbers and their live copies. While it is written: what is read back.
 MADE_BYTES, SAVED_BYTES = 8, 4
-# Score-sized tensors that attention holds at once in backward (by the compiled passes half as many), and the widths
-# beside them.
+# Score-sized tensors that attention in tiles holds at once in backward, and the widths beside them. As a whole it holds
+# less, and is planned like that in tiles.
 TILES, TILE_WIDTHS = 4, 6
 
 # Fitted to measured peaks (benchmarks/plan_accuracy.py, cases marked "fitted"), so that few of them are predicted too

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,24 +139,73 @@ def test_attention_over_tiles_of_every_kind_is_that_of_torch(library, continued,
 
 @pytest.mark.parametrize("window", [None, 50, 300])
 @pytest.mark.parametrize("continued", [False, True], ids=["", "continued"])
-@pytest.mark.parametrize(("width", "heads", "key_heads"), [(32, 6, 2), (64, 3, 3), (96, 5, 1), (128, 8, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("width", "heads", "key_heads"), [(32, 6, 2), (64, 3, 3), (96, 5, 1), (128, 8, 4), (256, 2, 1)], ids=str
+)
 def test_attention_as_a_whole_is_nearer_to_the_exact_one_than_in_tiles(
-    library, width, heads, key_heads, continued, window
+    library, request, width, heads, key_heads, continued, window
 ):
     """Of documents whole and in parts, of one row and of many keys, with rows of none behind them."""
-    spans = continued_spans(*rows_of((1, 33, 6, 260, 64, 1, 700, 1100), 3 if continued else None))
-    if not compiled.attends(torch.empty(1, heads, width, dtype=torch.bfloat16)):
-        pytest.skip("this processor does not multiply bf16, or the library was told so")
-    q, d = (torch.randn(spans[-1].stop + 3, heads, width).bfloat16() for _ in range(2))
-    k, v = (torch.randn(spans[-1].stop + 3, key_heads, width).bfloat16() for _ in range(2))
-    rest = (spans, width**-0.5, window, None)
+    lengths = (1, 33, 6, 260, 64, 1, 700, 1100) if width < 256 else (40, 20, 30, 300, 700)
+    spans = continued_spans(*rows_of(lengths, 3 if continued else None))
+    require_attention(request, width)
+    is_nearer(spans, heads, key_heads, width, window)
+
+
+def test_attention_as_a_whole_to_thousands_of_keys(library, request):
+    """So many that a block is one head of 32 queries, with more scores than are meant to stay in the cache."""
+    require_attention(request, 32)
+    for length in (2300, 4300):
+        is_nearer(spans_of([0, length]), 2, 1, 32, None)
+
+
+def test_attention_as_a_whole_takes_fewer_parts_at_a_time_where_they_need_more_room(library, request, monkeypatch):
+    require_attention(request, 32)
+    spans = continued_spans(*rows_of((40, 300, 40, 20, 700, 33), 1))
+    (*given, d), rest = random_heads(700 + 433, 6, 2, 32), (spans, 0.2, None, None)
+    whole = attend_backward(d, *given, *rest)
+    monkeypatch.setattr(compiled, "ROOM", 2 * 2 * 32 * 400)
+    for one, other in zip(attend_backward(d, *given, *rest), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_attention_to_no_documents_is_zero_and_a_cap_on_scores_is_not_lost(library):
+    q, k, v, d = random_heads(70, 2, 1, 32)
+    assert not attend(q, k, v, (), 0.2, None, None).any()
+    assert not any(grad.any() for grad in attend_backward(d, q, k, v, (), 0.2, None, None))
+    rest = (spans_of([0, 30, 70]), 0.2, None, 1.5)
+    agree(*both(attend, q, k, v, *rest), torch.bfloat16)
+    agree(*both(attend_backward, d, q, k, v, *rest), torch.bfloat16)
+    assert not torch.allclose(attend(q, k, v, *rest), attend(q, k, v, *rest[:3], None), atol=1e-2)
+
+
+def require_attention(request, width):
+    """It is there wherever this processor and the flags of the library have the instruction."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    expected = "avx512_bf16" in flags and request.node.callspec.params["library"] in (
+        "compiled",
+        "compiled without AMX",
+    )
+    assert compiled.attends(torch.empty(1, 1, width, dtype=torch.bfloat16)) == expected
+    if not expected:
+        pytest.skip("bf16 is not multiplied here")
+
+
+def random_heads(rows, heads, key_heads, width):
+    """q, k, v and an upstream gradient."""
+    return tuple(torch.randn(rows, count, width).bfloat16() for count in (heads, key_heads, key_heads, heads))
+
+
+def is_nearer(spans, heads, key_heads, width, window):
+    """Rows of no document are zero; the rest is nearer to fp64 than tiles in bf16, and little off."""
+    given, rest = random_heads(spans[-1].stop + 3, heads, key_heads, width), (spans, width**-0.5, window, None)
 
     def all_of(q, k, v, d):
         return [attend(q, k, v, *rest), *attend_backward(d, q, k, v, *rest)]
 
-    found = all_of(q, k, v, d)
+    found = all_of(*given)
     with compiled.left_out():
-        tiled, exact = all_of(q, k, v, d), all_of(*(x.double() for x in (q, k, v, d)))
+        tiled, exact = all_of(*given), all_of(*(x.double() for x in given))
     for one, other, true in zip(found, tiled, exact, strict=True):
         assert one.dtype == torch.bfloat16 and one.shape == true.shape and not one[-3:].any()
         off, tiles_off = (float((x.double() - true).norm() / true.norm()) for x in (one, other))
@@ -174,7 +224,9 @@ def test_parts_are_all_queries_once_and_the_keys_that_they_see():
     for window in (None, 1, 50, 300, 5000):
         spans = continued_spans(*rows_of((1, 33, 0, 260, 64, 700, 5000), 3))
         queries, seen = [], {}
-        for first, last, own, before, before_end in parts_of(spans, window).tolist():
+        parts = parts_of(spans, window)
+        for first, last, own, before, before_end in parts.rows_n5.tolist():
+            assert parts.most_keys >= last - own + before_end - before
             queries += range(first, last)
             keys = [*range(before, before_end), *range(own, last)]
             for query in range(first, last):
