@@ -1,5 +1,5 @@
-"""How far a bf16 base's losses of single tokens are from those in fp32: by transformers, by the kernels in torch, and by
-the kernels with the compiled library.
+"""How far a bf16 base's losses of single tokens are from those in fp32: by transformers, by the kernels in torch, and
+by the kernels with the compiled library.
 
 The base is SmolLM2-135M; answers are those of the demo's rows, texts are the interpreter's own in pieces of 1,024
 tokens. The mean is what all tokens have in common, the spread is of one token. `versus.py` allows the mean and three

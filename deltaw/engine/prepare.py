@@ -19,6 +19,7 @@ from deltaw.adapter.layer import Target
 from deltaw.base.builtin import token_cache
 from deltaw.base.load import LAYER_PRODUCTS, Base, load, place
 from deltaw.base.locate import tokenizer_digest
+from deltaw.base.proof import prepare_passes
 from deltaw.base.shapes import Outline, outline
 from deltaw.config import (
     AUTO,
@@ -41,7 +42,7 @@ from deltaw.engine.run import Run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import AdapterError, UsageError
 from deltaw.kernels import Span, continued_spans, spans_of
-from deltaw.kernels.tiles import products
+from deltaw.kernels.tiles import attends_whole, products
 
 # Of a pass: more take memory and save nothing on a processor; with fewer, a GPU waits for its next call.
 DEFAULT_MICRO_TOKENS = {"cpu": 1024, "mps": 1024, "cuda": 8192}
@@ -127,8 +128,7 @@ def _remember_products(known: Outline, settings: Settings, train: DataSet, watch
     if not hardware.prepares_products(torch.device(settings.device), getattr(torch, settings.dtype)):
         hardware.tune_memory()
         return
-    windows = {None, getattr(known.config, "sliding_window", None)}
-    attention = max(products(spans, windows) for spans in _passes(settings, train))
+    attention = _attention_products(known, settings, train)
     needed = -(-(LAYER_PRODUCTS + attention + SPARE_PRODUCTS) // 16) * 16
     least = SHARING_PRODUCTS if _may_stream(known, settings) else LEAST_PRODUCTS
     hardware.tune_memory(min(MOST_PRODUCTS, max(least, needed)))
@@ -138,6 +138,16 @@ def _remember_products(known: Outline, settings: Settings, train: DataSet, watch
             f"This process remembers {remembered} prepared products, and passes of these documents need {needed}: "
             "steps may take longer than in a process of their own."
         )
+
+
+def _attention_products(known: Outline, settings: Settings, train: DataSet) -> int:
+    """How many products of different shapes attention takes in one pass at most."""
+    prepare_passes()
+    cap = getattr(known.config, "attn_logit_softcapping", None)
+    if attends_whole(torch.device(settings.device), getattr(torch, settings.dtype), known.head_width, cap):
+        return 0
+    windows = {None, getattr(known.config, "sliding_window", None)}
+    return max(products(spans, windows) for spans in _passes(settings, train))
 
 
 def _passes(settings: Settings, train: DataSet) -> Iterator[tuple[Span, ...]]:

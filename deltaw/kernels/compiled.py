@@ -181,10 +181,12 @@ def softmax_backward_(d: Tensor, shares: Tensor, low_nL: Tensor, high_nL: Tensor
     return d
 
 
-def attends(q_THD: Tensor) -> bool:
+def attends(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether there is attention as a whole for such heads."""
-    there = takes(q_THD) and _state.library is not None and "attend" in _state.library.functions[q_THD.dtype]
-    return there and q_THD.shape[2] % WIDTHS == 0
+    library = _state.library
+    if library is None or _state.left_out or device.type != "cpu":
+        return False
+    return "attend" in library.functions.get(dtype, ()) and width % WIDTHS == 0
 
 
 def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, parts: Parts, scale: float, window: int | None) -> Tensor:

@@ -137,6 +137,11 @@ def parts_of(spans: tuple[Span, ...], window: int | None) -> compiled.Parts:
     return compiled.Parts(torch.tensor(parts, dtype=torch.int32).reshape(-1, 5), sum(keys), max(keys, default=0))
 
 
+def attends_whole(device: torch.device, dtype: torch.dtype, width: int, softcap: float | None) -> bool:
+    """Whether attention to such heads is computed as a whole, without tiles and their products."""
+    return softcap is None and compiled.attends(device, dtype, width)
+
+
 def products(spans: tuple[Span, ...], windows: Iterable[int | None] = (None,)) -> int:
     """How many products of different shapes attention to these documents takes on CPU at most, forward and backward."""
     tiles = [tile for window in windows for tile in tiles_of(spans, window)]
@@ -216,7 +221,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention outputs [T, H, D]; rows of no document are zero."""
     assert len(q_THD) == len(k_TKD) == len(v_TKD) and all(max(span) <= len(q_THD) for span in spans)
-    if softcap is None and compiled.attends(q_THD):
+    if attends_whole(q_THD.device, q_THD.dtype, q_THD.shape[2], softcap):
         return compiled.attend(q_THD, k_TKD, v_TKD, parts_of(spans, window), scale, window)
     q_THD, k_TKD, v_TKD = (x.contiguous() for x in (q_THD, k_TKD, v_TKD))
     out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)
@@ -239,7 +244,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of `attend`, which was given the same."""
     assert d_THD.shape == q_THD.shape
-    if softcap is None and compiled.attends(q_THD):
+    if attends_whole(q_THD.device, q_THD.dtype, q_THD.shape[2], softcap):
         return compiled.attend_backward(d_THD, q_THD, k_TKD, v_TKD, parts_of(spans, window), scale, window)
     d_THD, q_THD, k_TKD, v_TKD = (x.contiguous() for x in (d_THD, q_THD, k_TKD, v_TKD))
     dq_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype)

@@ -64,7 +64,7 @@ def _sentence(facts: dict[str, Any], layers: Sequence[Layer]) -> str:
     text += f"Effective rank {min(effective):.1f} to {max(effective):.1f}. "
     if facts.get("variant") == "DoRA":
         text += f"{LOW_RANK_ALONE} "
-    return text + "A spectrum says how an update is made, and not what rank a task needs: that is `deltaw rank`."
+    return text + "A spectrum says how an update is made, and not what rank a task needs, which deltaw rank measures."
 
 
 LOW_RANK_ALONE = "Of a DoRA adapter these are figures of the low-rank part alone; its magnitudes change W as well."

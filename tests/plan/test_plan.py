@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import VOCABULARY, save_base
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw import api, hardware, planning, terminal, training
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
@@ -26,6 +27,7 @@ from deltaw.engine.prepare import DEFAULT_MICRO_TOKENS, SHARING_PRODUCTS, sketch
 from deltaw.engine.run import create_run
 from deltaw.engine.watcher import Watcher
 from deltaw.errors import DoesNotFitError, UsageError
+from deltaw.kernels import compiled
 from deltaw.plan import pace
 from deltaw.plan.choose import Room, _changes, _choices, _plan, _wanted_pages, make_plan
 from deltaw.plan.demand import Choice, Demand, Pass
@@ -495,16 +497,25 @@ def test_who_runs_in_a_process_that_remembers_too_few_products_is_told(demand, m
     assert any("remembers 16 prepared products, and passes of these documents need" in line for line in said)
 
 
+@pytest.mark.parametrize("head_width", [8, 32])
 @pytest.mark.parametrize("length", [60, 1000])
-def test_longer_documents_have_more_products_remembered(llama_folder, tmp_path, monkeypatch, length):
+def test_longer_documents_have_more_products_remembered_unless_attention_is_a_whole(
+    tmp_path, monkeypatch, length, head_width
+):
+    base = save_base(tmp_path / "base")
+    if head_width != 8:
+        config = AutoConfig.from_pretrained(base, head_dim=head_width)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    assert outline(str(base)).head_width == head_width
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"prompt": str(n), "completion": "x" * length}) + "\n" for n in range(40)))
     monkeypatch.setenv(hardware.REMEMBERED, "")
     monkeypatch.delenv(hardware.REMEMBERED)
     hardware.tune_memory.cache_clear()
     monkeypatch.setattr(planning, "measure_pace", lambda _: PACE)
-    planning.plan(model=llama_folder, data=[data], steps=3, stream=False, max_length=2048, dtype="bfloat16")
-    assert (hardware.remembered_products() > 80) == (length == 1000)
+    planning.plan(model=base, data=[data], steps=3, stream=False, max_length=2048, dtype="bfloat16")
+    whole = compiled.attends(torch.device("cpu"), torch.bfloat16, head_width)
+    assert (hardware.remembered_products() > 80) == (length == 1000 and not whole)
 
 
 # -- from outside -----------------------------------------------------------------------------------------------------
