@@ -2,8 +2,7 @@
 by the kernels with the compiled library.
 
 The base is SmolLM2-135M; answers are those of the demo's rows, texts are the interpreter's own in pieces of 1,024
-tokens. The mean is what all tokens have in common, the spread is of one token. `versus.py` allows the mean and three
-spreads over √n for n tokens, both by transformers, whose arithmetic is not ours. Writes
+tokens. The mean is what all tokens have in common, the spread is of one token. Writes
 benchmarks/results/loss_error.json.
 """
 

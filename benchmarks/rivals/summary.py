@@ -209,12 +209,16 @@ def readme_sentences(found: dict[str, Any]) -> list[str]:
     """What else the README says of the rows."""
     worst, share = found["worst_cell"], found["workloads"]["dense"]["gemm_share"]["share"]
     cold, tool = found["cold"], {"trl": "TRL", "unsloth": "Unsloth"}[worst["against"]]
+    rounds = [tool["rounds"] for shown in SHOWN for tool in found["workloads"][shown]["tools"].values()]
     passed, gates = sum(gate["passed"] for gate in found["gates"]), len(found["gates"])
     return [
         f"The worst cell is {SHOWN[worst['workload']].partition(', ')[0]} against {tool}, {worst['ratio']:.2f} times",
         "On rows of 1,024 tokens deltaw does "
         f"{100 * share['deltaw']:.0f} % of what the cores multiply, Unsloth {100 * share['unsloth']:.0f} %",
         f"512 short chats take {cold['deltaw']['seconds']:.0f} s, {cold['trl']['seconds']:.0f} s with TRL",
+        f"{cold['unsloth, not compiled']['seconds']:.0f} s with Unsloth not compiled "
+        f"({cold['unsloth']['seconds']:.0f} s compiled)",
+        f"medians of {min(rounds)} interleaved",
         f"{'All' if passed == gates else f'{passed} of'} {gates} parity checks passed",
     ]
 
