@@ -297,17 +297,11 @@ inline void scatter_query(bf16 *out, const float *rows, float factor, const Bloc
     for (long i = 0; i < shape.D; i += LANES) store(to + i, load(rows + row * shape.D + i) * factor);
 }
 
-inline floats hidden(floats x, long i, const Sight &sight) {  // what is not seen of the vector from i on is -inf
-    if (i >= sight.low && i + LANES <= sight.high) return x;
-    ints key = counted_from(int(i));
-    return (key >= int(sight.low)) & (key < int(sight.high)) ? x : -INFINITY + floats{};
-}
-
 // Scores of one query times `scale`, and their largest.
 inline float scaled_scores(float *scores, const Sight &sight, float scale) {
     floats most = -INFINITY + floats{};
     for (long i = sight.low & -LANES; i < sight.high; i += LANES) {
-        floats value = hidden(load(scores + i) * scale, i, sight);
+        floats value = only(load(scores + i) * scale, i, sight.low, sight.high);
         store(scores + i, value);
         most = larger(value, most);
     }
@@ -496,8 +490,8 @@ long most_rows(const Part *parts, long count, const Shape &shape) {
 template <class Space>
 std::vector<std::unique_ptr<Space>> spaces_for(const Part *parts, long count, const Shape &shape) {
     std::vector<std::unique_ptr<Space>> spaces;
-    for (int n = 0; n < omp_get_max_threads(); n++)
-        spaces.push_back(std::make_unique<Space>(most_keys(parts, count), shape.D, most_rows(parts, count, shape)));
+    long keys = most_keys(parts, count), rows = most_rows(parts, count, shape);
+    for (int n = 0; n < omp_get_max_threads(); n++) spaces.push_back(std::make_unique<Space>(keys, shape.D, rows));
     return spaces;
 }
 

@@ -166,12 +166,6 @@ void add(float *out, const T *x, const int32_t *rows, long n, long L, long heads
 struct Seen {
     int first, last, begin, end;
     Seen(int low, int high) : first(low), last(high), begin(low & -LANES), end((high + LANES - 1) & -LANES) {}
-
-    floats only(floats x, int i) const {  // x for those, -inf for the others of the vector from i on
-        if (i >= first && i + LANES <= last) return x;
-        ints key = counted_from(i);
-        return (key >= first) & (key < last) ? x : -INFINITY + floats{};
-    }
 };
 
 // softmax in place of scale * scores [n, heads * group, L, M]; a query sees the keys from low to below high, at least
@@ -189,7 +183,7 @@ void softmax(T *scores, const int32_t *low, const int32_t *high, float scale, lo
             float *e = raised.data();
             floats most = -INFINITY + floats{}, sum{};
             for (int i = seen.begin; i < seen.end; i += LANES) {
-                floats value = seen.only(load(score + i) * scale, i);
+                floats value = only(load(score + i) * scale, i, seen.first, seen.last);
                 store(e + i, value);
                 most = larger(value, most);
             }

@@ -116,6 +116,13 @@ inline floats larger(floats x, floats y) {  // y where one is no number
 #endif
 }
 
+// x where first <= i + lane < last, -inf elsewhere.
+inline floats only(floats x, int i, int first, int last) {
+    if (i >= first && i + LANES <= last) return x;
+    ints place = counted_from(i);
+    return (place >= first) & (place < last) ? x : -INFINITY + floats{};
+}
+
 inline float sum_of(floats x) {
     for (int apart = LANES / 2; apart; apart /= 2) x += __builtin_shuffle(x, counted_from(apart));
     return x[0];
