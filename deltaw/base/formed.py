@@ -11,7 +11,6 @@ the same bits as a base that was cast when it was opened.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import re
@@ -268,12 +267,15 @@ def makes_unknown_numbers(model: Any) -> bool:
 def keep_stored(model: Any, dtype: torch.dtype) -> None:
     """Has the linear layers of the model's blocks cast their weights to `dtype` when they are read; the rest is cast.
 
-    A head is read for each chunk of labels, so that forming it would take as long as its product: it is cast too.
+    A head is read for each chunk of labels, so that forming it would take as long as its product: it is cast too. What
+    is cast and lies in mapped files is let go there: no two copies are held.
     """
     for block in blocks_of(model):
         for _, layer in linear_layers(block):
             exchange(layer, Cast(layer.weight.detach(), dtype))
+    stored = [parameter.data for parameter in model.parameters() if parameter.dtype != dtype]
     cast_rest(model, next(model.parameters()).device, dtype)
+    release(stored)
 
 
 def cast_rest(model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -282,15 +284,6 @@ def cast_rest(model: Any, device: torch.device, dtype: torch.dtype) -> None:
         embedding = model.get_input_embeddings()
         exchange(embedding, Cast(embedding.weight.detach(), dtype))
     _cast(model, model.modules(), device, dtype)
-
-
-def cast_whole(model: Any, dtype: torch.dtype) -> None:
-    """Casts all of a model that lies in mapped files, and lets the pages of each part go: no two copies are held."""
-    rest = (part for part in model.modules() if any(p.dtype != dtype for p in part.parameters(recurse=False)))
-    for part in itertools.chain(blocks_of(model), rest, [model]):
-        stored = [parameter.data for parameter in part.parameters() if parameter.dtype != dtype]
-        _cast(model, part.modules(), torch.device("cpu"), dtype)
-        release(stored)
 
 
 def _cast(model: Any, modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:

@@ -32,8 +32,6 @@ from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.formed import (
     ROUNDED,
-    FormedLinear,
-    cast_whole,
     has_one_dtype,
     keep_stored,
     makes_unknown_numbers,
@@ -273,14 +271,11 @@ def load(
             )
         keep_stored(model, chosen)
     elif where.type == "cpu" and model.dtype != chosen:
-        if makes_unknown_numbers(model):
-            model = open_model(folder, chosen)
-        else:
-            cast_whole(model, chosen)
+        model = _widened(model, folder, chosen)
     else:
         model = model.to(where)
     model.requires_grad_(False).eval()
-    if any(type(module) is FormedLinear for module in model.modules()):
+    if streamed or quant != "none":
         require_formed(model)
     pager = streaming(model) if streamed else None
     followed = follow_modules(model) if streamed else []  # the proofs run modules too
@@ -294,6 +289,16 @@ def load(
         for handle in followed:
             handle.remove()
     return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager, quant)
+
+
+def _widened(model: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The model as it computes in `dtype`: weights stay as they are stored, or, where that cannot be, are cast."""
+    if not makes_unknown_numbers(model):
+        keep_stored(model, dtype)
+        with contextlib.suppress(BaseError):
+            require_formed(model.eval())
+            return model
+    return open_model(folder, dtype)
 
 
 def _more_than_is_free(folder: Path, dtype: torch.dtype) -> str | None:

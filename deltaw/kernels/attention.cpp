@@ -1,18 +1,17 @@
-// Causal attention of the documents of a flat row, forward and backward, in bf16 where AVX-512 or AMX multiplies it.
+// Causal attention of the documents of a flat row, forward and backward: in fp32, and in bf16 where AVX-512 or AMX
+// multiplies it.
 //
 // A part is some queries of one document with all keys that they see; a task is a part and one key head, whose keys
 // are packed once for all its query heads. A block of queries, of several heads below each other, passes over its keys
 // at once, so that scores and shares live in the cache of a core and nothing of queries × keys is ever written to
-// memory. Sums are fp32; shares and the slopes of scores are rounded to bf16 for their products. What a key gathers
-// from several parts is added in the order of the parts, so that the number of threads changes no bit.
+// memory. Sums are fp32; shares and the slopes of scores are rounded to T for their products. What a key gathers from
+// several parts is added in the order of the parts, so that the number of threads changes no bit.
 //
-// Pairs: two bf16 in 32 bits, as the instructions want them. "Along D" they are two numbers of one row, and "along
-// rows" one number each of two rows. T rows of the flat row; H query and K key heads; D numbers of a head, a multiple
-// of 32; M keys of a part, and `pitch` places for each row of scores.
+// T is float or bf16. Pairs: two bf16 in 32 bits, as the instructions want them. "Along D" they are two numbers of one
+// row, and "along rows" one number each of two rows. H query and K key heads; D numbers of a head, a multiple of 32; M
+// keys of a part, and `pitch` places for each row of scores and of keys turned.
 
 #include "vectors.hpp"
-
-#ifdef __AVX512BF16__
 
 #include <algorithm>
 #include <cstdlib>
@@ -61,8 +60,59 @@ struct Sight {
     }
 };
 
-// -- products: C [rows, columns] = or += A [rows, terms] · B of pairs along its rows [terms / 2, columns], in multiples
-// of 32, and so many places between the rows of each
+// What the right side of a product consists of: so many numbers, one below the other.
+template <class T>
+struct Right;
+template <>
+struct Right<float> {
+    using type = float;
+    static constexpr long TERMS = 1;
+};
+template <>
+struct Right<bf16> {
+    using type = pair;
+    static constexpr long TERMS = 2;
+};
+
+// -- products: C [rows, columns] = or += A [rows, terms] · B [terms, columns], in multiples of 32, and so many places
+// between the rows of each
+
+// ROWS rows of C, two vectors of its columns at a time.
+template <bool ADD, int ROWS>
+inline void rows_of_product(float *C, long ldc, const float *A, long lda, const float *B, long ldb, long columns,
+                            long terms) {
+    for (long column = 0; column < columns; column += 2 * LANES) {
+        const float *b = B + column;
+        float *c = C + column;
+        floats sums[ROWS][2] = {};
+        if (ADD)
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; row++)
+                for (int half = 0; half < 2; half++) sums[row][half] = load(c + row * ldc + LANES * half);
+        for (long term = 0; term < terms; term++, b += ldb) {
+            floats left = load(b), right = load(b + LANES);
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; row++) {
+                sums[row][0] += A[row * lda + term] * left;
+                sums[row][1] += A[row * lda + term] * right;
+            }
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; row++)
+            for (int half = 0; half < 2; half++) store(c + row * ldc + LANES * half, sums[row][half]);
+    }
+}
+
+template <bool ADD>
+void product(float *C, long ldc, const float *A, long lda, const float *B, long ldb, long rows, long columns,
+             long terms) {
+    constexpr int ROWS = LANES == 16 ? 8 : 6;  // as many sums as fit in registers, beside what is multiplied
+    long row = 0;
+    for (; row + ROWS <= rows; row += ROWS)
+        rows_of_product<ADD, ROWS>(C + row * ldc, ldc, A + row * lda, lda, B, ldb, columns, terms);
+    for (; row < rows; row += 2)
+        rows_of_product<ADD, 2>(C + row * ldc, ldc, A + row * lda, lda, B, ldb, columns, terms);
+}
 
 #ifdef __AMX_BF16__
 bool has_tiles() {  // Linux lends the tiles to who asks for them
@@ -124,8 +174,10 @@ void product_by_tiles(float *C, long ldc, const bf16 *A, long lda, const pair *B
 struct Tiles {};
 #endif
 
+#ifdef __AVX512BF16__
 template <bool ADD>
-void product(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long rows, long columns, long terms) {
+void product(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long rows, long columns,
+             long terms) {
 #ifdef __AMX_BF16__
     if (has_tiles()) return product_by_tiles<ADD>(C, ldc, A, lda, B, ldb, rows, columns, terms);
 #endif
@@ -155,50 +207,53 @@ void product(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ld
                 for (int half = 0; half < 2; half++) _mm512_storeu_ps(c + row * ldc + 16 * half, sums[row][half]);
         }
 }
+#endif
 
 // -- orders in memory
 
-// to [16, 16] = from [16, 16] turned, of 32 bits each.
-inline void turn16(uint32_t *to, long to_pitch, const uint32_t *from, long from_pitch) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_pitch);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+// to [LANES, LANES] = from [LANES, LANES] turned, of 32 bits each.
+inline void turn(uint32_t *to, long to_pitch, const uint32_t *from, long from_pitch) {
+    words rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) std::memcpy(&rows[i], from + i * from_pitch, sizeof rows[i]);
+#pragma GCC unroll 4
+    for (int apart = 1; apart < LANES; apart *= 2) {  // numbers whose row and lane differ in this digit change places
+        ints lane = counted_from(0), first = (lane & apart) != 0 ? lane + (LANES - apart) : lane;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            if (!(i & apart)) {
+                words one = rows[i], other = rows[i + apart];
+                rows[i] = __builtin_shuffle(one, other, first);
+                rows[i + apart] = __builtin_shuffle(one, other, first + apart);
+            }
     }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {  // 128 bits of four rows each are in place; now they change places themselves
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm512_storeu_si512(to + i * to_pitch, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 4) * to_pitch, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * to_pitch, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_storeu_si512(to + (i + 12) * to_pitch, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) std::memcpy(to + i * to_pitch, &rows[i], sizeof rows[i]);
 }
 
 // to [columns, rows] = from [rows, columns] turned, of 32 bits each.
 inline void turned(uint32_t *to, long to_pitch, const uint32_t *from, long from_pitch, long rows, long columns) {
-    for (long row = 0; row < rows; row += 16)
-        for (long column = 0; column < columns; column += 16)
-            turn16(to + column * to_pitch + row, to_pitch, from + row * from_pitch + column, from_pitch);
+    for (long row = 0; row < rows; row += LANES)
+        for (long column = 0; column < columns; column += LANES)
+            turn(to + column * to_pitch + row, to_pitch, from + row * from_pitch + column, from_pitch);
 }
 
+// x [rows, D] and x turned [D, rows] as right sides of products, and turned as a left one. In bf16, the last goes by
+// way of `pairs` [rows / 2, D].
+inline void to_right(float *to, const float *x, long rows, long D) { std::memcpy(to, x, rows * D * sizeof(float)); }
+inline void to_right_turned(float *to, long pitch, const float *x, long rows, long D) {
+    turned((uint32_t *)to, pitch, (const uint32_t *)x, D, rows, D);
+}
+inline void to_left_turned(float *to, pair *, const float *x, long rows, long D) {
+    turned((uint32_t *)to, rows, (const uint32_t *)x, D, rows, D);
+}
+
+#ifdef __AVX512BF16__
 inline __m512i paired(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// Pairs along rows [rows / 2, D] of x [rows, D].
-inline void pairs_along_rows(pair *to, const bf16 *x, long rows, long D) {
+inline void to_right(pair *to, const bf16 *x, long rows, long D) {  // pairs along rows
     for (long row = 0; row < rows; row += 2)
         for (long i = 0; i < D; i += 16) {
             const bf16 *from = x + row * D + i;
@@ -207,24 +262,22 @@ inline void pairs_along_rows(pair *to, const bf16 *x, long rows, long D) {
             _mm512_storeu_si512(to + row / 2 * D + i, paired(low, high));
         }
 }
-
-// Pairs along D [D / 2, rows] of x [rows, D].
-inline void pairs_along_D(pair *to, const bf16 *x, long rows, long D) {
-    turned(to, rows, (const uint32_t *)x, D / 2, rows, D / 2);
+inline void to_right_turned(pair *to, long pitch, const bf16 *x, long rows, long D) {  // pairs along D
+    turned(to, pitch, (const uint32_t *)x, D / 2, rows, D / 2);
 }
-
-// x [rows, D] turned: [D, rows], by way of `pairs` [rows / 2, D].
-inline void turned_bf16(bf16 *to, pair *pairs, const bf16 *x, long rows, long D) {
-    pairs_along_rows(pairs, x, rows, D);
+inline void to_left_turned(bf16 *to, pair *pairs, const bf16 *x, long rows, long D) {
+    to_right(pairs, x, rows, D);
     turned((uint32_t *)to, rows / 2, pairs, D, rows / 2, D);
 }
+#endif
 
 // One head of the keys of a part, [M, D], and zeros up to `padded` rows.
-inline void gather_keys(bf16 *to, const bf16 *x, const Part &part, const Shape &shape, long head, long padded) {
+template <class T>
+inline void gather_keys(T *to, const T *x, const Part &part, const Shape &shape, long head, long padded) {
     long D = shape.D, keys = part.keys();
     for (long key = 0; key < keys; key++)
-        std::memcpy(to + key * D, x + (part.row(key) * shape.K + head) * D, D * sizeof(bf16));
-    std::memset((void *)(to + keys * D), 0, (padded - keys) * D * sizeof(bf16));
+        std::memcpy(to + key * D, x + (part.row(key) * shape.K + head) * D, D * sizeof(T));
+    std::memset((void *)(to + keys * D), 0, (padded - keys) * D * sizeof(T));
 }
 
 // -- memory of a thread
@@ -244,6 +297,33 @@ class Numbers {
 
   private:
     std::unique_ptr<T, Freed> memory;
+};
+
+// Shares as the left side of a product: fp32 ones stay in the place of their scores.
+template <class T>
+struct Shares : Numbers<T> {
+    Shares(float *, long count) : Numbers<T>(count) {}
+};
+template <>
+struct Shares<float> {
+    float *place;
+    Shares(float *scores, long) : place(scores) {}
+    operator float *() const { return place; }
+};
+
+// Shares as the right side of a product, and slopes of scores as either: fp32 ones in the place of scores, and of the
+// slopes of shares.
+template <class T>
+struct ScoreSlopes {
+    Numbers<typename Right<T>::type> shares, right;
+    Numbers<T> left;
+    ScoreSlopes(float *, float *, long count)
+        : shares(count / Right<T>::TERMS), right(count / Right<T>::TERMS), left(count) {}
+};
+template <>
+struct ScoreSlopes<float> {
+    float *shares, *right, *left;
+    ScoreSlopes(float *scores, float *share_slopes, long) : shares(scores), right(share_slopes), left(share_slopes) {}
 };
 
 // -- one block of queries
@@ -284,16 +364,18 @@ inline void each_block(const Part &part, const Shape &shape, long key_head, Body
 }
 
 // The rows of a block, [rows, D], and zeros for those that have no query.
-inline void gather_queries(bf16 *to, const bf16 *x, const Block &block, const Shape &shape) {
+template <class T>
+inline void gather_queries(T *to, const T *x, const Block &block, const Shape &shape) {
     for (long row = 0; row < block.rows; row++, to += shape.D)
         if (block.has(row))
-            std::memcpy(to, x + (block.query(row) * shape.H + block.head_of(row)) * shape.D, shape.D * sizeof(bf16));
+            std::memcpy(to, x + (block.query(row) * shape.H + block.head_of(row)) * shape.D, shape.D * sizeof(T));
         else
-            std::memset((void *)to, 0, shape.D * sizeof(bf16));
+            std::memset((void *)to, 0, shape.D * sizeof(T));
 }
 
-inline void scatter_query(bf16 *out, const float *rows, float factor, const Block &block, long row, const Shape &shape) {
-    bf16 *to = out + (block.query(row) * shape.H + block.head_of(row)) * shape.D;
+template <class T>
+inline void scatter_query(T *out, const float *rows, float factor, const Block &block, long row, const Shape &shape) {
+    T *to = out + (block.query(row) * shape.H + block.head_of(row)) * shape.D;
     for (long i = 0; i < shape.D; i += LANES) store(to + i, load(rows + row * shape.D + i) * factor);
 }
 
@@ -315,21 +397,24 @@ inline void clear(T *row, long from, long to) {
 
 // -- forward
 
+template <class T>
 struct Forward {  // for up to M keys and so many rows of queries
     long pitch;
-    Numbers<bf16> rows, queries, shares;
-    Numbers<pair> keys, values;
+    Numbers<T> rows, queries;
+    Numbers<typename Right<T>::type> keys, values;
     Numbers<float> scores, outs, sums;
+    Shares<T> shares;
 
     Forward(long M, long D, long N)
-        : pitch(M + GAP), rows(M * D), queries(N * D), shares(N * pitch), keys(M * D / 2), values(M * D / 2),
-          scores(N * pitch), outs(N * D), sums(N) {}
+        : pitch(M + GAP), rows(M * D), queries(N * D), keys(pitch * D / Right<T>::TERMS),
+          values(M * D / Right<T>::TERMS), scores(N * pitch), outs(N * D), sums(N), shares(scores, N * pitch) {}
 };
 
-// e to the scores less their largest, in bf16, and their sums: what divides the outputs of a query.
-void softmax_of(Forward &f, const Part &part, const Shape &shape, const Block &block) {
+// e to the scores less their largest, and their sums: what divides the outputs of a query.
+template <class T>
+void softmax_of(Forward<T> &f, const Part &part, const Shape &shape, const Block &block) {
     for (long row = 0; row < block.rows; row++) {
-        bf16 *share = f.shares + row * f.pitch;
+        T *share = f.shares + row * f.pitch;
         if (!block.has(row)) {
             clear(share, block.begin, block.end);
             continue;
@@ -340,7 +425,7 @@ void softmax_of(Forward &f, const Part &part, const Shape &shape, const Block &b
         long i = sight.low & -LANES;
         clear(share, block.begin, i);
         for (; i < sight.high; i += LANES) {
-            floats value = exp_of<bf16>(load(score + i) - largest);
+            floats value = exp_of<T>(load(score + i) - largest);
             store(share + i, value);
             sum += value;
         }
@@ -349,19 +434,21 @@ void softmax_of(Forward &f, const Part &part, const Shape &shape, const Block &b
     }
 }
 
-void attend_part(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part &part, const Shape &shape,
-                 long key_head, Forward &f) {
+template <class T>
+void attend_part(T *out, const T *q, const T *k, const T *v, const Part &part, const Shape &shape, long key_head,
+                 Forward<T> &f) {
     long D = shape.D, M = up(part.keys());
-    gather_keys(f.rows, k, part, shape, key_head, M);
-    pairs_along_D(f.keys, f.rows, M, D);
-    gather_keys(f.rows, v, part, shape, key_head, M);
-    pairs_along_rows(f.values, f.rows, M, D);
+    gather_keys<T>(f.rows, k, part, shape, key_head, M);
+    to_right_turned(f.keys, f.pitch, f.rows, M, D);
+    gather_keys<T>(f.rows, v, part, shape, key_head, M);
+    to_right(f.values, f.rows, M, D);
     each_block(part, shape, key_head, [&](const Block &block) {
         long begin = block.begin, seen = block.end - begin, rows = block.rows;
-        gather_queries(f.queries, q, block, shape);
-        product<false>(f.scores + begin, f.pitch, f.queries, D, f.keys + begin, M, rows, seen, D);
+        gather_queries<T>(f.queries, q, block, shape);
+        product<false>(f.scores + begin, f.pitch, f.queries, D, f.keys + begin, f.pitch, rows, seen, D);
         softmax_of(f, part, shape, block);
-        product<false>(f.outs, D, f.shares + begin, f.pitch, f.values + begin / 2 * D, D, rows, D, seen);
+        auto values = f.values + begin / Right<T>::TERMS * D;
+        product<false>(f.outs, D, f.shares + begin, f.pitch, values, D, rows, D, seen);
         for (long row = 0; row < rows; row++)
             if (block.has(row)) scatter_query(out, f.outs, 1.0f / f.sums[row], block, row, shape);
     });
@@ -369,17 +456,21 @@ void attend_part(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const P
 
 // -- backward
 
+template <class T>
 struct Backward {  // for up to M keys and N rows of queries
+    static constexpr long TERMS = Right<T>::TERMS;
     long pitch;
-    Numbers<bf16> rows, queries, slopes, queries_turned, slopes_turned, score_slopes;
-    Numbers<pair> keys, values, key_pairs, pairs, share_pairs, score_slope_pairs;
+    Numbers<T> rows, queries, slopes, queries_turned, slopes_turned;
+    Numbers<typename Right<T>::type> keys_turned, values_turned, keys;
+    Numbers<pair> pairs;
     Numbers<float> scores, share_slopes, query_slopes;
+    ScoreSlopes<T> given;
 
     Backward(long M, long D, long N)
         : pitch(M + GAP), rows(M * D), queries(N * D), slopes(N * D), queries_turned(N * D), slopes_turned(N * D),
-          score_slopes(N * pitch), keys(M * D / 2), values(M * D / 2), key_pairs(M * D / 2), pairs(N * D / 2),
-          share_pairs(N / 2 * pitch), score_slope_pairs(N / 2 * pitch), scores(N * pitch), share_slopes(N * pitch),
-          query_slopes(N * D) {}
+          keys_turned(pitch * D / TERMS), values_turned(pitch * D / TERMS), keys(M * D / TERMS),
+          pairs(TERMS == 2 ? N * D / 2 : 0), scores(N * pitch), share_slopes(N * pitch), query_slopes(N * D),
+          given(scores, share_slopes, N * pitch) {}
 };
 
 struct Share {
@@ -387,7 +478,8 @@ struct Share {
 };
 
 // e to the scores less their largest in their own place, zeros where nothing is seen, and what makes shares of them.
-Share exponentials(Backward &b, const Part &part, const Shape &shape, const Block &block, long row) {
+template <class T>
+Share exponentials(Backward<T> &b, const Part &part, const Shape &shape, const Block &block, long row) {
     float *score = b.scores + row * b.pitch;
     const float *slope = b.share_slopes + row * b.pitch;
     if (!block.has(row)) {
@@ -400,7 +492,7 @@ Share exponentials(Backward &b, const Part &part, const Shape &shape, const Bloc
     long i = sight.low & -LANES;
     clear(score, block.begin, i);
     for (; i < sight.high; i += LANES) {
-        floats value = exp_of<bf16>(load(score + i) - largest);
+        floats value = exp_of<T>(load(score + i) - largest);
         store(score + i, value);
         sum += value;
         products += value * load(slope + i);
@@ -410,11 +502,23 @@ Share exponentials(Backward &b, const Part &part, const Shape &shape, const Bloc
     return {factor, factor * sum_of(products)};
 }
 
+// Shares, and the slopes of scores from those of shares, of all queries of a block.
+void slopes_of_scores(Backward<float> &b, const Part &part, const Shape &shape, const Block &block) {
+    for (long row = 0; row < block.rows; row++) {
+        const Share one = exponentials(b, part, shape, block, row);
+        float *score = b.scores + row * b.pitch, *slope = b.share_slopes + row * b.pitch;
+        for (long i = block.begin; i < block.end; i += LANES) {
+            floats share = load(score + i) * one.factor;
+            store(score + i, share);
+            store(slope + i, shape.scale * share * (load(slope + i) - one.along));
+        }
+    }
+}
+
+#ifdef __AVX512BF16__
 inline __m256i in_bf16(floats x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 
-// Shares, and the slopes of scores from those of shares, of all queries of a block: as pairs along rows, and the latter
-// also as they are.
-void slopes_of_scores(Backward &b, const Part &part, const Shape &shape, const Block &block) {
+void slopes_of_scores(Backward<bf16> &b, const Part &part, const Shape &shape, const Block &block) {
     for (long row = 0; row < block.rows; row += 2) {
         const Share one = exponentials(b, part, shape, block, row), two = exponentials(b, part, shape, block, row + 1);
         long at = row * b.pitch, next = at + b.pitch, half = row / 2 * b.pitch;
@@ -423,52 +527,54 @@ void slopes_of_scores(Backward &b, const Part &part, const Shape &shape, const B
             floats slope = shape.scale * share * (load(b.share_slopes + at + i) - one.along);
             floats another = shape.scale * other * (load(b.share_slopes + next + i) - two.along);
             __m256i low = in_bf16(slope), high = in_bf16(another);
-            _mm512_storeu_si512(b.share_pairs + half + i, paired(in_bf16(share), in_bf16(other)));
-            _mm512_storeu_si512(b.score_slope_pairs + half + i, paired(low, high));
-            _mm256_storeu_si256((__m256i *)(b.score_slopes + at + i), low);
-            _mm256_storeu_si256((__m256i *)(b.score_slopes + next + i), high);
+            _mm512_storeu_si512(b.given.shares + half + i, paired(in_bf16(share), in_bf16(other)));
+            _mm512_storeu_si512(b.given.right + half + i, paired(low, high));
+            _mm256_storeu_si256((__m256i *)(b.given.left + at + i), low);
+            _mm256_storeu_si256((__m256i *)(b.given.left + next + i), high);
         }
     }
 }
+#endif
 
 // dq of a part's queries; dk and dv of its keys for one key head, turned [D, M] each.
-void attend_part_backward(bf16 *dq, float *dk, float *dv, const bf16 *d, const bf16 *q, const bf16 *k, const bf16 *v,
-                          const Part &part, const Shape &shape, long key_head, Backward &b) {
+template <class T>
+void attend_part_backward(T *dq, float *dk, float *dv, const T *d, const T *q, const T *k, const T *v, const Part &part,
+                          const Shape &shape, long key_head, Backward<T> &b) {
     long D = shape.D, M = up(part.keys());
-    gather_keys(b.rows, v, part, shape, key_head, M);
-    pairs_along_D(b.values, b.rows, M, D);
-    gather_keys(b.rows, k, part, shape, key_head, M);
-    pairs_along_D(b.keys, b.rows, M, D);
-    pairs_along_rows(b.key_pairs, b.rows, M, D);
+    gather_keys<T>(b.rows, v, part, shape, key_head, M);
+    to_right_turned(b.values_turned, b.pitch, b.rows, M, D);
+    gather_keys<T>(b.rows, k, part, shape, key_head, M);
+    to_right_turned(b.keys_turned, b.pitch, b.rows, M, D);
+    to_right(b.keys, b.rows, M, D);
     clear(dk, 0, D * M);
     clear(dv, 0, D * M);
     each_block(part, shape, key_head, [&](const Block &block) {
         long begin = block.begin, seen = block.end - begin, rows = block.rows;
-        gather_queries(b.queries, q, block, shape);
-        gather_queries(b.slopes, d, block, shape);
-        product<false>(b.scores + begin, b.pitch, b.queries, D, b.keys + begin, M, rows, seen, D);
-        product<false>(b.share_slopes + begin, b.pitch, b.slopes, D, b.values + begin, M, rows, seen, D);
+        gather_queries<T>(b.queries, q, block, shape);
+        gather_queries<T>(b.slopes, d, block, shape);
+        product<false>(b.scores + begin, b.pitch, b.queries, D, b.keys_turned + begin, b.pitch, rows, seen, D);
+        product<false>(b.share_slopes + begin, b.pitch, b.slopes, D, b.values_turned + begin, b.pitch, rows, seen, D);
         slopes_of_scores(b, part, shape, block);
-        turned_bf16(b.queries_turned, b.pairs, b.queries, rows, D);
-        turned_bf16(b.slopes_turned, b.pairs, b.slopes, rows, D);
-        product<true>(dv + begin, M, b.slopes_turned, rows, b.share_pairs + begin, b.pitch, D, seen, rows);
-        product<true>(dk + begin, M, b.queries_turned, rows, b.score_slope_pairs + begin, b.pitch, D, seen, rows);
-        const pair *keys = b.key_pairs + begin / 2 * D;
-        product<false>(b.query_slopes, D, b.score_slopes + begin, b.pitch, keys, D, rows, D, seen);
+        to_left_turned(b.queries_turned, b.pairs, b.queries, rows, D);
+        to_left_turned(b.slopes_turned, b.pairs, b.slopes, rows, D);
+        product<true>(dv + begin, M, b.slopes_turned, rows, b.given.shares + begin, b.pitch, D, seen, rows);
+        product<true>(dk + begin, M, b.queries_turned, rows, b.given.right + begin, b.pitch, D, seen, rows);
+        auto keys = b.keys + begin / Right<T>::TERMS * D;
+        product<false>(b.query_slopes, D, b.given.left + begin, b.pitch, keys, D, rows, D, seen);
         for (long row = 0; row < rows; row++)
             if (block.has(row)) scatter_query(dq, b.query_slopes, 1.0f, block, row, shape);
     });
 }
 
-// Adds what a part found for its keys, turned [D, M], to rows of out [T, K, D]: 16 numbers of one head from i on.
+// Adds what a part found for its keys, turned [D, M], to rows of out [., K, D]: LANES numbers of one head from i on.
 void add_turned(float *out, const float *found, const Part &part, const Shape &shape, long head, long i) {
-    alignas(64) float rows[16 * 16];
+    alignas(64) float rows[LANES * LANES];
     long keys = part.keys(), M = up(keys);
-    for (long key = 0; key < keys; key += 16) {
-        turn16((uint32_t *)rows, 16, (const uint32_t *)found + i * M + key, M);
-        for (long n = 0; n < 16 && key + n < keys; n++) {
+    for (long key = 0; key < keys; key += LANES) {
+        turn((uint32_t *)rows, LANES, (const uint32_t *)found + i * M + key, M);
+        for (long n = 0; n < LANES && key + n < keys; n++) {
             float *to = out + (part.row(key + n) * shape.K + head) * shape.D + i;
-            store(to, load(to) + load(rows + 16 * n));
+            store(to, load(to) + load(rows + LANES * n));
         }
     }
 }
@@ -495,12 +601,13 @@ std::vector<std::unique_ptr<Space>> spaces_for(const Part *parts, long count, co
     return spaces;
 }
 
-void attend(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part *parts, long count, const Shape &shape) {
-    auto spaces = spaces_for<Forward>(parts, count, shape);
+template <class T>
+void attend(T *out, const T *q, const T *k, const T *v, const Part *parts, long count, const Shape &shape) {
+    auto spaces = spaces_for<Forward<T>>(parts, count, shape);
 #pragma omp parallel
     {
         Tiles tiles;
-        Forward &space = *spaces[omp_get_thread_num()];
+        Forward<T> &space = *spaces[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
         for (long task = count * shape.K - 1; task >= 0; task--)  // of a document, the last parts have most keys
             attend_part(out, q, k, v, parts[task / shape.K], shape, task % shape.K, space);
@@ -508,9 +615,10 @@ void attend(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part *
 }
 
 // Some parts: `place` says where in `found` each leaves dk and dv of its keys, before they are added.
-void attend_backward(bf16 *dq, float *dk, float *dv, float *found, const bf16 *d, const bf16 *q, const bf16 *k,
-                     const bf16 *v, const Part *parts, const long *place, long count, const Shape &shape) {
-    auto spaces = spaces_for<Backward>(parts, count, shape);
+template <class T>
+void attend_backward(T *dq, float *dk, float *dv, float *found, const T *d, const T *q, const T *k, const T *v,
+                     const Part *parts, const long *place, long count, const Shape &shape) {
+    auto spaces = spaces_for<Backward<T>>(parts, count, shape);
     long K = shape.K, D = shape.D;
     auto of = [&](long part, long head, long which) {
         return found + place[part] + (2 * head + which) * D * up(parts[part].keys());
@@ -518,7 +626,7 @@ void attend_backward(bf16 *dq, float *dk, float *dv, float *found, const bf16 *d
 #pragma omp parallel
     {
         Tiles tiles;
-        Backward &space = *spaces[omp_get_thread_num()];
+        Backward<T> &space = *spaces[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
         for (long task = count * K - 1; task >= 0; task--) {
             long part = task / K, head = task % K;
@@ -527,46 +635,54 @@ void attend_backward(bf16 *dq, float *dk, float *dv, float *found, const bf16 *d
 #pragma omp for collapse(3) schedule(static)
         for (long which = 0; which < 2; which++)
             for (long head = 0; head < K; head++)
-                for (long i = 0; i < D; i += 16)
+                for (long i = 0; i < D; i += LANES)
                     for (long part = 0; part < count; part++)
                         add_turned(which ? dv : dk, of(part, head, which), parts[part], shape, head, i);
     }
 }
 
-}  // namespace
-
-// Both return 0, or 1 where there is not enough memory.
-extern "C" {
-
-int attend_bf16(bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v, const Part *parts, float scale, long count,
-                long H, long K, long D, long window) try {
-    attend(out, q, k, v, parts, count, Shape{H, K, D, window, scale});
-    return 0;
-} catch (const std::bad_alloc &) {
-    return 1;
-}
-
-// `found` has room for so many numbers, which is enough for any one part: as many at a time as fit.
-int attend_backward_bf16(bf16 *dq, float *dk, float *dv, float *found, const bf16 *d, const bf16 *q, const bf16 *k,
-                         const bf16 *v, const Part *parts, float scale, long room, long count, long H, long K, long D,
-                         long window) try {
+// `found` has room for so many numbers, which is enough for any one part: as many at a time as fit. Whether one did.
+template <class T>
+bool attend_backward_by_room(T *dq, float *dk, float *dv, float *found, const T *d, const T *q, const T *k, const T *v,
+                             const Part *parts, long room, long count, const Shape &shape) {
     std::vector<long> place;
     for (long first = 0; first < count; first += place.size()) {
         place.clear();
         for (long part = first, taken = 0; part < count; part++) {
-            long size = 2 * K * D * up(parts[part].keys());
+            long size = 2 * shape.K * shape.D * up(parts[part].keys());
             if (taken + size > room) break;
             place.push_back(taken);
             taken += size;
         }
-        if (place.empty()) return 1;
-        attend_backward(dq, dk, dv, found, d, q, k, v, parts + first, place.data(), place.size(),
-                        Shape{H, K, D, window, scale});
+        if (place.empty()) return false;
+        attend_backward(dq, dk, dv, found, d, q, k, v, parts + first, place.data(), place.size(), shape);
     }
-    return 0;
-} catch (const std::bad_alloc &) {
-    return 1;
-}
+    return true;
 }
 
+}  // namespace
+
+// Both return 0, or 1 where there is not enough memory.
+#define EXPORTED(T, KIND)                                                                                              \
+    int attend_##KIND(T *out, const T *q, const T *k, const T *v, const Part *parts, float scale, long count, long H,  \
+                      long K, long D, long window) try {                                                               \
+        attend(out, q, k, v, parts, count, Shape{H, K, D, window, scale});                                             \
+        return 0;                                                                                                      \
+    } catch (const std::bad_alloc &) {                                                                                 \
+        return 1;                                                                                                      \
+    }                                                                                                                  \
+    int attend_backward_##KIND(T *dq, float *dk, float *dv, float *found, const T *d, const T *q, const T *k,          \
+                               const T *v, const Part *parts, float scale, long room, long count, long H, long K,      \
+                               long D, long window) try {                                                              \
+        Shape shape{H, K, D, window, scale};                                                                           \
+        return !attend_backward_by_room(dq, dk, dv, found, d, q, k, v, parts, room, count, shape);                     \
+    } catch (const std::bad_alloc &) {                                                                                 \
+        return 1;                                                                                                      \
+    }
+
+extern "C" {
+EXPORTED(float, fp32)
+#ifdef __AVX512BF16__
+EXPORTED(bf16, bf16)
 #endif
+}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deltaw.adapter.layer import Target
-from deltaw.base.formed import Mapped, has_one_dtype, mapped_numbers, may_form_embedding, stored_dtype
+from deltaw.base.formed import ROUNDED, Mapped, has_one_dtype, mapped_numbers, may_form_embedding, stored_dtype
 from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline
@@ -128,11 +128,17 @@ class Demand:
         """Bytes of one weight of a linear layer."""
         if choice.quant != "none":
             return BYTES[choice.quant]
-        return self.stored_dtype.itemsize if choice.stream else self.dtype.itemsize
+        return self.stored_dtype.itemsize if choice.stream or self.keeps_stored else self.dtype.itemsize
 
     def forms(self, choice: Choice) -> bool:
         """Whether linear layers form their weights each time they are read."""
-        return choice.quant != "none" or (choice.stream and not self.as_stored)
+        return choice.quant != "none" or (not self.as_stored and (choice.stream or self.keeps_stored))
+
+    @cached_property
+    def keeps_stored(self) -> bool:
+        """Whether a base that is neither quantised nor streamed keeps its weights as its files have them."""
+        computed = self.device.type == "cpu" and self.dtype == torch.float32
+        return self.as_stored or (computed and self.stored_dtype in ROUNDED and self._one_dtype)
 
     @cached_property
     def forms_embedding(self) -> bool:

@@ -14,8 +14,9 @@ from models import CONFIGS, MORE, SMALL, byte_tokenizer, lively_model, slopes, s
 
 from deltaw import hardware
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
-from deltaw.adapter.weight import ON_READ, stored_tensors
+from deltaw.adapter.weight import ON_READ, dense_weight, stored_tensors
 from deltaw.base.decoder import ROW_STEP, Decoder
+from deltaw.base.formed import linear_layers
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base, load, open_model
 from deltaw.base.stream import Pager, blocks_of, release
@@ -253,32 +254,40 @@ def test_at_most_a_few_blocks_are_in_memory_while_a_streamed_base_trains(wide):
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, *MORE.keys() - CONFIGS.keys()])
-def test_a_base_that_is_cast_when_it_is_opened_is_the_one_that_transformers_would_cast(tmp_path, kind):
-    """Also what its modules work out by themselves, as the factor of Gemma's embedding."""
+def test_a_base_that_is_stored_in_bf16_has_the_weights_that_transformers_would_cast(tmp_path, kind):
+    """Those too that modules work out by themselves, as the factor of Gemma's embedding."""
     lively_model(kind).to(torch.bfloat16).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     wanted, found = open_model(tmp_path, torch.float32), load(tmp_path, dtype="float32").model
-    for one, other in zip(wanted.parameters(), found.parameters(), strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
+    for (name, one), (_, other) in zip(wanted.named_parameters(), found.named_parameters(), strict=True):
+        module = found.get_submodule(name.rpartition(".")[0])
+        value = dense_weight(module) if name.endswith(".weight") else other
+        assert other.dtype == value.dtype == one.dtype and torch.equal(one, value), name
     for (name, one), (_, other) in zip(wanted.named_buffers(), found.named_buffers(), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
-def test_a_base_is_cast_block_by_block_so_that_no_two_copies_are_held(wide, tmp_path, monkeypatch):
-    folder, held = tmp_path / "bf16", []
+def test_layers_stay_in_the_files_as_they_are_stored_and_of_the_rest_no_two_copies_are_held(
+    wide, tmp_path, monkeypatch
+):
+    folder, released = tmp_path / "bf16", []
     open_model(wide, torch.bfloat16).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-
-    def watched(tensors):
-        held.append(resident_bytes(folder))
-        release(tensors)
-
-    monkeypatch.setattr("deltaw.base.formed.release", watched)
+    monkeypatch.setattr("deltaw.base.formed.release", lambda tensors: released.extend(tensors) or release(tensors))
     base = load(folder, dtype="float32")
-    block = sum(parameter.nbytes for parameter in blocks_of(base.model)[0].parameters()) / 2
-    assert base.dtype == torch.float32 and len(held) > 9 and held[0] > block / 2  # it does come from the files
-    assert all(later < sooner - block / 2 for sooner, later in itertools.pairwise(held[:9])), held
-    assert resident_bytes(folder) < block / 4
+    layers = [layer for block in blocks_of(base.model) for _, layer in linear_layers(block)]
+    assert len(layers) == 7 * 8 and base.dtype == torch.float32
+    for layer in layers:
+        (stored,) = stored_tensors(layer)
+        assert stored.dtype == torch.bfloat16 and stored.shape == layer.weight.shape
+    rest = base.parameters - sum(layer.weight.numel() for layer in layers)
+    assert sum(tensor.numel() for tensor in released) == rest > 0
+    # The layers do lie in the files.
+    slopes(base)
+    used = sum(layer.weight.numel() * 2 for layer in layers)
+    assert resident_bytes(folder) > 0.9 * used
+    release(tensor for layer in layers for tensor in stored_tensors(layer))
+    assert resident_bytes(folder) < 0.1 * used
 
 
 @pytest.mark.parametrize(
