@@ -1,7 +1,7 @@
 """What the compiled passes gain: a training step with them beside the same step by torch, in turn, within one process.
 
 SmolLM2-135M, rank 16 on all linear layers, documents whose lengths spread as those of versus.py's workloads do. That
-both ways compute the same is shown by tests/kernels. Writes benchmarks/results/passes.json.
+both ways compute the same is shown by tests/kernels. Writes benchmarks/results/passes.json, or passes_fp32.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deltaw.engine.objective import accumulate, head_factors
 from deltaw.engine.optim import FlatFactors, OptimSettings
 from deltaw.kernels import compiled
 
-RESULT = Path(__file__).parent / "results" / "passes.json"
+RESULTS = Path(__file__).parent / "results"
 # (shortest and longest document, trained share of each); a pass takes as many as fit in TOKENS
 WORKLOADS = {"short chats": (24, 90, 0.08), "docstring chats": (60, 420, 0.5), "dense rows": (1024, 1024, 1.0)}
 TOKENS, PAIRS, RANK = 1024, 12, 16
@@ -49,7 +49,8 @@ def main() -> None:
     found = {"base": base.name, "dtype": str(base.dtype), "rank": RANK, "cpu": machine.cpu_name, "workloads": rows}
     found |= {"cores": torch.get_num_threads(), "torch": torch.__version__}
     if not asked.no_write:
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        name = "passes" if base.dtype == torch.bfloat16 else "passes_fp32"
+        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(table(found))
 
 

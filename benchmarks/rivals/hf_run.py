@@ -4,7 +4,8 @@ Both are driven as their documentation has it: a model with a LoRA adapter goes 
 tokenised and in a fixed order, and the factors begin as everybody's. A setting names what a user could choose:
 
     batch          rows of a micro-batch; the accumulation follows from the rows per step
-    base           dtype of the frozen weights ("bfloat16"; TRL loads a model named by a string in "float32")
+    base           dtype of the frozen weights ("bfloat16"; TRL loads a model named by a string in "float32"; without
+                   it, Unsloth chooses by itself)
     adapters       dtype of the factors: "float32" (PEFT's default) or "bfloat16"
     autocast       the trainer's bf16 mixed precision (TRL's default)
     checkpointing  recompute activations in the backward pass (the default of both)
@@ -57,11 +58,13 @@ def trl_model(job: Job) -> tuple[Any, Any]:
 
 def unsloth_model(job: Job) -> tuple[Any, Any]:
     """The base with a fresh LoRA adapter, as FastLanguageModel makes it."""
+    import torch
     from unsloth import FastLanguageModel
 
     checkpointing = "unsloth" if job.setting["checkpointing"] else False
+    dtype = getattr(torch, job.setting["base"]) if "base" in job.setting else None
     model, tokenizer = FastLanguageModel.from_pretrained(
-        job.base, max_seq_length=1024, load_in_4bit=False, use_gradient_checkpointing=checkpointing
+        job.base, max_seq_length=1024, dtype=dtype, load_in_4bit=False, use_gradient_checkpointing=checkpointing
     )
     model = FastLanguageModel.get_peft_model(
         model, **LORA, target_modules=TARGETS, use_gradient_checkpointing=checkpointing

@@ -47,7 +47,7 @@ def loss(job: Job, rows: Rows) -> dict[str, Any]:
 @torch.no_grad()
 def evaluate(job: Job, rows: Rows) -> dict[str, Any]:
     """The loss over all rows."""
-    return _mean_loss(adapted(job, torch.bfloat16), rows, len(rows))
+    return _mean_loss(adapted(job, getattr(torch, job.setting["dtype"])), rows, len(rows))
 
 
 def _mean_loss(model: Any, rows: Rows, count: int) -> dict[str, Any]:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from deltaw.hardware import compute_dtype, look
+
 Setting = dict[str, Any]
 
 BASE = "smollm2-135m"
+# In what everybody computes: the faster of the two on this processor.
+PRECISION = str(compute_dtype(torch.device("cpu"), look())).removeprefix("torch.")
+BF16 = PRECISION == "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,8 @@ WORKLOADS = {
 # A further way of running deltaw is one more line here. Prefixes are shared where rows have a long one: everywhere else
 # too it would be faster (chat templates begin alike), but the comparison is then one of another kind.
 DELTAW: dict[str, Setting] = {
-    "plain": {"micro_tokens": 2048, "dtype": "bfloat16"},
-    "sharing": {"micro_tokens": 2048, "dtype": "bfloat16", "share": True},
+    "plain": {"micro_tokens": 2048, "dtype": PRECISION},
+    "sharing": {"micro_tokens": 2048, "dtype": PRECISION, "share": True},
 }
 
 # What a user gets who sets nothing: 8 rows per step, recomputed activations, bf16 autocast. TRL, given a model by name,
@@ -50,8 +57,10 @@ DEFAULTS: dict[str, Setting] = {
     },
     "unsloth": {"batch": 8, "autocast": True, "checkpointing": True, "group": "none", "compile": False},
 }
-TRL: Setting = {**DEFAULTS["trl"], "base": "bfloat16", "autocast": False, "checkpointing": False}
+TRL: Setting = {**DEFAULTS["trl"], "base": PRECISION, "autocast": False, "checkpointing": False}
 UNSLOTH: Setting = {**DEFAULTS["unsloth"], "checkpointing": False}
+if not BF16:
+    UNSLOTH |= {"base": PRECISION, "autocast": False}
 # TRL as the gates compare with it: the same precision policy as deltaw's.
 COMPARABLE: Setting = {**TRL, "adapters": "float32"}
 
@@ -88,6 +97,9 @@ def sweep(workload: str) -> Iterator[tuple[str, Setting]]:
     """(tool, setting) of everything that is tried on a workload."""
     batches = BATCHES[workload]
     ragged = workload in ("short", "docstrings")
+    if not BF16:
+        yield from _sweep_fp32(batches, ragged)
+        return
     for batch in batches:
         for adapters in ("bfloat16", "float32"):
             yield "trl", {**TRL, "batch": batch, "adapters": adapters}
@@ -104,6 +116,18 @@ def sweep(workload: str) -> Iterator[tuple[str, Setting]]:
         for group in ("step", "pool"):
             yield "trl", {**TRL, "batch": batch, "adapters": "bfloat16", "group": group}
             yield "unsloth", {**UNSLOTH, "batch": batch, "group": group, "compile": True}
+
+
+def _sweep_fp32(batches: Sequence[int], ragged: bool) -> Iterator[tuple[str, Setting]]:
+    """Where products take nearly all of the time, few settings matter: padding, and whether layers are compiled."""
+    for batch in batches:
+        yield "trl", {**TRL, "batch": batch}
+        yield "unsloth", {**UNSLOTH, "batch": batch, "compile": True}
+    yield "unsloth", {**UNSLOTH, "batch": batches[len(batches) // 2]}
+    if ragged:
+        for batch in batches[-2:]:
+            yield "trl", {**TRL, "batch": batch, "group": "pool"}
+            yield "unsloth", {**UNSLOTH, "batch": batch, "group": "pool", "compile": True}
 
 
 def swept(rows: list[dict[str, Any]], workload: str) -> list[dict[str, Any]]:
@@ -126,5 +150,5 @@ def best(tool: str, workload: str, stored: Path) -> Setting:
     if mine:
         fastest: Setting = max(mine, key=lambda row: row["tokens_per_second"])["setting"]
         return fastest
-    guess = TRL | {"adapters": "bfloat16"} if tool == "trl" else UNSLOTH | {"compile": True}
+    guess = TRL | {"adapters": PRECISION} if tool == "trl" else UNSLOTH | {"compile": True}
     return {**guess, "batch": GUESSED_BATCH[workload]}

@@ -3,9 +3,9 @@
 A layer stays a Linear of its shape for whoever looks at it. Its dense weight exists while the seam to weights is asked
 for it, in forward and again in backward, in memory that is lent to the next one.
 
-Nearly all published bases are stored in bf16, and many processors cannot compute in it. Cast at once, a base takes
-twice its files there and can no longer be read from them block by block. bf16 → fp32 loses nothing, so forming gives
-the same bits as a base that was cast when it was opened.
+Nearly all published bases are stored in bf16, and many processors cannot compute in it. Cast at once, a base would take
+twice its files there and could no longer be read from them. bf16 → fp32 loses nothing, so forming gives the same bits
+as a base that was cast when it was opened, and costs a step hardly anything.
 """
 
 from __future__ import annotations

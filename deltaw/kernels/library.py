@@ -49,7 +49,7 @@ ARGUMENTS = {
     "softmax_backward": "ppppfllll",
     "losses_and_slopes": "pppppll",
 }
-# Of attention.cpp, for bf16 alone, and only where the processor multiplies it; these return 1 where memory lacks.
+# Of attention.cpp, for bf16 only where the processor multiplies it; these return 1 where memory lacks.
 ATTENTION = {"attend": "pppppflllll", "attend_backward": "pppppppppfllllll"}
 _C_TYPES = {"p": ctypes.c_void_p, "f": ctypes.c_float, "l": ctypes.c_long}
 

@@ -7,9 +7,9 @@ product. The probabilities are not kept: backward forms them again, from the sam
 
 A document may continue other rows of the flat row, which several documents have in common: it sees them before its own.
 
-Where no score is capped, the library of deltaw/kernels/compiled.py computes attention as a whole if the processor
-multiplies bf16 and a head's width is a multiple of 32, and else copies and takes the softmax between the products. What
-stands here beside it is the same in torch.
+Where no score is capped, the library of deltaw/kernels/compiled.py computes attention as a whole if a head's width is a
+multiple of 32, in fp32, and in bf16 where the processor multiplies it; else it copies and takes the softmax between the
+products. What stands here beside it is the same in torch.
 
 Legend: q_THD queries, k_TKD and v_TKD keys and values, x_TND either; H query heads, K key heads, G = H/K, T tokens,
 D head width; n documents of one tile, L queries and M keys of each.

@@ -26,6 +26,18 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 # By which attention as a whole may be off; in bf16, rounding what comes out is 1.7e-3.
 ATTENTION_OFF = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# Attention as a whole in all ways in which its products are made: what else the library is compiled for is no matter.
+WHOLE = pytest.mark.parametrize(
+    ("library", "dtype"),
+    [
+        ("compiled", torch.float32),
+        ("compiled without AVX-512", torch.float32),
+        ("compiled", torch.bfloat16),
+        ("compiled without AMX", torch.bfloat16),
+    ],
+    indirect=["library"],
+    ids=str,
+)
 # Rows of 1 to 3 numbers leave every vector half empty; the last has enough of them for two threads.
 SIZES = pytest.mark.parametrize("size", [(1, 1), (3, 7), (5, 64), (2, 129), (300, 192)], ids=str)
 
@@ -128,7 +140,7 @@ def test_what_is_not_a_number_stays_none(library, dtype):
 @pytest.mark.parametrize("continued", [False, True], ids=["", "continued"])
 def test_attention_over_tiles_of_every_kind_is_that_of_torch(library, continued, window, dtype):
     """Documents side by side, whole ones, one in parts; and all but the first behind rows in common."""
-    bounds = list(accumulate((1, 33, 6, 260, 260, 40, 256, 1, 700), initial=0))
+    bounds = list(accumulate((1, 33, 6, 260, 260, 40, 256, 1, 400), initial=0))
     shared = (bounds[3], bounds[4])
     before = [(0, 0) if start <= shared[0] else shared for start in bounds[:-1]] if continued else []
     q, d = (torch.randn(bounds[-1], 6, 16).to(dtype) for _ in range(2))
@@ -139,35 +151,33 @@ def test_attention_over_tiles_of_every_kind_is_that_of_torch(library, continued,
     agree(*both(attend_backward, d, q, k, v, spans, 0.25, window, None), dtype)
 
 
-@DTYPES
+@WHOLE
 @pytest.mark.parametrize("window", [None, 50, 300])
 @pytest.mark.parametrize("continued", [False, True], ids=["", "continued"])
 @pytest.mark.parametrize(
     ("width", "heads", "key_heads"), [(32, 6, 2), (64, 3, 3), (96, 5, 1), (128, 8, 4), (256, 2, 1)], ids=str
 )
 def test_attention_as_a_whole_is_near_to_the_exact_one_and_in_bf16_nearer_than_in_tiles(
-    library, request, width, heads, key_heads, continued, window, dtype
+    library, width, heads, key_heads, continued, window, dtype
 ):
     """Of documents whole and in parts, of one row and of many keys, with rows of none behind them."""
     lengths = (1, 33, 6, 260, 64, 1, 700, 1100) if width < 256 else (40, 20, 30, 300, 700)
     spans = continued_spans(*rows_of(lengths, 3 if continued else None))
-    require_attention(request, width, dtype)
+    require_attention(width, dtype)
     is_near(spans, heads, key_heads, width, window, dtype)
 
 
-@DTYPES
-def test_attention_as_a_whole_to_thousands_of_keys(library, request, dtype):
+@WHOLE
+def test_attention_as_a_whole_to_thousands_of_keys(library, dtype):
     """So many that a block is one head of 32 queries, with more scores than are meant to stay in the cache."""
-    require_attention(request, 32, dtype)
+    require_attention(32, dtype)
     for length in (2300, 4300):
         is_near(spans_of([0, length]), 2, 1, 32, None, dtype)
 
 
-@DTYPES
-def test_attention_as_a_whole_takes_fewer_parts_at_a_time_where_they_need_more_room(
-    library, request, monkeypatch, dtype
-):
-    require_attention(request, 32, dtype)
+@WHOLE
+def test_attention_as_a_whole_takes_fewer_parts_at_a_time_where_they_need_more_room(library, monkeypatch, dtype):
+    require_attention(32, dtype)
     spans = continued_spans(*rows_of((40, 300, 40, 20, 700, 33), 1))
     (*given, d), rest = random_heads(700 + 433, 6, 2, 32, dtype), (spans, 0.2, None, None)
     whole = attend_backward(d, *given, *rest)
@@ -187,14 +197,10 @@ def test_attention_to_no_documents_is_zero_and_a_cap_on_scores_is_not_lost(libra
     assert not torch.allclose(attend(q, k, v, *rest), attend(q, k, v, *rest[:3], None), atol=1e-2)
 
 
-def require_attention(request, width, dtype):
+def require_attention(width, dtype):
     """It is there for fp32, and for bf16 wherever this processor and the flags of the library have the instruction."""
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    multiplies = "avx512_bf16" in flags and request.node.callspec.params["library"] in (
-        "compiled",
-        "compiled without AMX",
-    )
-    expected = dtype == torch.float32 or multiplies
+    expected = dtype == torch.float32 or "avx512_bf16" in flags
     assert compiled.attends(torch.device("cpu"), dtype, width) == expected
     if not expected:
         pytest.skip("bf16 is not multiplied here")
