@@ -102,6 +102,13 @@ def test_the_table_of_speeds_is_that_of_the_measured_rows(monkeypatch):
     assert all(sentence in readme for sentence in summary.readme_sentences(found)), summary.readme_sentences(found)
 
 
+def test_what_is_said_of_processors_without_bf16_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    summary = importlib.import_module("rivals.summary")
+    found = json.loads((ROOT / "benchmarks" / "results" / "versus_fp32.json").read_text())
+    assert summary.fp32_sentence(found) in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_what_is_said_of_the_compiled_passes_is_what_was_measured():
     found = json.loads((ROOT / "benchmarks" / "results" / "passes.json").read_text())
     saved = [1 - 1 / row["ratio"] for row in found["workloads"]]
