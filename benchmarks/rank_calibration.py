@@ -187,19 +187,21 @@ def compressed_logits() -> Row:
     from deltaw import adapters, api
     from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
     from deltaw.base.forward import plain_attention
+    from deltaw.base.load import open_model
 
     base = api.load(BASE, device="cpu", dtype="float32").base
+    finer = open_model(base.folder, torch.float64).eval()
     text = "The weather on the coast was better than anybody had expected of so late a month."
     tokens_T = torch.tensor(base.tokenizer(text)["input_ids"])
 
     @torch.no_grad()
     def logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
-        base.model.to(dtype)
-        with inject(base.model, read_adapter(folder), dtype=dtype):
+        model = base.model if dtype == torch.float32 else finer
+        with inject(model, read_adapter(folder), dtype=dtype):
             if dtype == torch.float32:
                 return base.logits(base.hidden_states(tokens_T, torch.arange(len(tokens_T)), (0, len(tokens_T))))
-            with plain_attention(base.model):
-                return base.model(input_ids=tokens_T[None], use_cache=False).logits[0]
+            with plain_attention(model):
+                return model(input_ids=tokens_T[None], use_cache=False).logits[0]
 
     with tempfile.TemporaryDirectory() as work:
         given, same = Path(work) / "given", Path(work) / "same"

@@ -57,15 +57,15 @@ def _advice(seen: hardware.Machine, device: torch.device, dtype: torch.dtype, ra
         )
         if dtype == torch.float32:
             advice.append(
-                "bf16 would be slow here, so a base takes 4 bytes per parameter in memory; one that is streamed from "
-                "its files takes none for the blocks that wait."
+                "bf16 would be slow here. A base that is stored in it keeps 2 bytes per parameter for layers of its "
+                "blocks and takes 4 for the rest; one that is streamed takes none for the blocks that wait."
             )
             if not hardware.emulates_bf16(seen):
                 share = rates[str(torch.bfloat16)] / rate
-                advice.append(f"`--dtype bfloat16` takes half the memory, at {share:.0%} of the multiply rate.")
+                advice.append(f"`--dtype bfloat16` takes less memory, at {share:.0%} of the multiply rate.")
     gpu = seen.gpu if device.type == "cuda" else None
     room = seen.memory_limit_bytes if gpu is None else gpu.total_bytes
-    largest = 0.6 * room / (4 if dtype == torch.float32 else 2)
+    largest = 0.6 * room / (2 if device.type == "cpu" or dtype != torch.float32 else 4)  # bytes of most files
     ways = [*(["streamed"] if may_stream(device) else []), *(["in 4 bits"] if device.type in ("cpu", "cuda") else [])]
     advice.append(
         f"Bases of up to about {largest / 1e9:.1f}B parameters fit in memory with room to train."

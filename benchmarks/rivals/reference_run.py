@@ -1,7 +1,7 @@
 """The oracle of the gates: plain transformers + PEFT, one row at a time, no padding, in the environment of TRL.
 
 A script: python reference_run.py JOB.json. Its tasks: "loss" and "gradients" of the first step in fp32, "logits" of the
-first rows in fp32, "evaluate" over all rows in bf16.
+first rows in fp32, "evaluate" over all rows in the dtype of its setting.
 """
 
 from __future__ import annotations

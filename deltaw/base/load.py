@@ -32,19 +32,22 @@ from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.formed import (
     ROUNDED,
+    FormedLinear,
+    asks_its_layers,
     has_one_dtype,
     keep_stored,
     makes_unknown_numbers,
     require_formed,
     stored_bytes,
     stored_dtype,
+    stored_weights,
     weight_files,
     within_block,
 )
 from deltaw.base.locate import locate, open_tokenizer, public_name
 from deltaw.base.proof import prove
 from deltaw.base.quant import quantise
-from deltaw.base.stream import Pager, blocks_of, follow_modules, may_stream
+from deltaw.base.stream import Pager, blocks_of, follow_modules, may_stream, release
 from deltaw.base.stream import stream as streaming
 from deltaw.config import AUTO
 from deltaw.disk import disk_errors, remembered_digest
@@ -270,12 +273,13 @@ def load(
                 "numbers would be rounded. Leave out --stream."
             )
         keep_stored(model, chosen)
-    elif where.type == "cpu" and model.dtype != chosen:
-        model = _widened(model, folder, chosen)
-    else:
+    elif where.type != "cpu" or model.dtype == chosen:
         model = model.to(where)
+    elif not _keeps_stored(model, chosen):
+        del model
+        model = open_model(folder, chosen)
     model.requires_grad_(False).eval()
-    if streamed or quant != "none":
+    if (streamed or quant != "none") and any(type(module) is FormedLinear for module in model.modules()):
         require_formed(model)
     pager = streaming(model) if streamed else None
     followed = follow_modules(model) if streamed else []  # the proofs run modules too
@@ -291,19 +295,26 @@ def load(
     return Base(public_name(name), folder, model, tokenizer, reason, decoder, module_reason, revision, pager, quant)
 
 
-def _widened(model: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """The model as it computes in `dtype`: weights stay as they are stored, or, where that cannot be, are cast."""
-    if not makes_unknown_numbers(model):
-        keep_stored(model, dtype)
-        with contextlib.suppress(BaseError):
-            require_formed(model.eval())
-            return model
-    return open_model(folder, dtype)
+def _keeps_stored(model: Any, dtype: torch.dtype) -> bool:
+    """Has a model compute in `dtype`, with its layers' weights as they are stored; False, and it is spoilt, if not."""
+    if makes_unknown_numbers(model) or not asks_its_layers(model):
+        return False
+    keep_stored(model, dtype)
+    try:
+        require_formed(model.eval())
+    except BaseError:
+        release(stored_tensors(model))
+        return False
+    return True
 
 
 def _more_than_is_free(folder: Path, dtype: torch.dtype) -> str | None:
     """By how much the weights in a folder exceed what memory is free, as a clause; None where they do not."""
-    size, free = stored_bytes(folder) * dtype.itemsize / stored_dtype(folder).itemsize, look().available_bytes
+    opened, size = _opened_dtype(folder, torch.device("cpu"), dtype, "none", False), 0
+    for name, weight in stored_weights(folder).items():  # those of blocks stay as they are opened
+        used = opened if isinstance(opened, torch.dtype) and within_block(name) else dtype
+        size += math.prod(weight.shape) * used.itemsize
+    free = look().available_bytes
     return None if size < FREE_SHARE * free else f"The base takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
 

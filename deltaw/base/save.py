@@ -23,6 +23,7 @@ from deltaw.adapter import Adapter, choose_for, merge_
 from deltaw.adapter.files import save_tensors
 from deltaw.adapter.layer import Target
 from deltaw.adapter.merge import merged_weight
+from deltaw.adapter.weight import stored_tensors
 from deltaw.base.formed import INDEX, Stored, stored_weights
 from deltaw.base.load import Base, open_model
 from deltaw.base.locate import MORE_TEMPLATES
@@ -56,7 +57,7 @@ def write_merged(base: Base, adapter: Adapter, out: Path) -> None:
         listed = [f"{name} is stored as {str(stored[name].dtype).removeprefix('torch.')}" for name in coded]
         raise AdapterError(f"An adapter cannot be merged into weights that are stored as codes:\n{bullet_list(listed)}")
     parted = _parted_names(base, set(targets))
-    release(base.model.parameters())  # of which only shapes are asked from here
+    release(stored_tensors(base.model))  # of which only shapes are asked from here
     same_layout = all(
         name in parted or (name in stored and stored[name].shape == target.shape) for name, target in targets.items()
     )

@@ -15,6 +15,7 @@ import torch
 
 from deltaw.adapter import Injection
 from deltaw.adapter.math import seed_of
+from deltaw.adapter.weight import READER
 from deltaw.base.load import Base
 from deltaw.data.loader import Loader, Step
 from deltaw.data.pack import Batch
@@ -274,7 +275,9 @@ def _require_gradients(flat: FlatFactors, part: str, asked: Sequence[bool]) -> N
 
 def _versions(base: Base) -> dict[str, int]:
     """How often each frozen weight was written to: torch counts every in-place operation."""
-    return {name: parameter._version for name, parameter in base.model.named_parameters()}
+    layers = {name: module for name, module in base.model.named_modules() if READER in module.__dict__}
+    stored = {name: sum(t._version for t in module.__dict__[READER].tensors) for name, module in layers.items()}
+    return stored | {name: parameter._version for name, parameter in base.model.named_parameters()}
 
 
 def _require_unchanged(base: Base, before: dict[str, int]) -> None:

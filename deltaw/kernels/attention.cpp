@@ -20,7 +20,8 @@
 #include <vector>
 
 #include <omp.h>
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -114,7 +115,7 @@ void product(float *C, long ldc, const float *A, long lda, const float *B, long 
         rows_of_product<ADD, 2>(C + row * ldc, ldc, A + row * lda, lda, B, ldb, columns, terms);
 }
 
-#ifdef __AMX_BF16__
+#ifdef AMX
 bool has_tiles() {  // Linux lends the tiles to who asks for them
     static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
     return granted;
@@ -178,7 +179,7 @@ struct Tiles {};
 template <bool ADD>
 void product(float *C, long ldc, const bf16 *A, long lda, const pair *B, long ldb, long rows, long columns,
              long terms) {
-#ifdef __AMX_BF16__
+#ifdef AMX
     if (has_tiles()) return product_by_tiles<ADD>(C, ldc, A, lda, B, ldb, rows, columns, terms);
 #endif
     constexpr int ROWS = 8;

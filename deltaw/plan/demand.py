@@ -11,7 +11,15 @@ import numpy as np
 import torch
 
 from deltaw.adapter.layer import Target
-from deltaw.base.formed import ROUNDED, Mapped, has_one_dtype, mapped_numbers, may_form_embedding, stored_dtype
+from deltaw.base.formed import (
+    ROUNDED,
+    Mapped,
+    asks_its_layers,
+    has_one_dtype,
+    mapped_numbers,
+    may_form_embedding,
+    stored_dtype,
+)
 from deltaw.base.load import MAX_CONTEXT
 from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline
@@ -138,7 +146,8 @@ class Demand:
     def keeps_stored(self) -> bool:
         """Whether a base that is neither quantised nor streamed keeps its weights as its files have them."""
         computed = self.device.type == "cpu" and self.dtype == torch.float32
-        return self.as_stored or (computed and self.stored_dtype in ROUNDED and self._one_dtype)
+        formed = computed and self.stored_dtype in ROUNDED and self._one_dtype
+        return self.as_stored or (formed and asks_its_layers(self.outline.model))
 
     @cached_property
     def forms_embedding(self) -> bool:

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from models import VOCABULARY, save_base
+from models import VOCABULARY, byte_tokenizer, lively_model, save_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaw import api, hardware, planning, terminal, training
@@ -77,6 +77,20 @@ def needed(demand, choice):
 
 
 # -- shapes and memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "gpt_neox", "gpt2", "mixtral", "mamba", "rwkv"])
+def test_a_base_takes_what_its_plan_counts_whatever_it_is_stored_in(kind, stored, demand, tmp_path):
+    lively_model(kind).to(stored).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base = api.load(tmp_path / "base", dtype="float32").base
+    biases = [parameter for name, parameter in base.model.named_parameters() if name.endswith("bias")]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*stored_tensors(base.model), *biases)}
+    if kind in ("llama", "gemma3"):
+        assert (sum(held.values()) < 3 * base.parameters) == (stored != torch.float32)
+    counted = base_bytes(demand(model=str(tmp_path / "base")), Choice(1024))
+    assert counted == pytest.approx(sum(held.values()), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "gpt_neox", "gpt2", "qwen3_moe", "phi3"])
