@@ -102,13 +102,6 @@ def test_the_table_of_speeds_is_that_of_the_measured_rows(monkeypatch):
     assert all(sentence in readme for sentence in summary.readme_sentences(found)), summary.readme_sentences(found)
 
 
-def test_what_is_said_of_processors_without_bf16_is_what_was_measured(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    summary = importlib.import_module("rivals.summary")
-    found = json.loads((ROOT / "benchmarks" / "results" / "versus_fp32.json").read_text())
-    assert summary.fp32_sentence(found) in " ".join((ROOT / "README.md").read_text().split())
-
-
 @pytest.mark.parametrize(
     ("name", "pages", "words"),
     [

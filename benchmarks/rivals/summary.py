@@ -223,21 +223,6 @@ def readme_sentences(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def fp32_sentence(found: dict[str, Any]) -> str:
-    """What the README says of a processor that computes in fp32."""
-    parts = []
-    for workload, cell in found["workloads"].items():
-        rate = cell["tools"]["deltaw"]["tokens_per_second"]
-        trl, unsloth = (cell["ratios"][tool]["median"] for tool in RIVALS)
-        lean = max(held["peak"] for held in cell["memory_ratios"].values())
-        parts.append(
-            f"{SHOWN[workload].partition(', ')[0]} at {rate:,.0f} tokens/s, {trl:.2f} times TRL and {unsloth:.2f} "
-            f"times Unsloth in {lean:.2f} of the leaner's memory"
-        )
-    passed, gates = sum(gate["passed"] for gate in found["gates"]), len(found["gates"])
-    return f"{'; '.join(parts)}. {passed} of {gates} parity checks passed"
-
-
 def _notes(found: dict[str, Any]) -> list[str]:
     notes = []
     means = [f"{tool} {value:.2f}" for tool, value in found["geometric_mean"].items() if value]
