@@ -5,7 +5,7 @@ for it, in forward and again in backward, in memory that is lent to the next one
 
 Nearly all published bases are stored in bf16, and many processors cannot compute in it. Cast at once, a base would take
 twice its files there and could no longer be read from them. bf16 → fp32 loses nothing, so forming gives the same bits
-as a base that was cast when it was opened, and costs a step a few percent at most.
+as a base that was cast when it was opened. benchmarks/stored_layers.py measures what that costs and saves.
 """
 
 from __future__ import annotations
@@ -253,6 +253,12 @@ def has_one_dtype(folder: Path) -> bool:
     """Whether all weights in a folder are stored in one dtype, so that opening them in it rounds none."""
     used = (weight for name, weight in stored_weights(folder).items() if not name.endswith(_UNUSED))
     return len({weight.dtype for weight in used if weight.dtype.is_floating_point}) == 1
+
+
+def is_widened(folder: Path, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a base that is stored in bf16 or fp16 is computed in fp32 there, which rounds none of its weights."""
+    computed = device.type == "cpu" and dtype == torch.float32
+    return computed and stored_dtype(folder) in ROUNDED and has_one_dtype(folder)
 
 
 def makes_unknown_numbers(model: Any) -> bool:

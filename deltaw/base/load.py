@@ -31,10 +31,10 @@ from deltaw.base import forward
 from deltaw.base.builtin import cache_folder
 from deltaw.base.decoder import Decoder
 from deltaw.base.formed import (
-    ROUNDED,
     FormedLinear,
     asks_its_layers,
     has_one_dtype,
+    is_widened,
     keep_stored,
     makes_unknown_numbers,
     require_formed,
@@ -310,10 +310,10 @@ def _keeps_stored(model: Any, dtype: torch.dtype) -> bool:
 
 def _more_than_is_free(folder: Path, dtype: torch.dtype) -> str | None:
     """By how much the weights in a folder exceed what memory is free, as a clause; None where they do not."""
-    opened, size = _opened_dtype(folder, torch.device("cpu"), dtype, "none", False), 0
-    for name, weight in stored_weights(folder).items():  # those of blocks stay as they are opened
-        used = opened if isinstance(opened, torch.dtype) and within_block(name) else dtype
-        size += math.prod(weight.shape) * used.itemsize
+    kept, size = is_widened(folder, torch.device("cpu"), dtype), 0
+    for name, weight in stored_weights(folder).items():
+        held = weight.dtype if kept and within_block(name) else dtype
+        size += math.prod(weight.shape) * held.itemsize
     free = look().available_bytes
     return None if size < FREE_SHARE * free else f"The base takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
@@ -324,9 +324,7 @@ def _opened_dtype(
     """In what the weights are to be opened: as they are stored, where deltaw itself forms, quantises or widens them."""
     if quant != "none":
         return "auto"
-    stored = stored_dtype(folder)
-    widened = device.type == "cpu" and computed == torch.float32 and stored in ROUNDED
-    return stored if stream or (widened and has_one_dtype(folder)) else computed
+    return stored_dtype(folder) if stream or is_widened(folder, device, computed) else computed
 
 
 def most_together() -> int:

@@ -12,10 +12,10 @@ import torch
 
 from deltaw.adapter.layer import Target
 from deltaw.base.formed import (
-    ROUNDED,
     Mapped,
     asks_its_layers,
     has_one_dtype,
+    is_widened,
     mapped_numbers,
     may_form_embedding,
     stored_dtype,
@@ -145,9 +145,8 @@ class Demand:
     @cached_property
     def keeps_stored(self) -> bool:
         """Whether a base that is neither quantised nor streamed keeps its weights as its files have them."""
-        computed = self.device.type == "cpu" and self.dtype == torch.float32
-        formed = computed and self.stored_dtype in ROUNDED and self._one_dtype
-        return self.as_stored or (formed and asks_its_layers(self.outline.model))
+        formed = is_widened(self.outline.folder, self.device, self.dtype) and asks_its_layers(self.outline.model)
+        return self.as_stored or formed
 
     @cached_property
     def forms_embedding(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ class Clock:
             return 2 * outline.product_parameters * tokens / self._rate
         labelled = tokens * self.demand.labelled_share
         forward = outline.layers * self.pace.forward_seconds(size) * tokens / size
-        return forward + labelled * self.pace.label_seconds / 2
+        return forward + labelled * self.pace.label_seconds / 2 + math.ceil(tokens / size) * self._forming(choice, 1)
 
     def _reading(self, choice: Choice, group: Sequence[Pass], short_bytes: int, cached: bool) -> float:
         """The passes that one reading of a streamed base serves; elsewhere one pass."""
@@ -83,16 +84,16 @@ class Clock:
         outline = self.demand.outline
         twice = choice.recompute
         seconds = (outline.layers - twice) * self._block(one, again=False) + twice * self._block(one, again=True)
-        seconds += self._labels(one.labelled)
-        if self.demand.forms(choice):
-            seconds += (2 + twice / outline.layers) * outline.linear_parameters * self._forming_seconds(choice)
-        return seconds
+        return seconds + self._labels(one.labelled) + self._forming(choice, 2 + twice / outline.layers)
 
-    def _forming_seconds(self, choice: Choice) -> float:
-        """Of one weight, each time it is read."""
-        if self.pace is None:
-            return SHEET_DENSE_SECONDS
-        return self.pace.cast_seconds if choice.quant == "none" else self.pace.dense_seconds
+    def _forming(self, choice: Choice, times: float) -> float:
+        """Of all layers' weights, where they are formed when they are read, so many times."""
+        if not self.demand.forms(choice):
+            return 0.0
+        each = SHEET_DENSE_SECONDS
+        if self.pace is not None:
+            each = self.pace.cast_seconds if choice.quant == "none" else self.pace.dense_seconds
+        return times * self.demand.outline.linear_parameters * each
 
     @property
     def _rate(self) -> float:

@@ -449,6 +449,9 @@ def test_recomputing_and_quantising_take_longer_and_streaming_waits_for_the_disk
     assert plain == pytest.approx(2 * PACE.block_seconds(150) + 30 * 1e-5 + 1e-4)
     assert clock.step(Choice(256, recompute=1), passes) > plain
     assert clock.step(Choice(256, quant="nf4"), passes) > plain
+    held_out = Demand(asked.outline, asked.settings, asked.targets, {**asked.data, "eval": asked.data["train"]})
+    formed = [Clock(held_out, PACE).evaluation(Choice(size, quant="nf4")) for size in (256, 128)]
+    assert all(each > Clock(held_out, PACE).evaluation(Choice(256)) > 0 for each in formed) and formed[1] > formed[0]
     clock.__dict__["disk_bytes_per_second"] = 1000.0
     read = 2 * 2 * asked.outline.block_parameters * 4 / 1000
     assert clock.step(Choice(256, stream=True), passes) == pytest.approx(read + 1e-4)
