@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## adapt SmolLM2-135M to real reviews and see what changed (about five minutes on two cores)
+demo: $(READY)  ## adapt SmolLM2-135M to real reviews and see what changed (four to sixteen minutes on two cores)
 	$(BIN)/deltaw demo $(DEMO)
 
 check: $(READY)  ## formatter, linter, types
@@ -53,6 +53,7 @@ bench: $(READY)  ## the benchmarks whose numbers the docs quote (long)
 	$(BIN)/python benchmarks/versus.py --sweep
 	$(BIN)/python benchmarks/versus.py
 	$(BIN)/python benchmarks/passes.py
+	$(BIN)/python benchmarks/stored_layers.py
 	$(BIN)/python benchmarks/plan_accuracy.py
 	$(BIN)/python benchmarks/big_base.py
 	$(BIN)/python benchmarks/combine_error.py

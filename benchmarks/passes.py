@@ -10,7 +10,8 @@ import argparse
 import json
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,8 @@ def main() -> None:
 def measured(base: Base, name: str, pairs: int, parts: bool) -> dict[str, Any]:
     """One workload: seconds of each step by either way, and their median ratio."""
     batch = batch_of(base, *WORKLOADS[name])
-    spec = LoraSpec(rank=RANK)
-    adapter = new_adapter(choose(base.model, spec), spec, seed=0)
     ways = {"torch": compiled.left_out, "compiled": nullcontext}
-    with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
-        flat = FlatFactors(injection, [OptimSettings(rate=1e-4)])
-
-        def step() -> float:
-            begun = time.perf_counter()
-            accumulate(base, [batch], batch.weight, head_factors(base, injection))
-            flat.clip()
-            flat.step([1.0])
-            return time.perf_counter() - begun
-
+    with stepping(base, batch) as (step, trained):
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(pairs + 2):
             for way, inside in ways.items():
@@ -78,7 +68,7 @@ def measured(base: Base, name: str, pairs: int, parts: bool) -> dict[str, Any]:
                 if number >= 2:
                     seconds[way].append(taken)
         rate = product_rate(base, batch)
-        flops = useful_flops(base, batch, len(flat.master))
+        flops = useful_flops(base, batch, trained)
         shares = {}
         for way, inside in ways.items() if parts else ():
             with inside():
@@ -94,6 +84,24 @@ def measured(base: Base, name: str, pairs: int, parts: bool) -> dict[str, Any]:
         "share_of_gemm": {w: flops / statistics.median(taken) / 1e9 / rate for w, taken in seconds.items()},
     }
     return {**row, "parts": shares} if parts else row
+
+
+@contextmanager
+def stepping(base: Base, batch: Batch) -> Iterator[tuple[Callable[[], float], int]]:
+    """What takes a training step of a new adapter over this batch and gives its seconds; and how many numbers learn."""
+    spec = LoraSpec(rank=RANK)
+    adapter = new_adapter(choose(base.model, spec), spec, seed=0)
+    with inject(base.model, adapter, trainable=True, dtype=torch.float32) as injection:
+        flat = FlatFactors(injection, [OptimSettings(rate=1e-4)])
+
+        def step() -> float:
+            begun = time.perf_counter()
+            accumulate(base, [batch], batch.weight, head_factors(base, injection))
+            flat.clip()
+            flat.step([1.0])
+            return time.perf_counter() - begun
+
+        yield step, len(flat.master)
 
 
 def batch_of(base: Base, shortest: int, longest: int, share: float) -> Batch:

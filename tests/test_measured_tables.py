@@ -56,6 +56,15 @@ def test_what_is_said_of_plans_is_what_the_grid_measured(monkeypatch):
     in_fp32 = json.loads((plan_accuracy.RESULTS / "plan_accuracy_fp32.json").read_text())
     assert in_fp32["errors"] == plan_accuracy.errors(in_fp32["rows"])
     assert plan_accuracy.sentence(in_fp32["errors"]["all"]) in " ".join(guide.split())
+    fitted = sum(row["case"]["fitted"] for row in in_fp32["rows"])
+    assert f"({fitted} of the [{len(in_fp32['rows'])} runs]" in " ".join(guide.split())
+
+
+def test_what_is_said_of_layers_that_stay_as_they_are_stored_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    stored_layers = importlib.import_module("stored_layers")
+    guide = (ROOT / "docs" / "guides" / "memory.md").read_text()
+    assert stored_layers.sentence(json.loads(stored_layers.RESULT.read_text())) in " ".join(guide.split())
 
 
 @pytest.mark.parametrize("task", ["phonemes", "sentiment"])

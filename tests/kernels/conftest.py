@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from passes import FLAGS, library_for
+from libraries import FLAGS, library_for
 
 from deltaw.kernels import compiled
 

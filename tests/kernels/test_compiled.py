@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from passes import library_for
+from libraries import library_for
 from torch import nn
 
 from deltaw.base.builtin import cache_folder
@@ -163,21 +163,21 @@ def test_attention_as_a_whole_is_near_to_the_exact_one_and_in_bf16_nearer_than_i
     """Of documents whole and in parts, of one row and of many keys, with rows of none behind them."""
     lengths = (1, 33, 6, 260, 64, 1, 700, 1100) if width < 256 else (40, 20, 30, 300, 700)
     spans = continued_spans(*rows_of(lengths, 3 if continued else None))
-    require_attention(width, dtype)
+    require_attention(dtype)
     is_near(spans, heads, key_heads, width, window, dtype)
 
 
 @WHOLE
 def test_attention_as_a_whole_to_thousands_of_keys(library, dtype):
     """So many that a block is one head of 32 queries, with more scores than are meant to stay in the cache."""
-    require_attention(32, dtype)
+    require_attention(dtype)
     for length in (2300, 4300):
         is_near(spans_of([0, length]), 2, 1, 32, None, dtype)
 
 
 @WHOLE
 def test_attention_as_a_whole_takes_fewer_parts_at_a_time_where_they_need_more_room(library, monkeypatch, dtype):
-    require_attention(32, dtype)
+    require_attention(dtype)
     spans = continued_spans(*rows_of((40, 300, 40, 20, 700, 33), 1))
     (*given, d), rest = random_heads(700 + 433, 6, 2, 32, dtype), (spans, 0.2, None, None)
     whole = attend_backward(d, *given, *rest)
@@ -197,12 +197,25 @@ def test_attention_to_no_documents_is_zero_and_a_cap_on_scores_is_not_lost(libra
     assert not torch.allclose(attend(q, k, v, *rest), attend(q, k, v, *rest[:3], None), atol=1e-2)
 
 
-def require_attention(width, dtype):
-    """It is there for fp32, and for bf16 wherever this processor and the flags of the library have the instruction."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    expected = dtype == torch.float32 or "avx512_bf16" in flags
-    assert compiled.attends(torch.device("cpu"), dtype, width) == expected
-    if not expected:
+@DTYPES
+def test_attention_as_a_whole_is_there_where_its_products_are_and_heads_are_as_wide_as_they_take(
+    library, request, dtype
+):
+    """Always for fp32, and for bf16 wherever this processor and the flags of the library have the instruction."""
+    way = request.node.callspec.params["library"]
+    multiplies = multiplies_bf16() and way in ("compiled", "compiled without AMX")
+    here = torch.device("cpu")
+    assert compiled.attends(here, dtype, 64) == (dtype == torch.float32 or multiplies)
+    assert not compiled.attends(here, dtype, 48) and not compiled.attends(here, torch.float64, 64)
+    assert not compiled.attends(torch.device("meta"), dtype, 64)
+
+
+def multiplies_bf16():
+    return Path("/proc/cpuinfo").exists() and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+def require_attention(dtype):
+    if dtype == torch.bfloat16 and not multiplies_bf16():
         pytest.skip("bf16 is not multiplied here")
 
 
