@@ -664,15 +664,15 @@ bool attend_backward_by_room(T *dq, float *dk, float *dv, float *found, const T 
 }  // namespace
 
 // Both return 0, or 1 where there is not enough memory.
-#define EXPORTED(T, KIND)                                                                                              \
-    int attend_##KIND(T *out, const T *q, const T *k, const T *v, const Part *parts, float scale, long count, long H,  \
+#define FOR(T, NAME)                                                                                                   \
+    int attend_##NAME(T *out, const T *q, const T *k, const T *v, const Part *parts, float scale, long count, long H,  \
                       long K, long D, long window) try {                                                               \
         attend(out, q, k, v, parts, count, Shape{H, K, D, window, scale});                                             \
         return 0;                                                                                                      \
     } catch (const std::bad_alloc &) {                                                                                 \
         return 1;                                                                                                      \
     }                                                                                                                  \
-    int attend_backward_##KIND(T *dq, float *dk, float *dv, float *found, const T *d, const T *q, const T *k,          \
+    int attend_backward_##NAME(T *dq, float *dk, float *dv, float *found, const T *d, const T *q, const T *k,          \
                                const T *v, const Part *parts, float scale, long room, long count, long H, long K,      \
                                long D, long window) try {                                                              \
         Shape shape{H, K, D, window, scale};                                                                           \
@@ -682,8 +682,8 @@ bool attend_backward_by_room(T *dq, float *dk, float *dv, float *found, const T 
     }
 
 extern "C" {
-EXPORTED(float, fp32)
+FOR(float, fp32)
 #ifdef __AVX512BF16__
-EXPORTED(bf16, bf16)
+FOR(bf16, bf16)
 #endif
 }

@@ -16,7 +16,7 @@ from deltaw import hardware
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter
 from deltaw.adapter.weight import ON_READ, READER, dense_weight, stored_tensors
 from deltaw.base.decoder import ROW_STEP, Decoder
-from deltaw.base.formed import linear_layers
+from deltaw.base.formed import FormedLinear, linear_layers
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base, load, open_model
 from deltaw.base.stream import Pager, blocks_of, release
@@ -291,18 +291,42 @@ def test_layers_stay_in_the_files_as_they_are_stored_and_of_the_rest_no_two_copi
     assert resident_bytes(folder) < 0.1 * used
 
 
+def test_what_is_cast_is_let_go_part_by_part_so_that_no_two_copies_are_held(tmp_path, monkeypatch):
+    """GPT-2's layers are none that stay as they are stored."""
+    folder, held = tmp_path / "gpt2", []
+    config = transformers.GPT2Config(vocab_size=400, n_positions=64, n_embd=256, n_layer=8, n_head=4)
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+    def watched(tensors):
+        held.append(resident_bytes(folder))
+        release(tensors)
+
+    monkeypatch.setattr("deltaw.base.formed.release", watched)
+    base = load(folder, dtype="float32")
+    block = sum(parameter.nbytes for parameter in blocks_of(base.model)[0].parameters()) / 2
+    assert base.dtype == torch.float32 and len(held) > 9 and held[0] > block / 2  # it does come from the files
+    assert all(later < sooner - block / 2 for sooner, later in itertools.pairwise(held[:9])), held
+    assert resident_bytes(folder) < block / 4
+
+
 @pytest.mark.parametrize(
     ("stored", "computed"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
 )
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma3", "gpt_neox"])
-def test_a_base_that_is_stored_in_another_dtype_is_streamed_and_computes_the_same_bits(
-    folders, tmp_path, kind, stored, computed
+def test_a_base_that_is_stored_in_another_dtype_computes_the_bits_of_one_cast_whole_streamed_or_not(
+    tmp_path, kind, stored, computed
 ):
-    folder = tmp_path / kind
+    folder, cast = tmp_path / kind, tmp_path / "cast"
     lively_model(kind).to(getattr(torch, stored)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    plain, streamed = load(folder, dtype=computed), load(folder, dtype=computed, stream=True)
+    open_model(folder, getattr(torch, computed)).save_pretrained(cast)
+    for each in (folder, cast):
+        byte_tokenizer().save_pretrained(each)
+    plain, streamed = load(cast, dtype=computed), load(folder, dtype=computed, stream=True)
     try:
+        assert not any(type(module) is FormedLinear for module in plain.model.modules())
+        for one, other in zip(slopes(plain), slopes(load(folder, dtype=computed)), strict=True):
+            assert torch.equal(one, other)
         assert streamed.dtype == plain.dtype and streamed.parameters == plain.parameters
         assert streamed.way == plain.way
         *blocks, head = streamed.pager.sections

@@ -130,7 +130,6 @@ def test_what_cannot_fit_is_refused_before_the_base_is_opened(base, refused):
     assert len(refused.ways) == 3
 
 
-@pytest.mark.long  # 38 s where processes start slowly; a way out of a refusal is tried in every run
 def test_the_least_memory_that_a_refusal_names_suffices(train, least):
     finishes(*train(f"--memory={least}B", limit=least))
 
