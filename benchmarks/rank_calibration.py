@@ -184,7 +184,7 @@ def compressed_logits() -> Row:
     """
     import torch
 
-    from deltaw import adapters, api
+    from deltaw import api, compression
     from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
     from deltaw.base.forward import plain_attention
     from deltaw.base.load import open_model
@@ -211,7 +211,7 @@ def compressed_logits() -> Row:
         torch.manual_seed(0)
         factors = {name: Factors(f.A, 0.02 * torch.randn(f.B.shape)) for name, f in adapter.factors.items()}
         write_adapter(adapter.with_factors(factors), given)
-        adapters.compress(given, same, rank=EXACT_RANK)
+        compression.compress(given, same, rank=EXACT_RANK)
         single = [logits(folder, torch.float32).double() for folder in (given, same, Path(work) / "idle")]
         double = [logits(folder, torch.float64) for folder in (given, same)]
 

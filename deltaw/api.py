@@ -14,7 +14,6 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,17 +25,18 @@ import torch
 from deltaw import hardware
 from deltaw.adapter import Adapter, Injection, inject, read_adapter
 from deltaw.adapter.files import WEIGHTS
-from deltaw.analysis.compare import inner_product
+from deltaw.analysis.spectrum import spectrum
+from deltaw.analysis.weights import beside
 from deltaw.base import load as base_load
 from deltaw.base.builtin import BUILTIN
 from deltaw.base.formed import stored_dtype
-from deltaw.base.save import check_merged, require_new, write_merged
+from deltaw.base.save import check_merged, write_merged
 from deltaw.config import AS_TRAINED, AUTO, DEFAULT_MAX_LENGTH, Reading, Settings, parted
 from deltaw.data.chat import Encoder
 from deltaw.data.formats import Row, parse_sources, read_rows
 from deltaw.data.prepare import DataSet, prepare
 from deltaw.data.source import Fault
-from deltaw.disk import disk_errors, write_text
+from deltaw.disk import disk_errors, require_new, write_text
 from deltaw.engine import train as engine
 from deltaw.engine.bench import bench as run_bench
 from deltaw.engine.evaluate import evaluate as run_evaluation
@@ -392,6 +392,31 @@ def bench(
         raise UsageError(str(error)) from error
 
 
+def beside_base(
+    path: str | Path,
+    model: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Per layer ΔW beside W: relative norm, amplification with its controls, intruders (deltaw/analysis/weights.py).
+
+    Opens the base. Stacked experts are left out.
+    """
+    opened = open_adapter(path, model, say, **options)
+    assert opened.injection is not None
+    adapter, targets = opened.injection.adapters[0], opened.injection.targets
+    opened.injection.eject()
+    rows, stored = [], stored_dtype(opened.base.folder)
+    for number, target in enumerate(targets):
+        if progress is not None:
+            progress(number, len(targets))
+        if not adapter.is_stack(target.name):
+            found = beside(spectrum(adapter, target.name), target.weight_matrix(), stored)
+            rows.append({"name": target.name, **vars(found)})
+    return rows
+
+
 def keep_forgetting(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path | None:
     """Keeps what `Model.forgetting` measured in the run folder, and draws it in its report; None of other adapters."""
     run = run_of(Path(path))
@@ -401,61 +426,10 @@ def keep_forgetting(path: str | Path, rows: Sequence[dict[str, Any]]) -> Path | 
     return _write_report(run)
 
 
-def keep_inspected(path: str | Path, page: Path) -> Path | None:
-    """Has the report of a run lead to this page of its adapter, where that lies beside it; None of other pages."""
-    run = run_of(Path(path))
-    if run is None or page.resolve() != run.inspected.resolve():
-        return None
-    return _write_report(run)
-
-
 def _write_report(run: Run) -> Path:
     from deltaw.report import write_report  # its plots hold 25 MB that training can use
 
     return write_report(run.folder)
-
-
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What an adapter adapts: per kind of layer its count, shapes, rank and effective scale; sizes; origin. No base."""
-    folder = adapter_folder(path)
-    adapter = read_adapter(folder)
-    return {
-        "folder": str(folder),
-        "rank": adapter.spec.rank,
-        "alpha": adapter.spec.alpha,
-        "variant": "DoRA" if adapter.spec.dora else "rsLoRA" if adapter.spec.rslora else "LoRA",
-        "one_scale": adapter.spec.one_scale,
-        "parameters": adapter.parameters,
-        "bytes": (folder / WEIGHTS).stat().st_size,
-        "layers": _layer_kinds(adapter),
-        "origin": adapter.origin,
-    }
-
-
-def _layer_kinds(adapter: Adapter) -> list[dict[str, Any]]:
-    """Layers of the same last name, rank, scale and shapes as one line each."""
-    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for name, factors in adapter.factors.items():
-        rank, scale = adapter.rank_of(name), adapter.scale_of(name)
-        groups[name.rsplit(".", 1)[-1], rank, scale, tuple(factors.A.shape), tuple(factors.B.shape)].append(name)
-    return [
-        {
-            "name": kind,
-            "count": len(names),
-            "rank": rank,
-            "scale": scale,
-            "A": list(A_shape),
-            "B": list(B_shape),
-            "parameters": sum(adapter.factors[name].parameters for name in names),
-            "update_norm": sum(_update_norm(adapter, name) for name in names) / len(names),
-        }
-        for (kind, rank, scale, A_shape, B_shape), names in groups.items()
-    ]
-
-
-def _update_norm(adapter: Adapter, name: str) -> float:
-    """‖s·B·A‖_F, of no dense ΔW."""
-    return math.sqrt(max(0.0, inner_product(adapter, adapter, name)))
 
 
 def answers(

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from deltaw.errors import DiskError
+from deltaw.errors import DiskError, UsageError
 
 
 @contextlib.contextmanager
@@ -71,6 +71,12 @@ def new_file(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` for UTF-8 text."""
     write_bytes(path, text.encode())
+
+
+def require_new(out: Path) -> None:
+    """Raises UsageError when the folder exists: nothing is ever overwritten."""
+    if out.exists():
+        raise UsageError(f"{out} exists already and is never overwritten. Move it away, or choose another --out.")
 
 
 @contextlib.contextmanager

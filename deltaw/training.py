@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deltaw.adapters import compress
 from deltaw.api import train_run
+from deltaw.compression import compress
 from deltaw.config import AUTO, Settings
 from deltaw.demonstration import train_demo
 from deltaw.disk import write_text

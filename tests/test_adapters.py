@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltaw import adapters, api, hardware, planning, ranks, sweeps, training
+from deltaw import adapters, api, compression, hardware, planning, ranks, sweeps, training
 from deltaw.adapter import Factors, LoraSpec, choose, inject, new_adapter, read_adapter, write_adapter
 from deltaw.analysis.spectrum import matrices, spectra
 from deltaw.analysis.truncate import truncate
@@ -139,7 +139,7 @@ def test_orders_are_compared_on_documents_that_did_not_order(learned, chats):
 
 
 def test_a_compressed_adapter_at_its_own_rank_gives_the_same_logits(learned, llama_folder, tmp_path):
-    record = adapters.compress(learned.folder, tmp_path / "same", rank=4)
+    record = compression.compress(learned.folder, tmp_path / "same", rank=4)
     assert record["discarded_energy"] < 1e-12 and record["parameters"] == record["parameters_before"]
     tokens_T, logits, base = torch.arange(1, 20), [], api.load(llama_folder, **HERE).base
     base.model.double()  # the files are fp32; in a forward of fp32 its own rounding is as large as what is looked for
@@ -154,15 +154,15 @@ def test_a_compressed_adapter_at_its_own_rank_gives_the_same_logits(learned, lla
 
 
 def test_rank_budget_and_keep_decide_the_size_and_data_tells_the_loss(learned, chats, tmp_path):
-    half = adapters.compress(learned.folder, tmp_path / "half", rank=2, data=[chats], **HERE)
+    half = compression.compress(learned.folder, tmp_path / "half", rank=2, data=[chats], **HERE)
     assert half["parameters"] * 2 == half["parameters_before"] and 0 < half["discarded_energy"] < 1
     assert half["loss_base"] > half["loss_after"] >= half["loss_before"] - 1e-4
     size = (learned.adapter / "adapter_model.safetensors").stat().st_size
-    small = adapters.compress(learned.folder, tmp_path / "small", budget=f"{size * 2 // 3}B")
+    small = compression.compress(learned.folder, tmp_path / "small", budget=f"{size * 2 // 3}B")
     assert small["bytes"] <= size * 2 // 3 and small["ranks"]["least"] < small["ranks"]["most"]
-    kept = adapters.compress(learned.folder, tmp_path / "kept", keep=0.5, data=[chats], **HERE)
+    kept = compression.compress(learned.folder, tmp_path / "kept", keep=0.5, data=[chats], **HERE)
     assert kept["retained_gain_interval"][0] >= 0.5 and kept["parameters"] < kept["parameters_before"]
-    grown = adapters.compress(learned.folder, tmp_path / "grown", rank=8)
+    grown = compression.compress(learned.folder, tmp_path / "grown", rank=8)
     assert grown["discarded_energy"] == 0 and read_adapter(tmp_path / "grown").spec.rank == 8
 
 
@@ -175,13 +175,13 @@ def test_a_budget_is_kept_whatever_the_names_of_the_layers_are(tmp_path):
         factors.B.normal_()
     write_adapter(adapter, tmp_path / "long")
     for budget in (40_000, 60_000):
-        found = adapters.compress(tmp_path / "long", tmp_path / f"{budget}", budget=f"{budget}B")
+        found = compression.compress(tmp_path / "long", tmp_path / f"{budget}", budget=f"{budget}B")
         assert 0.8 * budget < found["bytes"] <= budget
 
 
 def test_healing_trains_what_was_cut(learned, chats, tmp_path):
-    cut = adapters.compress(learned.folder, tmp_path / "cut", rank=1, data=[chats], **HERE)
-    healed = adapters.compress(
+    cut = compression.compress(learned.folder, tmp_path / "cut", rank=1, data=[chats], **HERE)
+    healed = compression.compress(
         learned.folder, tmp_path / "healed", rank=1, data=[chats], heal=10, train_data=[chats], **HERE
     )
     assert healed["loss_after"] < cut["loss_after"] and healed["parameters"] == cut["parameters"]
@@ -202,7 +202,7 @@ def test_healing_trains_what_was_cut(learned, chats, tmp_path):
 )
 def test_what_cannot_be_meant_is_refused_and_leaves_nothing(learned, tmp_path, given, message):
     with pytest.raises((UsageError, AdapterError), match=message):
-        adapters.compress(learned.folder, tmp_path / "out", **given)
+        compression.compress(learned.folder, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 
@@ -264,10 +264,10 @@ def test_healing_reads_its_data_as_the_run_did(llama_folder, chats, tmp_path):
     data = tmp_path / "some.jsonl"
     data.write_text(chats.read_text() + '{"prompt": "no answer"}\n' * 10)
     run = training.train(model=llama_folder, data=data, out=tmp_path / "run", rank=2, allow_lost=0.5, **QUICK)
-    healed = adapters.compress(run.folder, tmp_path / "out", rank=1, heal=2, train_data=[data], **HERE)
+    healed = compression.compress(run.folder, tmp_path / "out", rank=1, heal=2, train_data=[data], **HERE)
     assert healed["ranks"]["most"] == 1
     alone = write_adapter(read_adapter(run.adapter), tmp_path / "alone")
-    made = adapters.compress(
+    made = compression.compress(
         alone, tmp_path / "more", rank=1, heal=2, train_data=[data], model=str(llama_folder), allow_lost=0.5, **HERE
     )
     assert made["ranks"]["most"] == 1
@@ -280,7 +280,7 @@ def test_a_few_documents_are_no_evidence(learned, chats, llama_folder, tmp_path)
     assert found["documents"] == 3 and found["verdict"].startswith("Undetermined: 3 held-out documents are too few")
     assert not any(need["determined"] for need in found["needed"])
     with pytest.raises(AdapterError, match="too few"):
-        adapters.compress(learned.folder, tmp_path / "out", keep=0.9, data=[few], **HERE)
+        compression.compress(learned.folder, tmp_path / "out", keep=0.9, data=[few], **HERE)
 
 
 def test_half_of_any_rank_is_measured_so_that_there_is_a_verdict(llama_folder, chats, tmp_path):
@@ -335,12 +335,12 @@ def test_a_sum_is_the_sum_and_a_difference_with_itself_is_nothing(learned, tiny_
 def test_healing_takes_from_a_run_what_was_asked_for_and_not_what_suited_its_machine(tiny_run, tmp_path):
     adapter, alone = read_adapter(tiny_run.adapter), tmp_path / "alone"
     shutil.copytree(tiny_run.adapter, alone)
-    alike, known = (adapters._healed_alike(path, adapter, {}) for path in (tiny_run.folder, alone))
+    alike, known = (compression._healed_alike(path, adapter, {}) for path in (tiny_run.folder, alone))
     assert alike["dtype"] == "float32" and "dtype" not in known  # of which nobody knows who chose it
     for found in (alike, known):
         assert found["batch_tokens"] == 256 and not {"stream", "recompute", "micro_tokens", "quant"} & found.keys()
     given = {"max_length": 99, "allow_lost": 0.2, "allow": ["end-of-turn"], "threads": 1}
-    found = adapters._healed_alike(tiny_run.folder, adapter, given)
+    found = compression._healed_alike(tiny_run.folder, adapter, given)
     assert {name: found[name] for name in given} == given and found["batch_tokens"] == 256
 
 
@@ -351,7 +351,7 @@ def test_compared_with_itself_an_adapter_is_alike_in_everything(learned):
 
 
 def test_beside_its_base_the_numbers_of_an_update_are_those_of_dense_matrices(learned, llama_folder, tmp_path):
-    rows = {row["name"]: row for row in adapters.beside_base(learned.folder, **HERE)}
+    rows = {row["name"]: row for row in api.beside_base(learned.folder, **HERE)}
     adapter, base = read_adapter(learned.adapter), api.load(llama_folder, **HERE).base
     assert rows.keys() == adapter.factors.keys()
     name = next(iter(rows))
@@ -367,7 +367,7 @@ def test_beside_its_base_the_numbers_of_an_update_are_those_of_dense_matrices(le
     stored = tmp_path / "bf16"  # what counts is the dtype of the files, which is what a merge rounds to
     shutil.copytree(llama_folder, stored)
     base.model.to(torch.bfloat16).save_pretrained(stored)
-    coarse = {row["name"]: row for row in adapters.beside_base(learned.folder, str(stored), **HERE)}
+    coarse = {row["name"]: row for row in api.beside_base(learned.folder, str(stored), **HERE)}
     assert 0.5 < coarse[name]["rounding"] / rows[name]["rounding"] / 2**16 < 2  # bits of mantissa: 7 and 23
     alike = (before.mT @ after[:, :10]).abs().amax(0)
     assert rows[name]["intruders"] == int((alike < 0.5).sum())
@@ -432,7 +432,7 @@ def _log_softmax(base, tokens):
 
 def test_what_another_adapter_forgets_does_not_stand_in_the_report_of_the_run(learned, tmp_path):
     rows = [{"strength": 1.0, "loss": 1.0}]
-    adapters.compress(learned.folder, learned.folder / "small", rank=1)
+    compression.compress(learned.folder, learned.folder / "small", rank=1)
     assert api.keep_forgetting(learned.folder / "small", rows) is None and not learned.forgetting.exists()
     shutil.rmtree(learned.folder / "small")
 
@@ -719,8 +719,8 @@ def test_an_adapter_that_gains_nothing_has_nothing_to_keep(llama_folder, learned
     found = ranks.rank(tmp_path / "idle", [chats], str(llama_folder), everything=True, **HERE)
     assert "Undetermined" in found["verdict"] and not found["needed"][0]["determined"]
     with pytest.raises(AdapterError, match="none can be kept"):
-        adapters.compress(tmp_path / "idle", tmp_path / "x", keep=0.9, data=[chats], model=str(llama_folder), **HERE)
-    record = adapters.compress(
+        compression.compress(tmp_path / "idle", tmp_path / "x", keep=0.9, data=[chats], model=str(llama_folder), **HERE)
+    record = compression.compress(
         tmp_path / "idle", tmp_path / "small", rank=1, data=[chats], model=str(llama_folder), **HERE
     )
     assert record["retained_gain"] is None is record["retained_gain_interval"]
@@ -742,7 +742,7 @@ def test_the_pieces_of_a_long_text_are_one_document(learned, tmp_path):
 
 
 def test_layers_of_unequal_rank_get_a_curve_and_no_verdict(learned, llama_folder, chats, tmp_path):
-    adapters.compress(learned.folder, tmp_path / "uneven", budget="9KB")
+    compression.compress(learned.folder, tmp_path / "uneven", budget="9KB")
     found = ranks.rank(tmp_path / "uneven", [chats], str(llama_folder), everything=True, **HERE)
     least, most = found["ranks"].values()
     assert least < most == found["rank"] == found["points"][-1]["rank"]

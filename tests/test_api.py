@@ -16,7 +16,7 @@ import yaml
 from models import byte_tokenizer, lively_model, save_base, small_model
 
 import deltaw
-from deltaw import api, demonstration, doctor, hardware, planning, ranks, training
+from deltaw import adapters, api, demonstration, doctor, hardware, planning, ranks, training
 from deltaw.adapter import read_adapter
 from deltaw.base import forward
 from deltaw.cli.runs import _show_demo
@@ -293,7 +293,7 @@ def test_a_base_that_takes_more_memory_than_is_free_is_streamed_and_said_to_be(t
 
 
 def test_inspect_counts_every_parameter_and_gives_the_norm_of_the_update(tiny_run):
-    facts = api.inspect(tiny_run.folder)
+    facts = adapters.inspect(tiny_run.folder)
     adapter = read_adapter(tiny_run.adapter)
     assert sum(layer["parameters"] for layer in facts["layers"]) == facts["parameters"] == adapter.parameters
     assert sum(layer["count"] for layer in facts["layers"]) == len(adapter.factors) == 14
@@ -501,7 +501,7 @@ def test_a_missing_adapter_or_one_of_a_stopped_run_is_named_and_no_folder_is_mad
     with pytest.raises(Interrupted):
         training.train(model=llama_folder, data=chats, out=tmp_path / "stopped", steps=50, watcher=Stopping(), **given)
     with pytest.raises(AdapterError, match=r"has no adapter yet: it was stopped.*--resume"):
-        api.inspect(tmp_path / "stopped")
+        adapters.inspect(tmp_path / "stopped")
 
 
 def test_one_file_is_given_as_it_is_and_nothing_that_is_given_is_dropped(tiny_run, llama_folder, chats, tmp_path):

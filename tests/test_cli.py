@@ -21,7 +21,7 @@ import yaml
 from click.testing import CliRunner
 from models import save_base
 
-from deltaw import api, cli, tables, terminal, training
+from deltaw import adapters, api, cli, tables, terminal, training
 from deltaw.adapter import read_adapter, write_adapter
 from deltaw.config import settings_fields
 from deltaw.engine.checkpoint import list_checkpoints, read_checkpoint
@@ -74,6 +74,18 @@ def test_starting_imports_nothing_heavy(statement):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_needs_no_base_does_not_wait_for_transformers(tiny_run, tmp_path):
+    adapter = str(tiny_run.folder)
+    verbs = (
+        ["inspect", adapter, "--layers", "--against", adapter, "--page", str(tmp_path / "page.html")],
+        ["combine", adapter, adapter, "--out", str(tmp_path / "sum")],
+    )
+    code = f"import sys; from deltaw.cli import main; [main(verb, standalone_mode=False) for verb in {verbs!r}]"
+    code += "; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True False"
 
 
 def test_help_is_there_in_less_than_a_third_of_a_second():
@@ -417,7 +429,7 @@ def test_generate_answers_a_prompt_or_every_row(tiny_run, chats, tmp_path):
 
 def test_inspect_and_merge_and_doctor_print_one_json_document(tiny_run, tmp_path):
     facts = json.loads(_run("inspect", tiny_run.folder, "--json").stdout)
-    assert facts["rank"] == 4 and facts == json.loads(json.dumps(api.inspect(tiny_run.folder)))
+    assert facts["rank"] == 4 and facts == json.loads(json.dumps(adapters.inspect(tiny_run.folder)))
     shown = _run("inspect", tiny_run.folder).stdout
     assert all(layer["name"] in shown for layer in facts["layers"])
     merged = _run("merge", tiny_run.folder, "--out", tmp_path / "merged", "--device=cpu", "--dtype=float32", "--json")

@@ -28,19 +28,13 @@ from deltaw.base.formed import INDEX, Stored, stored_weights
 from deltaw.base.load import Base, open_model
 from deltaw.base.locate import MORE_TEMPLATES
 from deltaw.base.stream import release
-from deltaw.disk import new_folder, write_text
-from deltaw.errors import AdapterError, UsageError, bullet_list
+from deltaw.disk import new_folder, require_new, write_text
+from deltaw.errors import AdapterError, bullet_list
 from deltaw.hardware import freed_at_once
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", f"{MORE_TEMPLATES}/*.jinja")
 _SUMMED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what a stored weight may be to be summed
 _CONFIG = "config.json"
-
-
-def require_new(out: Path) -> None:
-    """Raises UsageError when the folder exists: nothing is ever overwritten."""
-    if out.exists():
-        raise UsageError(f"{out} exists already and is never overwritten. Move it away, or choose another --out.")
 
 
 @freed_at_once()

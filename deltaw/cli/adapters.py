@@ -194,28 +194,26 @@ def inspect(
     as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What an adapter adapts: layers, ranks, effective scale, sizes, origin. Opens no base, unless --base is given."""
-    from deltaw import api
+    from deltaw import adapters
     from deltaw.tables import beside_table, compare_page, spectra_table
     from deltaw.terminal import TerminalWatcher, inspect_page, make_console, show_json
 
-    facts = api.inspect(adapter)
-    if against or with_base or by_layer or page:
-        from deltaw import adapters
+    facts = adapters.inspect(adapter)
+    beyond = bool(against or with_base or by_layer or page)
+    if by_layer or page or (as_json and beyond):
+        facts["spectra"] = adapters.layer_spectra(adapter)
+    if with_base:
+        from deltaw.api import beside_base
 
         watcher = TerminalWatcher(make_console(stderr=True))
-        if by_layer or as_json or page:
-            facts["spectra"] = adapters.layer_spectra(adapter)
-        if with_base:
-            facts["beside"] = adapters.beside_base(
-                adapter, model, say, counting(watcher, "layers"), **machine_of(options)
-            )
-        if against is not None:
-            facts["against"] = adapters.compare(adapter, against)
+        facts["beside"] = beside_base(adapter, model, say, counting(watcher, "layers"), **machine_of(options))
+    if against is not None:
+        facts["against"] = adapters.compare(adapter, against)
     if page is not None:
-        from deltaw.report.adapter_page import write_adapter_page
+        from deltaw.report.adapter_page import lead_to, write_adapter_page
 
         write_adapter_page(page, adapter.resolve().name, facts, None if against is None else against.resolve().name)
-        report = api.keep_inspected(adapter, page)
+        report = lead_to(page, adapter)
         say(f"The page is {page}." if report is None else f"The page is {page}; {report} leads to it.")
     if as_json:
         show_json(facts)
@@ -283,13 +281,13 @@ def rank(
 @json_option
 def compress(adapter: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Make an adapter of lower rank, each layer the best of its rank; without --data no base is opened."""
-    from deltaw import adapters
+    from deltaw.compression import compress as make_other
     from deltaw.tables import compress_page
     from deltaw.terminal import TerminalWatcher, make_console, show_json
 
     watcher = TerminalWatcher(make_console(stderr=True))
     chosen = {name: options.pop(name) for name in ("rank", "budget", "keep", "data", "heal", "train_data", "model")}
-    record = adapters.compress(
+    record = make_other(
         adapter, out, **chosen, say=say, progress=counting(watcher, "cuts"), watcher=watcher, **reading_of(options),
         **machine_of(options),
     )  # fmt: skip

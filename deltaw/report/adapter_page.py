@@ -18,6 +18,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from deltaw.disk import write_text
+from deltaw.engine.run import run_of
+from deltaw.report.page import write_report
 from deltaw.report.plots import ACCENT, FG, HALF, MUTED, Plot, both
 from deltaw.report.quantities import DASH, is_number, percent, significant
 from deltaw.report.tables import Table, suffix, table
@@ -54,6 +56,14 @@ def write_adapter_page(path: Path, name: str, facts: dict[str, Any], against: st
     )  # fmt: skip
     write_text(path, page)
     return path
+
+
+def lead_to(page: Path, path: str | Path) -> Path | None:
+    """Has the report of the run of an adapter lead to this page, where that lies beside it; None of other pages."""
+    run = run_of(Path(path))
+    if run is None or page.resolve() != run.inspected.resolve():
+        return None
+    return write_report(run.folder)
 
 
 def _sentence(facts: dict[str, Any], layers: Sequence[Layer]) -> str:

@@ -29,9 +29,9 @@ def facts(tmp_path_factory, llama_folder):
         write_adapter(made.with_factors(filled), folder / name)
     one, other = folder / "a", folder / "b"
     return {
-        **api.inspect(one),
+        **adapters.inspect(one),
         "spectra": adapters.layer_spectra(one),
-        "beside": adapters.beside_base(one, str(llama_folder), device="cpu", dtype="float32"),
+        "beside": api.beside_base(one, str(llama_folder), device="cpu", dtype="float32"),
         "against": adapters.compare(one, other),
     }
 
