@@ -9,6 +9,9 @@ import tempfile
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: what is tested here is the processor's way
+# On bases as small as these a second thread waits for the first, and for what runs beside (test_torture.py). Tests that
+# are about threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -770,16 +770,16 @@ def test_a_run_whose_reader_is_gone_saves_its_state(signalled, tmp_path, llama_f
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_standard_streams_may_be_closed(closed, llama_folder, chats):
-    command = f"{sys.executable} -m deltaw data show {chats} --model {llama_folder} --rows 1 {closed}"
+def test_standard_streams_may_be_closed(closed, tiny_run):
+    command = f"{sys.executable} -m deltaw inspect {tiny_run.folder} {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=120)
     assert done.returncode == 0 and done.stderr == b""
-    assert (b"assistant" in done.stdout) == (closed == "2>&-")
+    assert (b"tiny-llama" in done.stdout) == (closed == "2>&-")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_below_the_standard_streams_is_an_error_of_the_disk(llama_folder, chats, tmp_path):
-    shown = f"{sys.executable} -m deltaw data show {chats} --model {llama_folder} >/dev/full"
+def test_a_full_disk_below_the_standard_streams_is_an_error_of_the_disk(llama_folder, chats, tmp_path, tiny_run):
+    shown = f"{sys.executable} -m deltaw inspect {tiny_run.folder} >/dev/full"
     done = subprocess.run(["sh", "-c", shown], capture_output=True, check=False, text=True, timeout=120)
     assert (
         done.returncode == 5

@@ -253,7 +253,7 @@ def test_at_most_a_few_blocks_are_in_memory_while_a_streamed_base_trains(wide):
     assert resident_bytes(wide) < block / 4
 
 
-@pytest.mark.parametrize("kind", [*CONFIGS, *MORE.keys() - CONFIGS.keys()])
+@pytest.mark.parametrize("kind", [*CONFIGS, *sorted(MORE.keys() - CONFIGS.keys())])
 def test_a_base_that_is_stored_in_bf16_has_the_weights_that_transformers_would_cast(tmp_path, kind):
     """Those too that modules work out by themselves, as the factor of Gemma's embedding."""
     lively_model(kind).to(torch.bfloat16).save_pretrained(tmp_path)

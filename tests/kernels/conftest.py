@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from libraries import FLAGS, library_for
 
 from deltaw.kernels import compiled
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """So that threads share the work wherever a kernel lets them."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture(params=FLAGS)
