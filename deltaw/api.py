@@ -1,4 +1,4 @@
-"""What a caller does in one call: load, evaluate, merge, inspect. Joins base, data, engine and report.
+"""What a caller does in one call: load, evaluate, merge, verify, bench. Joins base, data, engine and report.
 
 Every function takes plain values and returns plain values or folders; it prints nothing. The command line is a thin
 layer over these names.

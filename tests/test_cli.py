@@ -770,8 +770,9 @@ def test_a_run_whose_reader_is_gone_saves_its_state(signalled, tmp_path, llama_f
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_standard_streams_may_be_closed(closed, tiny_run):
-    command = f"{sys.executable} -m deltaw inspect {tiny_run.folder} {closed}"
+def test_standard_streams_may_be_closed(closed, tiny_run, llama_folder, chats):
+    shown = f"data show {chats} --model {llama_folder} --rows 1" if "<" in closed else f"inspect {tiny_run.folder}"
+    command = f"{sys.executable} -m deltaw {shown} {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=False, timeout=120)
     assert done.returncode == 0 and done.stderr == b""
     assert (b"tiny-llama" in done.stdout) == (closed == "2>&-")

@@ -225,6 +225,7 @@ def test_a_device_that_is_not_here_is_refused_with_what_is():
 def test_threads_are_set_to_what_is_usable():
     before = torch.get_num_threads()
     try:
+        assert hardware.set_threads(2) == torch.get_num_threads() == 2
         assert hardware.set_threads(1) == torch.get_num_threads() == 1
         assert hardware.set_threads(None) == torch.get_num_threads() == 1  # no more than torch has
         with pytest.raises(UsageError, match="at least 1, not 0"):

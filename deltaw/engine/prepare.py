@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from deltaw.config import (
     parse_layers,
     parse_pattern,
 )
-from deltaw.data.agreement import template_warning
+from deltaw.data.agreement import examples_of, template_warning
 from deltaw.data.chat import Encoder
 from deltaw.data.check import check, summary_lines
 from deltaw.data.formats import parse_sources
@@ -84,6 +85,11 @@ class Prepared:
     def held_out(self) -> DataSet | None:
         """What is measured during the run, if anything."""
         return self.data.get("eval")
+
+    @cached_property
+    def template_examples(self) -> str:
+        """How the template renders what `agreement` asks of it, which every adapter of the run says."""
+        return examples_of(self.base.tokenizer)
 
 
 def sketch_run(

@@ -26,7 +26,6 @@ from deltaw.adapter import Injection, inject, write_adapter
 from deltaw.base.load import WAYS, Base
 from deltaw.base.proof import prepare_passes
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
-from deltaw.data.agreement import examples_of
 from deltaw.data.loader import Loader, loader_of
 from deltaw.data.prepare import DataSet
 from deltaw.disk import disk_errors
@@ -316,7 +315,7 @@ def origin_of(ready: Prepared, settings: Settings) -> dict[str, str]:
         "deltaw_version": __version__,
         "task_type": "CAUSAL_LM",
         "config": json.dumps(config),
-        "template_examples": examples_of(ready.base.tokenizer),
+        "template_examples": ready.template_examples,
     }
 
 

@@ -63,12 +63,12 @@ class Clock:
         if not tokens:
             return 0.0
         size = min(tokens, choice.micro_tokens)
-        outline = self.demand.outline
+        outline, forming = self.demand.outline, self._forming(choice, math.ceil(tokens / size))
         if self.pace is None:
-            return 2 * outline.product_parameters * tokens / self._rate
+            return 2 * outline.product_parameters * tokens / self._rate + forming
         labelled = tokens * self.demand.labelled_share
         forward = outline.layers * self.pace.forward_seconds(size) * tokens / size
-        return forward + labelled * self.pace.label_seconds / 2 + math.ceil(tokens / size) * self._forming(choice, 1)
+        return forward + labelled * self.pace.label_seconds / 2 + forming
 
     def _reading(self, choice: Choice, group: Sequence[Pass], short_bytes: int, cached: bool) -> float:
         """The passes that one reading of a streamed base serves; elsewhere one pass."""

@@ -158,8 +158,9 @@ def test_named_dtypes_are_taken_and_float16_is_refused_before_anything_is_read(l
 def test_threads_are_set_and_zero_of_them_is_refused(llama_folder):
     before = torch.get_num_threads()
     try:
-        load(llama_folder, threads=1)
-        assert torch.get_num_threads() == 1
+        for number in (2, 1):
+            load(llama_folder, threads=number)
+            assert torch.get_num_threads() == number
         with pytest.raises(UsageError, match="at least 1"):
             load(llama_folder, threads=0)
     finally:

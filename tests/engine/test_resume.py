@@ -52,15 +52,6 @@ class Saboteur(Watcher):
             raise Killed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _two_threads():
-    """So that bits that hang on what threads do first would be found."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(usual)
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, llama_folder, chats):
     """Makes a new run with these settings over the usual ones."""

@@ -77,6 +77,7 @@ def test_a_single_document_gets_dense_attention(length):
 )
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"softcap": 1.5}, {"window": 128}], ids=str)
 def test_documents_of_every_length_side_by_side_get_dense_attention_each(heads, lengths, options):
+    lengths = LENGTHS if options.get("window") == 128 else lengths  # where tiles of all kinds meet
     assert largest_difference(lengths, heads=heads, **options) < 1e-5
 
 

@@ -140,7 +140,7 @@ def test_what_is_not_a_number_stays_none(library, dtype):
 @pytest.mark.parametrize("continued", [False, True], ids=["", "continued"])
 def test_attention_over_tiles_of_every_kind_is_that_of_torch(library, continued, window, dtype):
     """Documents side by side, whole ones, one in parts; and all but the first behind rows in common."""
-    bounds = list(accumulate((1, 33, 6, 260, 260, 40, 256, 1, 400), initial=0))
+    bounds = list(accumulate((1, 33, 6, 260, 260, 40, 256, 1, 700), initial=0))
     shared = (bounds[3], bounds[4])
     before = [(0, 0) if start <= shared[0] else shared for start in bounds[:-1]] if continued else []
     q, d = (torch.randn(bounds[-1], 6, 16).to(dtype) for _ in range(2))
@@ -163,21 +163,21 @@ def test_attention_as_a_whole_is_near_to_the_exact_one_and_in_bf16_nearer_than_i
     """Of documents whole and in parts, of one row and of many keys, with rows of none behind them."""
     lengths = (1, 33, 6, 260, 64, 1, 700, 1100) if width < 256 else (40, 20, 30, 300, 700)
     spans = continued_spans(*rows_of(lengths, 3 if continued else None))
-    require_attention(dtype)
+    require_attention(width, dtype)
     is_near(spans, heads, key_heads, width, window, dtype)
 
 
 @WHOLE
 def test_attention_as_a_whole_to_thousands_of_keys(library, dtype):
     """So many that a block is one head of 32 queries, with more scores than are meant to stay in the cache."""
-    require_attention(dtype)
+    require_attention(32, dtype)
     for length in (2300, 4300):
         is_near(spans_of([0, length]), 2, 1, 32, None, dtype)
 
 
 @WHOLE
 def test_attention_as_a_whole_takes_fewer_parts_at_a_time_where_they_need_more_room(library, monkeypatch, dtype):
-    require_attention(dtype)
+    require_attention(32, dtype)
     spans = continued_spans(*rows_of((40, 300, 40, 20, 700, 33), 1))
     (*given, d), rest = random_heads(700 + 433, 6, 2, 32, dtype), (spans, 0.2, None, None)
     whole = attend_backward(d, *given, *rest)
@@ -214,9 +214,11 @@ def multiplies_bf16():
     return Path("/proc/cpuinfo").exists() and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
-def require_attention(dtype):
+def require_attention(width, dtype):
+    """That what is tested is not attention in tiles."""
     if dtype == torch.bfloat16 and not multiplies_bf16():
         pytest.skip("bf16 is not multiplied here")
+    assert compiled.attends(torch.device("cpu"), dtype, width)
 
 
 def random_heads(rows, heads, key_heads, width, dtype):
