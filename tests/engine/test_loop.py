@@ -232,9 +232,9 @@ def test_a_run_of_minutes_has_a_rate_above_zero_in_its_first_step(store):
     base = small_base()
     flat, progress = _start(base, [store])
     records = []
-    fit(base, flat.injection, flat, progress, Length(None, 0.2), lambda r, _: records.append(r) or True)
+    fit(base, flat.injection, flat, progress, Length(None, 1.0), lambda r, _: records.append(r) or True)
     assert records[0].rates[0] > 0
-    assert progress.seconds >= 0.2 and sum(record.seconds for record in records) == pytest.approx(progress.seconds)
+    assert progress.seconds >= 1.0 and sum(record.seconds for record in records) == pytest.approx(progress.seconds)
 
 
 # -- coverage ----------------------------------------------------------------------------------------------------------
