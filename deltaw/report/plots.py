@@ -163,7 +163,7 @@ def loss_plot(train: Curve, held_out: Curve, best: tuple[int, float] | None, cap
 
     words = [f"smoothed training loss {_span(smooth)}"] if len(train) else []
     words += [f"held-out loss {_span(held_out)}"] if len(held_out) else []
-    words += [f"best {best[1]:.4f} at step {best[0]:,}"] if best else []
+    words += [f"best {significant(best[1], 4)} at step {best[0]:,}"] if best else []
     key = [("raw", "each step"), ("smooth", "smoothed")] if len(train) else []
     key += [("points", "held out")] if len(held_out) else []
     key += [("best", "best")] if best else []
@@ -196,7 +196,7 @@ def _mark_best(axes: Axes, best: tuple[int, float]) -> None:
     beyond_middle = step > (first + last) / 2
     place = {"xytext": (10 if beyond_middle else -10, -20), "textcoords": "offset points", "va": "center"}
     note = axes.annotate(
-        f"best {loss:.3f} at step {step:,}",
+        f"best {significant(loss)} at step {step:,}",
         (step, loss),
         ha="right" if beyond_middle else "left",
         color=FG,
