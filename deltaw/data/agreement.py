@@ -26,16 +26,15 @@ CONVERSATIONS: tuple[tuple[dict[str, Any], ...], ...] = (
 
 def examples_of(tokenizer: Any) -> str:
     """The conversations as prompts of this tokenizer and template, as JSON: a list of text and tokens, or of errors."""
-    renderer = Renderer(tokenizer, DAY)
-    return json.dumps([_example(tokenizer, renderer, each) for each in CONVERSATIONS], ensure_ascii=False)
+    return json.dumps([_example(tokenizer, conversation) for conversation in CONVERSATIONS], ensure_ascii=False)
 
 
-def _example(tokenizer: Any, renderer: Renderer, conversation: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+def _example(tokenizer: Any, conversation: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     if tokenizer.chat_template is None:
         text = "".join(message["content"] for message in conversation)
         return {"text": text, "tokens": tokenizer(text)["input_ids"]}
     try:
-        text = renderer.text(conversation, answer_follows=True)
+        text = Renderer(tokenizer, DAY).text(conversation, answer_follows=True)
     except TemplateError as error:  # it refuses system messages, say
         return {"error": str(error)}
     return {"text": text, "tokens": tokenizer(text, add_special_tokens=False)["input_ids"]}

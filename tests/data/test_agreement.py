@@ -50,3 +50,11 @@ def test_a_base_without_a_template_has_examples_too():
 
 def test_an_adapter_without_examples_gets_the_plain_warning():
     assert template_warning(None, byte_tokenizer()).startswith("WARNING: the tokenizer or chat template is not the one")
+
+
+def test_each_example_is_rendered_by_itself():
+    """A renderer gives up on a template that exceeded its bounds twice; the third example still says what it does."""
+    examples = json.loads(examples_of(byte_tokenizer("{{ 'x' * 1000000000 }}")))
+    assert (
+        len(examples) == len(CONVERSATIONS) and all(each == examples[0] for each in examples) and "error" in examples[0]
+    )
