@@ -17,8 +17,13 @@ DeltawError, give it an exit code and a line in this drawing. Broken invariants 
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
@@ -80,6 +85,45 @@ class Interrupted(BaseException):
     def __init__(self, exit_code: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """What a signal's handler raises inside comes out as itself, for reading by safetensors.
+
+    The handler of Ctrl-C raises wherever Python is. Where that is a line which torch calls from C, torch drops the
+    exception and raises a ValueError of its own, and a run that was stopped would pass for one with damaged files.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def noting(handler: Callable[[int, Any], Any]) -> Callable[[int, Any], None]:
+        def note(number: int, frame: Any) -> None:
+            try:
+                handler(number, frame)
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        return note
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}  # not what the system does
+    for number, handler in ours.items():
+        signal.signal(number, noting(handler))
+    try:
+        yield
+    except Exception as error:
+        if not raised:
+            raise
+        raise raised[0] from error
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    if raised:
+        raise raised[0]
 
 
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")

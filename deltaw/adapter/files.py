@@ -23,7 +23,7 @@ from deltaw.adapter.spec import LoraSpec
 from deltaw.adapter.strict import check_header, read_json
 from deltaw.adapter.value import Adapter
 from deltaw.disk import new_folder, sha256_file, write_text
-from deltaw.errors import AdapterError, DiskError, bullet_list
+from deltaw.errors import AdapterError, DiskError, bullet_list, signals_kept
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "deltaw.json"
 MAX_JSON_BYTES = 1 << 20
@@ -225,7 +225,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{folder} has no {WEIGHTS}.{why}")
     try:
         check_header(path)
-        return safetensors.torch.load_file(path)
+        with signals_kept():
+            return safetensors.torch.load_file(path)
     except DiskError:
         raise
     except (SafetensorError, OSError, ValueError) as error:

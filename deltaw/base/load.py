@@ -51,7 +51,7 @@ from deltaw.base.stream import Pager, blocks_of, follow_modules, may_stream, rel
 from deltaw.base.stream import stream as streaming
 from deltaw.config import AUTO
 from deltaw.disk import disk_errors, remembered_digest
-from deltaw.errors import BaseError, DiskError, UsageError, bullet_list
+from deltaw.errors import BaseError, DiskError, UsageError, bullet_list, signals_kept
 from deltaw.hardware import (
     choose_device,
     compute_dtype,
@@ -413,14 +413,15 @@ def _odd_settings(config: dict[str, Any]) -> list[str]:
 def open_model(folder: Path, dtype: torch.dtype | str) -> Any:
     """The model in a folder as transformers opens it; `dtype` "auto" is what its config says. Raises BaseError."""
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with signals_kept():
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # damaged files make every part of transformers fail in its own way
         raise BaseError(f"The base in {folder} cannot be opened: {error}") from error
     model, found = opened

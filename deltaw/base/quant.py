@@ -26,7 +26,7 @@ from deltaw.base.builtin import cache_folder
 from deltaw.base.formed import BUFFERS, cast_rest, exchange, linear_layers
 from deltaw.base.stream import blocks_of, release
 from deltaw.disk import make_once, new_folder
-from deltaw.errors import UsageError
+from deltaw.errors import UsageError, signals_kept
 
 # Bytes for each weight: NF4 in blocks of 64 with 8-bit scales, and 8 bit in blocks of 64 with fp32 scales.
 BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1 + 4 / 64}
@@ -48,7 +48,7 @@ def quantise(
     files = [folder / f"block-{number:04}.safetensors" for number in range(len(blocks_of(model)))]
     make_once(folder, lambda: all(file.is_file() for file in files), lambda: _write(model, codec, folder, tell))
     for path, block in zip(files, blocks_of(model), strict=True):
-        with safe_open(path, "pt") as file:
+        with signals_kept(), safe_open(path, "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
         for name, layer in linear_layers(block):
             parts = {key.removeprefix(f"{name}:"): value for key, value in stored.items() if key.startswith(f"{name}:")}

@@ -29,7 +29,7 @@ from deltaw.base.load import Base, open_model
 from deltaw.base.locate import MORE_TEMPLATES
 from deltaw.base.stream import release
 from deltaw.disk import new_folder, require_new, write_text
-from deltaw.errors import AdapterError, bullet_list
+from deltaw.errors import AdapterError, bullet_list, signals_kept
 from deltaw.hardware import freed_at_once
 
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", f"{MORE_TEMPLATES}/*.jinja")
@@ -173,7 +173,7 @@ def _write_shards(folder: Path, out: Path, stored: dict[str, Stored], merge: _Me
     size_bytes = 0
     for shard in sorted({place.shard for place in stored.values()}):
         tensors: dict[str, Tensor] = {}
-        with safe_open(folder / shard, "pt") as file:
+        with signals_kept(), safe_open(folder / shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name not in merge.parted:
                     tensors[name] = merge.of(name, file.get_tensor(name))
