@@ -27,7 +27,7 @@ def test_the_table_of_bases_larger_than_memory_is_that_of_the_measured_figures(m
     assert big_base.table(rows) in guide, "paste what table() gives"
     kept, memory = big_base.answers(rows)["1.7b fp32 speed kept"]["median"], rows["1.7b fp32 in memory"]["peak_bytes"]
     limit = rows["1.7b fp32 streamed"]["setup"]["limit_mb"] / 1000
-    said = f"1.7B streamed takes {limit:g} GB there instead of {memory / 1e9:.1f}, and again {kept:.2f} of the speed"
+    said = f"1.7B takes {memory / 1e9:.1f} GB there in memory, and streamed {limit:g} GB at {kept:.2f} of the speed"
     assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
