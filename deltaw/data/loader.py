@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from deltaw.config import Settings
-from deltaw.data.pack import Batch, batch_of, common_beginnings, shared_batch
+from deltaw.data.pack import Batch, batch_of, common_beginnings, context, shared_batch
 from deltaw.data.store import TokenStore
 
 if TYPE_CHECKING:
     from deltaw.data.prepare import DataSet
 
 _ROUNDS = 4
+# Evaluated documents among which is looked for what they have in common: their tokens are in memory at once.
+ALIKE_AMONG = 512
 
 
 def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
@@ -140,7 +142,7 @@ class Loader:
         if not self.share:
             return _evenly(lambda limit: self.cut(documents, limit), self.micro_tokens)
         alike = common_beginnings([self.store[document].tokens for document in documents])
-        return _evenly(lambda limit: self._cut_alike(documents, alike, limit), self.micro_tokens)
+        return _evenly(lambda limit: self.cut_alike(documents, alike, limit), self.micro_tokens)
 
     def _taken(self, position: int, stop: int | None) -> list[int]:
         documents: list[int] = []
@@ -153,7 +155,7 @@ class Loader:
             documents.append(document)
         return documents
 
-    def _cut_alike(
+    def cut_alike(
         self, documents: Sequence[int], alike: Sequence[tuple[list[int], int]], micro_tokens: int
     ) -> list[list[int]]:
         """As `cut`, with documents that begin alike side by side, and what they share counted once for each group."""
@@ -243,11 +245,24 @@ def evaluated_documents(store: TokenStore, most_rows: int | None = None) -> np.n
     return np.sort(np.random.default_rng(0).permutation(count)[:most_rows])
 
 
-def evaluation_batches(store: TokenStore, batch_tokens: int, most_rows: int | None = None) -> list[list[int]]:
-    """The evaluated documents, shortest first, in batches of at most `batch_tokens` tokens."""
+def evaluation_batches(
+    store: TokenStore, batch_tokens: int, most_rows: int | None = None, *, share: bool = False, copies: bool = False
+) -> list[list[int]]:
+    """The evaluated documents, shorter ones first, in batches of at most `batch_tokens` computed tokens.
+
+    `share` and `copies` as of a Loader; what documents have in common is looked for among ALIKE_AMONG at a time.
+    """
     documents = evaluated_documents(store, most_rows)
     order = documents[np.argsort(store.lengths[documents], kind="stable")].tolist()
-    return Loader(store, batch_tokens, batch_tokens, 0).cut(order, batch_tokens)
+    loader = Loader(store, batch_tokens, batch_tokens, 0, share=share, copies=copies)
+    if not share:
+        return loader.cut(order, batch_tokens)
+    batches = []
+    for first in range(0, len(order), ALIKE_AMONG):
+        some = order[first : first + ALIKE_AMONG]
+        alike = common_beginnings([context(store[document]) for document in some])
+        batches += loader.cut_alike(some, alike, batch_tokens)
+    return batches
 
 
 # -- by the settings of a run: what trains, probes and plans it must agree ---------------------------------------------

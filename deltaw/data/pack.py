@@ -30,8 +30,9 @@ class Batch:
     """A flat row of documents. `targets_T` is the next token, `weights_T` its weight (0 at each document's end).
 
     `labelled_N` names the rows whose weight is not 0. `tokens` counts what the documents deliver, context included,
-    `trained_tokens` what of it carries loss; `computed_tokens` is the length of the row. `before` holds the rows that
-    each document continues, or is empty.
+    `trained_tokens` what of it carries loss; `computed_tokens` is the length of the row. Where documents begin alike,
+    `bounds` also holds what they have in common, `before` the rows that each continues, and `owners` which document
+    each is of (what is in common: the first of them); `before` is empty where nothing is.
     """
 
     tokens_T: Tensor
@@ -40,6 +41,7 @@ class Batch:
     weights_T: Tensor
     labelled_N: Tensor
     bounds: tuple[int, ...]
+    owners: tuple[int, ...]
     documents: tuple[int, ...]
     tokens: int
     trained_tokens: int
@@ -55,6 +57,11 @@ class Batch:
         """Sum of the weights: what the loss of a step is divided by."""
         return float(self.weights_T.cpu().sum(dtype=torch.float64))  # not every device has fp64
 
+    def owners_of(self, places_N: Tensor) -> Tensor:
+        """Which of the documents each row is of, [N], in the order in which they were given."""
+        bounds, owners = (torch.tensor(numbers, device=places_N.device) for numbers in (self.bounds[1:], self.owners))
+        return owners[torch.bucketize(places_N, bounds, right=True)]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         names = ("tokens_T", "positions_T", "targets_T", "weights_T", "labelled_N")
@@ -63,16 +70,20 @@ class Batch:
 
 def flat_batch(examples: Sequence[Example], documents: Sequence[int] = ()) -> Batch:
     """The examples end to end, each predicting its own next tokens only."""
-    return _batch([_piece(example) for example in examples], examples, documents, ())
+    return _batch([_piece(example) for example in examples], examples, documents, range(len(examples)), ())
 
 
-def shared_batch(examples: Sequence[Example], documents: Sequence[int] = ()) -> Batch:
-    """The examples with every beginning that several have in common standing once, before those that continue it."""
-    groups = common_beginnings([example.tokens for example in examples])
+def shared_batch(examples: Sequence[Example], documents: Sequence[int] = (), *, scored: bool = False) -> Batch:
+    """The examples with every beginning that several have in common standing once, before those that continue it.
+
+    Where they are to be `scored`, nothing that carries loss is shared, so that each loss is of one document.
+    """
+    groups = common_beginnings([context(example) if scored else example.tokens for example in examples])
     if all(not shared for _, shared in groups):
         return flat_batch(examples, documents)
     pieces: list[_Piece] = []
     before: list[tuple[int, int]] = []
+    owners: list[int] = []
     rows = 0
     for members, shared in groups:
         whole = [_piece(examples[member]) for member in members]
@@ -81,13 +92,21 @@ def shared_batch(examples: Sequence[Example], documents: Sequence[int] = ()) -> 
             common = first.part(0, shared, np.sum([piece.weights[:shared] for piece in whole], axis=0))
             pieces.append(common)
             before.append((0, 0))
+            owners.append(members[0])
         start, rows = rows, rows + shared
-        for piece in whole:
+        for member, piece in zip(members, whole, strict=True):
             own = piece.part(shared, len(piece.tokens), piece.weights[shared:])
             pieces.append(own)
             before.append((start, start + shared) if shared else (0, 0))
+            owners.append(member)
             rows += len(own.tokens)
-    return _batch(pieces, examples, documents, tuple(before))
+    return _batch(pieces, examples, documents, owners, before)
+
+
+def context(example: Example) -> np.ndarray:
+    """The tokens before the first that carries loss."""
+    trained = np.flatnonzero(example.weights)
+    return example.tokens[: int(trained[0]) if len(trained) else 0]
 
 
 def common_beginnings(documents: Sequence[np.ndarray]) -> list[tuple[list[int], int]]:
@@ -152,7 +171,8 @@ def _batch(
     pieces: Sequence[_Piece],
     examples: Sequence[Example],
     documents: Sequence[int],
-    before: tuple[tuple[int, int], ...],
+    owners: Sequence[int],
+    before: Sequence[tuple[int, int]],
 ) -> Batch:
     positions = [np.arange(piece.first, piece.first + len(piece.tokens)) for piece in pieces]
     bounds = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
@@ -164,13 +184,21 @@ def _batch(
         weights_T=torch.from_numpy(weights),
         labelled_N=torch.from_numpy(np.flatnonzero(weights)),  # here, since a GPU would be waited for
         bounds=tuple(int(bound) for bound in bounds),
+        owners=tuple(owners),
         documents=tuple(documents),
         tokens=sum(len(example.tokens) for example in examples),
         trained_tokens=sum(int((example.weights[1:] > 0).sum()) for example in examples),
-        before=before,
+        before=tuple(before),
     )
 
 
 def batch_of(store: TokenStore, documents: Sequence[int]) -> Batch:
     """These documents of a store as one flat batch."""
     return flat_batch([store[document] for document in documents], documents)
+
+
+def scored_batch(store: TokenStore, documents: Sequence[int], *, share: bool) -> Batch:
+    """These documents of a store to be scored, with `share` what they have in common before their losses once."""
+    if not share:
+        return batch_of(store, documents)
+    return shared_batch([store[document] for document in documents], documents, scored=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,11 +18,10 @@ from torch import Tensor
 
 from deltaw.base.load import Base
 from deltaw.data.example import Example
-from deltaw.data.loader import evaluation_batches
-from deltaw.data.pack import batch_of, flat_batch
+from deltaw.data.pack import flat_batch, shared_batch
 from deltaw.data.prepare import DataSet, Labels
 from deltaw.data.store import TokenStore
-from deltaw.engine.objective import documents_of, score_batch
+from deltaw.engine.objective import batches_to_score, score_batch
 from deltaw.errors import NotFiniteError
 
 Progress = Callable[[int, int], None]
@@ -85,9 +83,8 @@ def held_out_loss(base: Base, store: TokenStore, batch_tokens: int, most_rows: i
     The mean is that of training: each token counts by its weight.
     """
     started, loss_sum, weight, tokens = time.monotonic(), 0.0, 0.0, 0
-    for documents in evaluation_batches(store, batch_tokens, most_rows):
-        batch = batch_of(store, documents)
-        scores = score_batch(base, batch.to(base.device))
+    for batch in batches_to_score(base, store, batch_tokens, most_rows):
+        scores = score_batch(base, batch)
         loss_sum += float(scores.weighted_N.cpu().sum(dtype=torch.float64))
         weight += batch.weight
         tokens += len(scores.losses_N)
@@ -102,43 +99,34 @@ def evaluate(base: Base, data: DataSet, batch_tokens: int, progress: Progress | 
     result = Evaluation(0.0, 0.0, 0, len(store), 0, 0.0)
     choices = np.full(len(store), -1)
     done = 0
-    for documents in evaluation_batches(store, batch_tokens):
-        batch = batch_of(store, documents).to(base.device)
-        scores = score_batch(base, batch, first_tokens or ())
+    for batch in batches_to_score(base, store, batch_tokens):
+        scores, count = score_batch(base, batch, first_tokens or ()), len(batch.documents)
         result.loss_sum += float(scores.weighted_N.cpu().sum(dtype=torch.float64))
         result.weight += batch.weight
         result.tokens += len(scores.losses_N)
-        result.exact += _all_hit(scores.hits_N, scores.places_N, batch.bounds)
+        owners_N = batch.owners_of(scores.places_N)
+        result.exact += count - len(owners_N[~scores.hits_N].unique())
         if first_tokens is not None:
-            starts_D = torch.searchsorted(scores.places_N, _answer_starts(batch.weights_T, batch.bounds))
-            choices[documents] = scores.logits_NC[starts_D].argmax(1).cpu().numpy()
-        done += len(documents)
+            starts_D = _answer_starts(scores.places_N, owners_N, count)
+            choices[list(batch.documents)] = scores.logits_NC[starts_D].argmax(1).cpu().numpy()
+        done += count
         if progress is not None:
             progress(done, len(store))
     if not math.isfinite(result.loss):
         raise NotFiniteError(f"The loss over these {len(store)} documents is {result.loss}: the model is broken.")
     if labels is not None:
-        chosen = choices.tolist() if first_tokens is not None else _score_whole_labels(base, data, labels)
+        chosen = choices.tolist() if first_tokens is not None else _score_whole_labels(base, data, labels, batch_tokens)
         result.choices = chosen
         result.correct = sum(choice == truth for choice, truth in zip(chosen, labels.of_document, strict=True))
     result.seconds = time.monotonic() - started
     return result
 
 
-def _all_hit(hits_N: Tensor, places_N: Tensor, bounds: Sequence[int]) -> int:
-    """Number of documents whose labelled tokens are all the most likely ones."""
-    misses = torch.bincount(documents_of(places_N, bounds)[~hits_N], minlength=len(bounds) - 1)
-    return int((misses == 0).sum())
-
-
-def _answer_starts(weights_T: Tensor, bounds: Sequence[int]) -> Tensor:
-    """The position that predicts the first token of each document's last trained stretch."""
-    starts = []
-    for start, stop in pairwise(bounds):
-        trained = weights_T[start:stop] > 0
-        begins = trained & ~torch.cat([trained.new_zeros(1), trained[:-1]])
-        starts.append(start + int(begins.nonzero()[-1]))
-    return torch.tensor(starts, device=weights_T.device)
+def _answer_starts(places_N: Tensor, owners_N: Tensor, count: int) -> Tensor:
+    """Which of the labelled places predicts the first token of each document's last trained stretch, [D]."""
+    apart_N = (places_N.diff() != 1) | (owners_N.diff() != 0)
+    begins = torch.cat([apart_N.new_ones(1), apart_N]).nonzero()[:, 0]
+    return begins.new_zeros(count).scatter_reduce(0, owners_N[begins], begins, "amax")
 
 
 def _answer_tokens(data: DataSet, labels: Labels) -> list[list[int]]:
@@ -164,23 +152,36 @@ def _first_tokens(data: DataSet, labels: Labels) -> list[int] | None:
     return firsts if len(set(firsts)) == len(labels.names) else None
 
 
-def _score_whole_labels(base: Base, data: DataSet, labels: Labels) -> list[int]:
+def _score_whole_labels(base: Base, data: DataSet, labels: Labels, batch_tokens: int) -> list[int]:
     """The label with the lowest summed loss for each document, each label put in the answer's place."""
-    answers = _answer_tokens(data, labels)
-    choices = []
-    for document in range(len(data.store)):
-        example = data.store[document]
-        begin = _last_answer(example)
-        variants = [
-            Example(
-                np.append(example.tokens[:begin], answer).astype(np.int32),
-                np.append(np.zeros(begin), np.ones(len(answer))).astype(np.float32),
-            )
-            for answer in answers
-        ]
-        batch = flat_batch(variants).to(base.device)
+    answers, choices = _answer_tokens(data, labels), list[int]()
+    for documents in _labelled_batches(base, data.store, answers, batch_tokens):
+        variants = [_answered(data.store[document], answer) for document in documents for answer in answers]
+        batch = (shared_batch(variants, scored=True) if base.shares_prefixes else flat_batch(variants)).to(base.device)
         scores = score_batch(base, batch)
-        owner_N = documents_of(scores.places_N, batch.bounds)
-        sums = torch.zeros(len(answers), device=base.device).index_add_(0, owner_N, scores.losses_N)
-        choices.append(int(sums.argmin()))
+        sums = scores.losses_N.new_zeros(len(variants)).index_add_(0, batch.owners_of(scores.places_N), scores.losses_N)
+        choices += sums.reshape(-1, len(answers)).argmin(1).tolist()
     return choices
+
+
+def _labelled_batches(
+    base: Base, store: TokenStore, answers: Sequence[Sequence[int]], batch_tokens: int
+) -> Iterator[list[int]]:
+    """The documents in order, so many at once that with each answer they have at most `batch_tokens` tokens."""
+    contexts = 1 if base.shares_prefixes else len(answers)
+    documents, total = list[int](), 0
+    for document in range(len(store)):
+        tokens = contexts * _last_answer(store[document]) + sum(map(len, answers))
+        if documents and total + tokens > batch_tokens:
+            yield documents
+            documents, total = [], 0
+        documents.append(document)
+        total += tokens
+    yield documents
+
+
+def _answered(example: Example, answer: Sequence[int]) -> Example:
+    """A document whose last answer is another one, which alone carries loss."""
+    begin = _last_answer(example)
+    tokens = np.append(example.tokens[:begin], answer).astype(np.int32)
+    return Example(tokens, np.append(np.zeros(begin), np.ones(len(answer))).astype(np.float32))

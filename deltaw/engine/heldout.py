@@ -16,7 +16,7 @@ from deltaw.base.load import Base
 from deltaw.data.loader import evaluation_batches
 from deltaw.data.pack import Batch, batch_of
 from deltaw.data.store import TokenStore
-from deltaw.engine.objective import documents_of, score_batch
+from deltaw.engine.objective import batches_to_score, score_batch
 from deltaw.errors import NotFiniteError
 
 FIRST_DOCUMENTS = 16
@@ -87,11 +87,10 @@ class HeldOut:
     def _losses(self, count: int) -> np.ndarray:
         stored = int(self._stops[count - 1])
         losses, part = np.zeros(stored), TokenStore(self.store.stem, self._order[:stored])
-        for pieces in evaluation_batches(part, self.batch_tokens):
-            batch = batch_of(part, pieces).to(self.base.device)
-            scores = score_batch(self.base, batch)
-            owner_N = documents_of(scores.places_N, batch.bounds).cpu().numpy()
-            losses[pieces] = np.bincount(owner_N, scores.weighted_N.cpu().double().numpy(), len(pieces))
+        for batch in batches_to_score(self.base, part, self.batch_tokens):
+            scores, pieces = score_batch(self.base, batch), list(batch.documents)
+            owners_N = batch.owners_of(scores.places_N).cpu().numpy()
+            losses[pieces] = np.bincount(owners_N, scores.weighted_N.cpu().double().numpy(), len(pieces))
         if not math.isfinite(losses.sum()):
             raise NotFiniteError(f"The loss over these {count} documents is {losses.sum()}: the model is broken.")
         return self._by_document(losses, count)

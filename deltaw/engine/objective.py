@@ -17,7 +17,9 @@ from deltaw.adapter import Injection
 from deltaw.base.decoder import Row
 from deltaw.base.forward import plain_attention
 from deltaw.base.load import Base, most_together
-from deltaw.data.pack import Batch
+from deltaw.data.loader import evaluation_batches
+from deltaw.data.pack import Batch, scored_batch
+from deltaw.data.store import TokenStore
 from deltaw.kernels import continued_spans, labelled_loss, log_probabilities, token_losses
 
 
@@ -116,6 +118,16 @@ def _accumulate_together(
     return losses
 
 
+def batches_to_score(base: Base, store: TokenStore, batch_tokens: int, most_rows: int | None = None) -> Iterator[Batch]:
+    """The evaluated documents, or `most_rows` of them, on the base's device.
+
+    What they have in common before their losses is computed once where the base, as it stands now, can do that.
+    """
+    share, copies = base.shares_prefixes, base.device.type != "cpu"
+    for documents in evaluation_batches(store, batch_tokens, most_rows, share=share, copies=copies):
+        yield scored_batch(store, documents, share=share).to(base.device)
+
+
 @torch.no_grad()
 def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores:
     """Every labelled token of the batch scored, without gradients."""
@@ -128,11 +140,6 @@ def score_batch(base: Base, batch: Batch, columns: Sequence[int] = ()) -> Scores
     h_NH = base.hidden_states(batch.tokens_T, batch.positions_T, batch.bounds, labelled_N, batch.before)
     scored = token_losses(h_NH, base.logits, batch.targets_T[labelled_N], base.vocabulary, columns)
     return Scores(*scored, labelled_N, weights_N)
-
-
-def documents_of(places_N: Tensor, bounds: Sequence[int]) -> Tensor:
-    """Which document of a flat batch each place lies in, [N]."""
-    return torch.bucketize(places_N, torch.tensor(bounds[1:], device=places_N.device), right=True)
 
 
 def _plain_losses(base: Base, batch: Batch) -> tuple[Tensor, Tensor]:

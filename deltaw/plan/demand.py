@@ -25,7 +25,8 @@ from deltaw.base.quant import BYTES
 from deltaw.base.shapes import Outline
 from deltaw.base.stream import MAPPED_SHARE, may_stream
 from deltaw.config import AUTO, EVALUATIONS_PER_RUN, Settings, steps_between
-from deltaw.data.loader import Loader, evaluated_documents, heaviest_pass, loader_of
+from deltaw.data.loader import Loader, evaluation_batches, heaviest_pass, loader_of
+from deltaw.data.pack import Batch, scored_batch
 from deltaw.data.prepare import DataSet
 
 SAMPLED_STEPS = 16
@@ -45,6 +46,11 @@ class Pass(NamedTuple):
 
     lengths: tuple[int, ...]
     labelled: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> Pass:
+        """The pass that computes this batch."""
+        return cls(tuple(np.diff(batch.bounds).tolist()), batch.trained_tokens)
 
     @property
     def tokens(self) -> int:
@@ -97,7 +103,7 @@ class Demand:
         if (micro_tokens, share) not in self._steps:
             loader = self.loader(micro_tokens, share=share)
             self._steps[micro_tokens, share] = [
-                [Pass(tuple(np.diff(batch.bounds).tolist()), batch.trained_tokens) for batch in batches]
+                [Pass.of(batch) for batch in batches]
                 for batches in loader.first_steps(SAMPLED_STEPS, loader.stop_after(self.settings.whole_epochs))
             ]
         return self._steps[micro_tokens, share]
@@ -174,12 +180,6 @@ class Demand:
             return EVALUATIONS_PER_RUN
         return -(-steps // (steps_between(steps) if every == AUTO else int(every)))
 
-    @cached_property
-    def labelled_share(self) -> float:
-        """Share of the tokens that carry loss."""
-        store = self.data["train"].store
-        return store.trained_tokens / max(1, store.tokens)
-
     def may_stream(self, quant: str) -> bool:
         """Whether blocks can be read from mapped files as they are needed: hardly anything of them is cast before."""
         if not (may_stream(self.device) if self.streams is None else self.streams):
@@ -210,10 +210,10 @@ class Demand:
         """In what the base's files have their weights."""
         return stored_dtype(self.outline.folder)
 
-    @cached_property
-    def evaluated_tokens(self) -> int:
-        """Tokens of one evaluation."""
+    def evaluation(self, micro_tokens: int, *, share: bool) -> list[Pass]:
+        """The passes of one evaluation, none without held-out data."""
         if "eval" not in self.data:
-            return 0
-        store = self.data["eval"].store
-        return int(store.lengths[evaluated_documents(store, self.settings.eval_rows)].sum())
+            return []
+        store, copies = self.data["eval"].store, self.device.type != "cpu"
+        cut = evaluation_batches(store, micro_tokens, self.settings.eval_rows, share=share, copies=copies)
+        return [Pass.of(scored_batch(store, documents, share=share)) for documents in cut]

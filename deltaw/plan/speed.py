@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -59,16 +58,12 @@ class Clock:
 
     def evaluation(self, choice: Choice) -> float:
         """One evaluation: forward alone."""
-        tokens = self.demand.evaluated_tokens
-        if not tokens:
-            return 0.0
-        size = min(tokens, choice.micro_tokens)
-        outline, forming = self.demand.outline, self._forming(choice, math.ceil(tokens / size))
+        passes = self.demand.evaluation(choice.micro_tokens, share=self.way == "kernels")
+        outline, forming = self.demand.outline, self._forming(choice, len(passes))
         if self.pace is None:
-            return 2 * outline.product_parameters * tokens / self._rate + forming
-        labelled = tokens * self.demand.labelled_share
-        forward = outline.layers * self.pace.forward_seconds(size) * tokens / size
-        return forward + labelled * self.pace.label_seconds / 2 + forming
+            return 2 * outline.product_parameters * sum(one.tokens for one in passes) / self._rate + forming
+        forward = outline.layers * sum(self.pace.forward_seconds(one.tokens) for one in passes)
+        return forward + sum(one.labelled for one in passes) * self.pace.label_seconds / 2 + forming
 
     def _reading(self, choice: Choice, group: Sequence[Pass], short_bytes: int, cached: bool) -> float:
         """The passes that one reading of a streamed base serves; elsewhere one pass."""

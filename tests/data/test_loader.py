@@ -7,6 +7,7 @@ import pytest
 
 from deltaw.data.example import Example
 from deltaw.data.loader import Loader, evaluation_batches, shuffled
+from deltaw.data.pack import scored_batch
 from deltaw.data.store import TokenStore
 
 
@@ -118,6 +119,25 @@ def test_evaluation_takes_a_fair_sample_of_the_rows_once_shortest_first(store):
     assert (np.diff(lengths) >= 0).all()
     assert all(len(batch) == 1 or store.lengths[batch].sum() <= 100 for batch in batches)
     assert sorted(d for batch in evaluation_batches(store, 100) for d in batch) == list(range(len(store)))
+
+
+def test_evaluated_documents_that_begin_alike_fill_a_batch_with_what_they_do_not_share(tmp_path, monkeypatch):
+    generator, examples = np.random.default_rng(0), []
+    for number in range(60):
+        tokens = [*range(40 * (number % 3), 40 * (number % 3) + 40), *generator.integers(200, 999, 1 + number % 7)]
+        examples.append(Example(np.asarray(tokens, np.int32), np.asarray([0] * 40 + [1] * (len(tokens) - 40), "f"), 0))
+    TokenStore.write(tmp_path / "set", iter(examples))
+    store = TokenStore(tmp_path / "set")
+    flat, shared = (evaluation_batches(store, 200, share=share) for share in (False, True))
+    assert len(shared) < len(flat) / 3
+    for batches, share in ((flat, False), (shared, True)):
+        assert sorted(document for documents in batches for document in documents) == list(range(60))
+        assert max(scored_batch(store, documents, share=share).computed_tokens for documents in batches) <= 200
+    assert evaluation_batches(store, 200, 30, share=True) != shared
+    monkeypatch.setattr("deltaw.data.loader.ALIKE_AMONG", 8)
+    few = evaluation_batches(store, 200, share=True)
+    assert sorted(document for documents in few for document in documents) == list(range(60))
+    assert len(shared) < len(few) < len(flat)
 
 
 # -- mixing ------------------------------------------------------------------------------------------------------------

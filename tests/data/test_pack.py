@@ -138,6 +138,20 @@ def test_a_shared_batch_by_eye():
     assert (batch.tokens, batch.computed_tokens, batch.trained_tokens, batch.documents) == (45, 26, 24, (3, 1, 2))
 
 
+def test_where_losses_are_told_apart_nothing_that_carries_loss_is_shared():
+    common = list(range(100, 120))
+    late, later = [0] * 20 + [1, 1], [0] * 20 + [1]
+    examples = [example([*common, 7, 8], late), example([5, 6], [0, 1]), example([*common, 7], later)]
+    batch = shared_batch(examples, [3, 1, 2], scored=True)
+    assert batch.bounds == (0, 2, 21, 24, 26) and batch.before == ((0, 0), (0, 0), (2, 21), (2, 21))
+    assert batch.owners == (1, 0, 0, 2) and batch.weights_T.tolist() == [1, 0, *[0] * 19, 1, 1, 0, 1, 0]
+    assert batch.owners_of(batch.labelled_N).tolist() == [1, 0, 0, 2]
+    early = example([*common, 7, 9], [0] * 5 + [1] * 17)
+    batch = shared_batch([early, early], scored=True)
+    assert batch.before == () and batch.owners == (0, 1)  # four tokens are too few
+    assert shared_batch([early, early]).before != ()
+
+
 def test_every_prediction_of_a_shared_batch_is_one_of_the_documents_with_the_same_weight():
     generator = np.random.default_rng(0)
     starts = [generator.integers(0, 50, n) for n in (17, 40, 200)]

@@ -12,6 +12,7 @@ from models import small_base
 
 from deltaw.adapter import LoraSpec, choose, inject, new_adapter
 from deltaw.base.forward import plain_attention
+from deltaw.base.load import Base
 from deltaw.data.chat import Encoder
 from deltaw.data.loader import Loader, evaluated_documents
 from deltaw.data.pack import batch_of
@@ -20,7 +21,7 @@ from deltaw.engine.evaluate import evaluate, held_out_loss, wilson
 from deltaw.engine.generate import generate
 from deltaw.engine.heldout import HeldOut
 from deltaw.engine.loop import Length, Progress, Track, fit
-from deltaw.engine.objective import batch_loss
+from deltaw.engine.objective import batch_loss, batches_to_score
 from deltaw.engine.optim import FlatFactors, OptimSettings
 
 WORDS = ["ab", "c"]
@@ -154,6 +155,26 @@ def test_labels_that_begin_alike_are_scored_whole(tmp_path):
     result = evaluate(base, data, 100)
     assert result.choices == own
     assert result.correct == sum(labels[choice] == answer for choice, (_, answer) in zip(own, pairs, strict=True))
+
+
+@pytest.mark.parametrize("labels", [["blue", "green", "red"], ["apple", "apricot", "avocado"]], ids=["first", "whole"])
+def test_what_documents_have_in_common_is_computed_once_and_every_number_stays(labels, tmp_path, monkeypatch):
+    base = small_base()
+    prompt = "a long prompt that all of them have in common: "
+    data = _prepare(base, tmp_path, [(prompt + "q" * (1 + 5 * n % 19), labels[n * n % 3]) for n in range(24)])
+
+    def numbers():
+        found = evaluate(base, data, 200)
+        computed = sum(batch.computed_tokens for batch in batches_to_score(base, data.store, 200))
+        losses = HeldOut(base, data.store, 200).losses(None)
+        told = [found.loss, held_out_loss(base, data.store, 200, 9)[0], *losses]
+        return computed, told, (found.tokens, found.exact, found.correct, found.choices)
+
+    computed, told, counted = numbers()
+    monkeypatch.setattr(Base, "shares_prefixes", False)
+    computed_flat, told_flat, counted_flat = numbers()
+    assert computed_flat == data.store.tokens > 2 * computed
+    assert told == pytest.approx(told_flat, rel=1e-5) and counted == counted_flat
 
 
 def test_answers_that_are_no_labels_have_no_accuracy(tmp_path):
