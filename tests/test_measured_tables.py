@@ -89,6 +89,18 @@ def test_the_table_of_ways_to_choose_a_rank_is_that_of_the_measured_figures(monk
     assert f"{times['process_seconds']:.2f} of the time of five processes" in said
 
 
+def test_what_is_said_of_planted_ranks_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    found = json.loads(importlib.import_module("rank_calibration").SUMMARY.read_text())["planted"]
+    scores, rows = found["scores"], found["usual_rows"]
+    right = [scores[share]["covers"] for share in ("95", "99")]
+    pages = [" ".join((ROOT / page).read_text().split()) for page in ("README.md", "docs/guides/measuring-rank.md")]
+    assert f"finds {right[0]} of {rows} at 95 % of the gain and {right[1]} at 99 %" in pages[0]
+    assert f"At 95 % of the gain {right[0]} of {rows} are found exactly; at 99 % {right[1]} are" in pages[1]
+    energy, effective = (scores[name]["within_octave"] for name in ("energy_90", "effective"))
+    assert f"energy@90 is within an octave in {energy} of {rows}, effective rank in {effective}." in pages[1]
+
+
 def test_what_is_said_of_start_up_is_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     start_up = importlib.import_module("start_up")
