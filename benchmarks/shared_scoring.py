@@ -1,8 +1,8 @@
 """What it saves to compute once what held-out documents have in common, beside each document by itself.
 
-SmolLM2-135M scores three files by either way, in turn within one process: some of the demo's test texts, which have 20
-tokens of system prompt in common; chats of versus.py behind a system prompt of 500 tokens; and the first again with
-answers that begin alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times.
+SmolLM2-135M scores three files by either way, in turn within one process: some of the demo's test texts, which begin with
+the same 24 tokens; chats of versus.py behind a system prompt of 500 tokens; and the first again with answers that begin
+alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times.
 Writes benchmarks/results/shared_scoring.json.
 """
 
@@ -80,10 +80,10 @@ def scored(model: deltaw.Model, file: Path) -> dict[str, Any]:
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """What the log and the guide say."""
+    """What the changelog says."""
     times = {name: each["alone"]["seconds"] / each["shared"]["seconds"] for name, each in found.items()}
     return (
-        f"the demo's test texts, with 20 tokens in common, are scored {times['demo']:.1f} times as fast, chats behind "
+        f"the demo's test texts, with 24 tokens in common, are scored {times['demo']:.1f} times as fast, chats behind "
         f"a system prompt of 500 tokens {times['long prompt']:.1f} times, and labels that begin alike "
         f"{times['labels that begin alike']:.1f} times"
     )

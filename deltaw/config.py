@@ -142,7 +142,10 @@ class Settings:
         AUTO, "Tokens per forward pass, or auto; changes memory, not results.", kind=int, within=ABOVE_0, group="length"
     )
     share_prefixes: bool = setting(
-        True, "Compute once what documents of a step have in common at their start.", kind=bool, group="length"
+        True,
+        "Compute once what documents of a step begin with alike (evaluations always do).",
+        kind=bool,
+        group="length",
     )
 
     lr: float | str = setting(AUTO, "Peak learning rate, or auto.", kind=float, within=ABOVE_0, group="optimiser")

@@ -110,18 +110,20 @@ def signals_kept() -> Iterator[None]:
         return note
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}  # not what the system does
-    for number, handler in ours.items():
-        signal.signal(number, noting(handler))
+    # Not what the system does by itself, which raises nothing.
+    ours = {number: (handler, noting(handler)) for number, handler in handlers.items() if callable(handler)}
     try:
+        for number, (_, noted) in ours.items():
+            signal.signal(number, noted)
         yield
     except Exception as error:
-        if not raised:
+        if not raised or error is raised[0]:
             raise
         raise raised[0] from error
     finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
+        for number, (handler, noted) in ours.items():
+            if signal.getsignal(number) is noted:  # and not what a handler has put in its place
+                signal.signal(number, handler)
     if raised:
         raise raised[0]
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from deltaw.data.prepare import DataSet
 
 _ROUNDS = 4
-# Evaluated documents among which is looked for what they have in common: their tokens are in memory at once.
-ALIKE_AMONG = 512
+# Tokens of evaluated documents among which is looked for what they have in common, and which are in memory for that.
+ALIKE_AMONG = 1 << 18
 
 
 def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
@@ -246,22 +246,21 @@ def evaluated_documents(store: TokenStore, most_rows: int | None = None) -> np.n
 
 
 def evaluation_batches(
-    store: TokenStore, batch_tokens: int, most_rows: int | None = None, *, share: bool = False, copies: bool = False
+    store: TokenStore, batch_tokens: int, most_rows: int | None = None, *, share: bool = False
 ) -> list[list[int]]:
     """The evaluated documents, shorter ones first, in batches of at most `batch_tokens` computed tokens.
 
-    `share` and `copies` as of a Loader; what documents have in common is looked for among ALIKE_AMONG at a time.
+    With `share`, documents with the same beginning before their losses are together, by the shortest of them.
     """
     documents = evaluated_documents(store, most_rows)
     order = documents[np.argsort(store.lengths[documents], kind="stable")].tolist()
-    loader = Loader(store, batch_tokens, batch_tokens, 0, share=share, copies=copies)
+    loader = Loader(store, batch_tokens, batch_tokens, 0, share=share)
     if not share:
         return loader.cut(order, batch_tokens)
     batches = []
-    for first in range(0, len(order), ALIKE_AMONG):
-        some = order[first : first + ALIKE_AMONG]
+    for some in loader.cut(order, max(batch_tokens, ALIKE_AMONG)):
         alike = common_beginnings([context(store[document]) for document in some])
-        batches += loader.cut_alike(some, alike, batch_tokens)
+        batches += loader.cut_alike(some, sorted(alike), batch_tokens)
     return batches
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from deltaw.base.load import Base
 from deltaw.data.example import Example
-from deltaw.data.pack import flat_batch, shared_batch
+from deltaw.data.pack import LEAST_SHARED, flat_batch, shared_batch
 from deltaw.data.prepare import DataSet, Labels
 from deltaw.data.store import TokenStore
-from deltaw.engine.objective import batches_to_score, score_batch
+from deltaw.engine.objective import batches_to_score, score_batch, scores_shared
 from deltaw.errors import NotFiniteError
 
 Progress = Callable[[int, int], None]
@@ -157,7 +157,8 @@ def _score_whole_labels(base: Base, data: DataSet, labels: Labels, batch_tokens:
     answers, choices = _answer_tokens(data, labels), list[int]()
     for documents in _labelled_batches(base, data.store, answers, batch_tokens):
         variants = [_answered(data.store[document], answer) for document in documents for answer in answers]
-        batch = (shared_batch(variants, scored=True) if base.shares_prefixes else flat_batch(variants)).to(base.device)
+        batch = shared_batch(variants, scored=True) if scores_shared(base) else flat_batch(variants)
+        batch = batch.to(base.device)
         scores = score_batch(base, batch)
         sums = scores.losses_N.new_zeros(len(variants)).index_add_(0, batch.owners_of(scores.places_N), scores.losses_N)
         choices += sums.reshape(-1, len(answers)).argmin(1).tolist()
@@ -168,10 +169,11 @@ def _labelled_batches(
     base: Base, store: TokenStore, answers: Sequence[Sequence[int]], batch_tokens: int
 ) -> Iterator[list[int]]:
     """The documents in order, so many at once that with each answer they have at most `batch_tokens` tokens."""
-    contexts = 1 if base.shares_prefixes else len(answers)
-    documents, total = list[int](), 0
+    share, documents, total = scores_shared(base), list[int](), 0
     for document in range(len(store)):
-        tokens = contexts * _last_answer(store[document]) + sum(map(len, answers))
+        begin = _last_answer(store[document])
+        alone = 1 if share and begin > LEAST_SHARED else begin  # tokens of the context that each answer has for itself
+        tokens = begin - alone + sum(alone + len(answer) for answer in answers)
         if documents and total + tokens > batch_tokens:
             yield documents
             documents, total = [], 0

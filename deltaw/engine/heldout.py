@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from deltaw.data.store import TokenStore
 from deltaw.engine.objective import batches_to_score, score_batch
 from deltaw.errors import NotFiniteError
 
-FIRST_DOCUMENTS = 16
+FIRST_DOCUMENTS, MORE_DOCUMENTS = 16, 256
 Progress = Callable[[int, int], None]
 
 
@@ -50,15 +50,28 @@ class HeldOut:
         return int(self._by_document(self.store.trained, self.documents).sum())
 
     def fit_into(self, seconds: float, adapter: Adapter, passes: int) -> None:
-        """Measures as many documents as `passes` passes take so long for, by the time that a few of them take."""
-        count = min(FIRST_DOCUMENTS, self.given)
+        """Measures as many documents as `passes` passes take so long for, by the time that a few of them take.
+
+        Many documents have more in common than a few: of each read token, fewer are computed.
+        """
+        count, more = min(FIRST_DOCUMENTS, self.given), min(MORE_DOCUMENTS, self.given)
         self.losses(adapter, count)  # the first pass pays for what later ones find prepared
         since = time.monotonic()
         self.losses(adapter, count)
         read = self._by_document(self.store.lengths, self.given).cumsum()
-        each = (time.monotonic() - since) / max(1.0, read[count - 1])
+        each = (
+            (time.monotonic() - since) / max(1, self._computed(count)) * self._computed(more) / max(1.0, read[more - 1])
+        )
         affordable = seconds / max(1, passes) / each
         self.documents = max(count, int(np.searchsorted(read, affordable, side="right")))
+
+    def _computed(self, count: int) -> int:
+        """How many tokens pass through the model for the first documents."""
+        return sum(batch.computed_tokens for batch in self._batches(count))
+
+    def _batches(self, count: int) -> Iterator[Batch]:
+        part = TokenStore(self.store.stem, self._order[: int(self._stops[count - 1])])
+        return batches_to_score(self.base, part, self.batch_tokens)
 
     def losses(self, adapter: Adapter | None, documents: int | None = None) -> np.ndarray:
         """The loss summed over each measured document's tokens, [D]. Raises NotFiniteError when one is not finite."""
@@ -85,9 +98,8 @@ class HeldOut:
         return [batch_of(part, documents).to(self.base.device) for documents in cut]
 
     def _losses(self, count: int) -> np.ndarray:
-        stored = int(self._stops[count - 1])
-        losses, part = np.zeros(stored), TokenStore(self.store.stem, self._order[:stored])
-        for batch in batches_to_score(self.base, part, self.batch_tokens):
+        losses = np.zeros(int(self._stops[count - 1]))
+        for batch in self._batches(count):
             scores, pieces = score_batch(self.base, batch), list(batch.documents)
             owners_N = batch.owners_of(scores.places_N).cpu().numpy()
             losses[pieces] = np.bincount(owners_N, scores.weighted_N.cpu().double().numpy(), len(pieces))

@@ -121,11 +121,19 @@ def _accumulate_together(
 def batches_to_score(base: Base, store: TokenStore, batch_tokens: int, most_rows: int | None = None) -> Iterator[Batch]:
     """The evaluated documents, or `most_rows` of them, on the base's device.
 
-    What they have in common before their losses is computed once where the base, as it stands now, can do that.
+    What they have in common before their losses is computed once where `scores_shared`.
     """
-    share, copies = base.shares_prefixes, base.device.type != "cpu"
-    for documents in evaluation_batches(store, batch_tokens, most_rows, share=share, copies=copies):
+    share = scores_shared(base)
+    for documents in evaluation_batches(store, batch_tokens, most_rows, share=share):
         yield scored_batch(store, documents, share=share).to(base.device)
+
+
+def scores_shared(base: Base) -> bool:
+    """Whether scored documents share their beginnings: where the base can, as it stands now, on a processor.
+
+    On a GPU documents by themselves are one call of attention, which short beginnings are not worth splitting for.
+    """
+    return base.device.type == "cpu" and base.shares_prefixes
 
 
 @torch.no_grad()

@@ -124,6 +124,7 @@ def make_plan(demand: Demand, room: Room, clock: Clock) -> Plan:
         alone = _held(one, chosen.choice, room, clock.way).peak_bytes
     return replace(
         chosen,
+        run_seconds=_run_seconds(demand, chosen, clock),
         merging=merging(demand, room.fixed_bytes),
         largest_alone_bytes=alone,
         unfitted=None if chosen is usual else usual,
@@ -155,12 +156,19 @@ def _plan(demand: Demand, choice: Choice, room: Room, clock: Clock) -> Plan:
     short, cached = _short_bytes(demand, choice, held, room), _stays_cached(demand, choice, held, room)
     seconds = sum(clock.step(choice, step, short, cached=cached) for step in steps) / len(steps)
     tokens = sum(one.tokens for step in steps for one in step) / len(steps)
-    count = demand.step_count
-    evaluations = demand.evaluations + 1  # and one of the base alone
-    run = None if count is None else count * seconds + evaluations * clock.evaluation(choice)
     machine = "this machine" if clock.device is None else clock.device.name
-    calibrated = clock.device is None
-    return Plan(choice, held, room, seconds, run, count, tokens / seconds, clock.way, machine, calibrated)
+    calibrated, count = clock.device is None, demand.step_count
+    return Plan(choice, held, room, seconds, None, count, tokens / seconds, clock.way, machine, calibrated)
+
+
+def _run_seconds(demand: Demand, plan: Plan, clock: Clock) -> float | None:
+    """The run with its evaluations and one of the base alone; None where no steps are counted.
+
+    For the plan that is chosen alone, since it reads what is evaluated.
+    """
+    if plan.steps is None:
+        return None
+    return plan.steps * plan.step_seconds + (demand.evaluations + 1) * clock.evaluation(plan.choice)
 
 
 def _short_bytes(demand: Demand, choice: Choice, held: Memory, room: Room) -> int:

@@ -214,6 +214,6 @@ class Demand:
         """The passes of one evaluation, none without held-out data."""
         if "eval" not in self.data:
             return []
-        store, copies = self.data["eval"].store, self.device.type != "cpu"
-        cut = evaluation_batches(store, micro_tokens, self.settings.eval_rows, share=share, copies=copies)
+        store = self.data["eval"].store
+        cut = evaluation_batches(store, micro_tokens, self.settings.eval_rows, share=share)
         return [Pass.of(scored_batch(store, documents, share=share)) for documents in cut]

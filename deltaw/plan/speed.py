@@ -58,7 +58,8 @@ class Clock:
 
     def evaluation(self, choice: Choice) -> float:
         """One evaluation: forward alone."""
-        passes = self.demand.evaluation(choice.micro_tokens, share=self.way == "kernels")
+        share = self.way == "kernels" and self.demand.device.type == "cpu"
+        passes = self.demand.evaluation(choice.micro_tokens, share=share)
         outline, forming = self.demand.outline, self._forming(choice, len(passes))
         if self.pace is None:
             return 2 * outline.product_parameters * sum(one.tokens for one in passes) / self._rate + forming

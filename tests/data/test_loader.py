@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deltaw.data.example import Example
-from deltaw.data.loader import Loader, evaluation_batches, shuffled
+from deltaw.data.loader import Loader, evaluated_documents, evaluation_batches, shuffled
 from deltaw.data.pack import scored_batch
 from deltaw.data.store import TokenStore
 
@@ -133,8 +133,9 @@ def test_evaluated_documents_that_begin_alike_fill_a_batch_with_what_they_do_not
     for batches, share in ((flat, False), (shared, True)):
         assert sorted(document for documents in batches for document in documents) == list(range(60))
         assert max(scored_batch(store, documents, share=share).computed_tokens for documents in batches) <= 200
-    assert evaluation_batches(store, 200, 30, share=True) != shared
-    monkeypatch.setattr("deltaw.data.loader.ALIKE_AMONG", 8)
+    some = evaluation_batches(store, 200, 30, share=True)
+    assert sorted(document for documents in some for document in documents) == evaluated_documents(store, 30).tolist()
+    monkeypatch.setattr("deltaw.data.loader.ALIKE_AMONG", 8 * 50)
     few = evaluation_batches(store, 200, share=True)
     assert sorted(document for documents in few for document in documents) == list(range(60))
     assert len(shared) < len(few) < len(flat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -175,6 +176,34 @@ def test_what_documents_have_in_common_is_computed_once_and_every_number_stays(l
     computed_flat, told_flat, counted_flat = numbers()
     assert computed_flat == data.store.tokens > 2 * computed
     assert told == pytest.approx(told_flat, rel=1e-5) and counted == counted_flat
+
+
+@pytest.mark.parametrize("question", ["q", "a question that is long enough to be shared"])
+@pytest.mark.parametrize("shares", [True, False])
+def test_whole_labels_are_scored_in_passes_as_small_as_all_others(question, shares, tmp_path, monkeypatch):
+    base, passes = small_base(), []
+    data = _prepare(base, tmp_path, [(question, f"label {n % 20:02}") for n in range(60)])
+    longest = int(data.store.lengths.max())
+    monkeypatch.setattr(Base, "shares_prefixes", shares)
+    hidden_states = base.hidden_states
+    monkeypatch.setattr(base, "hidden_states", lambda x, *rest: passes.append(len(x)) or hidden_states(x, *rest))
+    assert evaluate(base, data, 30 * longest).correct is not None
+    assert 15 * longest < max(passes) <= 30 * longest
+
+
+def test_as_many_documents_are_measured_as_there_is_time_for_with_what_they_share(tmp_path, monkeypatch):
+    base = small_base()
+    data = _prepare(base, tmp_path, [("one long beginning of all of them " * 5 + str(n), "c") for n in range(300)])
+    adapter = new_adapter(choose(base.model, LoraSpec(rank=2)), LoraSpec(rank=2), 0)
+    clock = itertools.count()
+    monkeypatch.setattr("deltaw.engine.heldout.time.monotonic", lambda: float(next(clock)))  # the few take a second
+    numbers = {}
+    for shares in (True, False):
+        monkeypatch.setattr(Base, "shares_prefixes", shares)
+        held_out = HeldOut(base, data.store, 1000)
+        held_out.fit_into(8.0, adapter, 1)
+        numbers[shares] = held_out.documents
+    assert numbers[False] == pytest.approx(8 * 16, abs=3) and 1.15 * numbers[False] < numbers[True] < 300
 
 
 def test_answers_that_are_no_labels_have_no_accuracy(tmp_path):

@@ -457,6 +457,8 @@ def test_recomputing_and_quantising_take_longer_and_streaming_waits_for_the_disk
         counts.append(len(held_out.evaluation(size, share=True)))
         assert formed == pytest.approx(counts[-1] * weights * 1e-9)
     assert 1 < counts[0] < counts[1]
+    alone = dataclasses.replace(PACE, way="modules")  # as fast, but each document computes all of its tokens
+    assert Clock(held_out, alone).evaluation(Choice(256)) > Clock(held_out, PACE).evaluation(Choice(256))
     elsewhere = Clock(held_out, None, DEVICES["h200"]).evaluation
     assert elsewhere(Choice(256, quant="nf4")) > elsewhere(Choice(256))
     as_read = evaluation(Choice(256))
