@@ -1,9 +1,8 @@
 """What it saves to compute once what held-out documents have in common, beside each document by itself.
 
-SmolLM2-135M scores three files by either way, in turn within one process: some of the demo's test texts, which begin with
-the same 24 tokens; chats of versus.py behind a system prompt of 500 tokens; and the first again with answers that begin
-alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times.
-Writes benchmarks/results/shared_scoring.json.
+SmolLM2-135M scores three files by either way, in turn within one process: some of the demo's test texts, which begin
+with the same 24 tokens; chats of versus.py behind a system prompt of 500 tokens; and the first again with answers that
+begin alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times. Writes benchmarks/results/shared_scoring.json.
 """
 
 from __future__ import annotations
