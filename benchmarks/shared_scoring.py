@@ -2,7 +2,8 @@
 
 SmolLM2-135M scores three files by either way, in turn within one process: some of the demo's test texts, which begin
 with the same 24 tokens; chats of versus.py behind a system prompt of 500 tokens; and the first again with answers that
-begin alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times. Writes benchmarks/results/shared_scoring.json.
+begin alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times.
+Writes benchmarks/results/shared_scoring.json.
 """
 
 from __future__ import annotations
