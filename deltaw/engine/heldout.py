@@ -55,13 +55,14 @@ class HeldOut:
         Many documents have more in common than a few: of each read token, fewer are computed.
         """
         count, more = min(FIRST_DOCUMENTS, self.given), min(MORE_DOCUMENTS, self.given)
-        self.losses(adapter, count)  # the first pass pays for what later ones find prepared
-        since = time.monotonic()
-        self.losses(adapter, count)
+        with inject(self.base.model, adapter, dtype=self.base.dtype):
+            self._losses(count)  # the first pass pays for what later ones find prepared
+            since = time.monotonic()
+            self._losses(count)
+            spent = time.monotonic() - since
+            few, many = self._computed(count), self._computed(more)
         read = self._by_document(self.store.lengths, self.given).cumsum()
-        each = (
-            (time.monotonic() - since) / max(1, self._computed(count)) * self._computed(more) / max(1.0, read[more - 1])
-        )
+        each = spent / max(1, few) * many / max(1.0, read[more - 1])
         affordable = seconds / max(1, passes) / each
         self.documents = max(count, int(np.searchsorted(read, affordable, side="right")))
 
