@@ -1,8 +1,8 @@
 """What it saves to compute once what held-out documents have in common, beside each document by itself.
 
 SmolLM2-135M scores three files by either way, in turn within one process: some of the demo's test texts, which begin
-with the same 24 tokens; chats of versus.py behind a system prompt of 500 tokens; and the first again with answers that
-begin alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times.
+with the same system prompt; chats of versus.py behind a system prompt of 500 tokens; and the first again with answers
+that begin alike, so that each label is scored whole. Losses and accuracies of both ways lie beside the times.
 Writes benchmarks/results/shared_scoring.json.
 """
 
@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent / "rivals"))
 
-from workloads import shared_chats
+from workloads import PREFIX_TOKENS, shared_chats
 
 import deltaw
 from deltaw import hardware
@@ -40,11 +40,12 @@ def main() -> None:
     model = deltaw.load(BASE)
     with tempfile.TemporaryDirectory() as work:
         files = write(Path(work), model.base.tokenizer)
+        common = common_tokens(files["demo"], model.base.tokenizer)
         found = {name: scored(model, file) for name, file in files.items()}
     machine = {"base": BASE, "cpu": hardware.look().cpu_name, "cores": torch.get_num_threads()}
     machine["dtype"] = str(model.base.dtype).removeprefix("torch.")
-    RESULT.write_text(json.dumps(machine | {"files": found}, indent=1) + "\n", "utf-8")
-    print(sentence(found))
+    RESULT.write_text(json.dumps(machine | {"demo_common_tokens": common, "files": found}, indent=1) + "\n", "utf-8")
+    print(sentence(found, common))
 
 
 def write(folder: Path, tokenizer: Any) -> dict[str, Path]:
@@ -67,6 +68,13 @@ def write(folder: Path, tokenizer: Any) -> dict[str, Path]:
     return files
 
 
+def common_tokens(file: Path, tokenizer: Any) -> int:
+    """How many first tokens all rows of a file have in common."""
+    rows = [json.loads(line)["messages"] for line in file.read_text("utf-8").splitlines()]
+    tokens = [tokenizer.apply_chat_template(row, return_dict=False) for row in rows]
+    return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*tokens, strict=False))))
+
+
 def scored(model: deltaw.Model, file: Path) -> dict[str, Any]:
     """Median seconds, loss and accuracy by either way."""
     runs: dict[str, list[dict[str, Any]]] = {"shared": [], "alone": []}
@@ -79,13 +87,13 @@ def scored(model: deltaw.Model, file: Path) -> dict[str, Any]:
     return {way: {"seconds": seconds[way], **told[way]} for way in runs}
 
 
-def sentence(found: dict[str, Any]) -> str:
+def sentence(found: dict[str, Any], common: int) -> str:
     """What the changelog says."""
     times = {name: each["alone"]["seconds"] / each["shared"]["seconds"] for name, each in found.items()}
     return (
-        f"the demo's test texts, with 24 tokens in common, are scored {times['demo']:.1f} times as fast, chats behind "
-        f"a system prompt of 500 tokens {times['long prompt']:.1f} times, and labels that begin alike "
-        f"{times['labels that begin alike']:.1f} times"
+        f"the demo's test texts, with {common} tokens in common, are scored {times['demo']:.1f} times as fast, "
+        f"chats behind a system prompt of {PREFIX_TOKENS} tokens {times['long prompt']:.1f} times, "
+        f"and labels that begin alike {times['labels that begin alike']:.1f} times"
     )
 
 

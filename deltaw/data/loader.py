@@ -254,7 +254,7 @@ def evaluation_batches(
     """
     documents = evaluated_documents(store, most_rows)
     order = documents[np.argsort(store.lengths[documents], kind="stable")].tolist()
-    loader = Loader(store, batch_tokens, batch_tokens, 0, share=share)
+    loader = Loader(store, batch_tokens, batch_tokens, 0)
     if not share:
         return loader.cut(order, batch_tokens)
     batches = []
